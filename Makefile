@@ -1,0 +1,49 @@
+# `make help` lists the targets. Everything runs in .venv, which is made on first use from constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The exact versions of constraints.txt need Python 3.11 or newer.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Named exactly and first: an unpinned torch would come with gigabytes of CUDA packages where a CPU build is offered.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP)  ## make or update the environment
+
+# The environment is up to date when it is newer than what describes it.
+$(STAMP): setup.py constraints.txt
+	@test -x $(BIN)/python || { test -n "$(PYTHON)" && \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, found '$(PYTHON)': give one with make PYTHON=..."; exit 1; }; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)  ## tiny model and data, TP2 x PP2 DPO on CPU with four ranks, export, before/after table
+	$(BIN)/python tools/make_demo.py run
+
+test: lint  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: lint  ## lint, types and the unit tests
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and build output; .venv and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find conf megadpo tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

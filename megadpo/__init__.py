@@ -1,0 +1,26 @@
+"""megadpo: DPO on Megatron-Core, at any parallel layout, from a Hugging Face directory to a Hugging Face directory.
+
+The map of the house, in the order in which a preference pair walks through it. A room imports rooms above it only.
+
+    errors, rank_logging    the errors a user can act on; loggers that speak on rank 0
+    config/                 schema (every key, its unit, range and default), validation, compose (Hydra and YAML)
+    device                  the one file that says torch.cuda; lets Megatron-Core run on CPU
+    parallel/               process groups of a layout, and the collectives of this project
+    attention_plan          which key ranges each segment of a packed stream attends to
+    logprobs, losses        fused log-probabilities of response tokens; the loss of a pair
+    metrics                 values and the reduction that each declares
+    data/                   files -> token pairs -> microbatches -> packed batches
+    models/                 Hugging Face configuration and weights <-> Megatron-Core model that returns log-probs
+    forward_step            the one forward path of training, evaluation and reference
+    optimizer, checkpoint   AdamW and its schedule; what a run needs to go on
+    export                  the Hugging Face directory that a run hands back
+    reference/              the reference model's two numbers per pair
+    train_step, evaluation  one update; the mean over a whole validation set
+    trackers, progress      where metrics are written; what a person sees of them
+    trainer                 the loop: step, log, evaluate, save, stop
+    run                     a Config turned into all of the above, run to its end
+
+The command-line tools in tools/ stand on top of all of it.
+"""
+
+__version__ = "0.1.0"

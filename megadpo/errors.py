@@ -1,0 +1,37 @@
+"""Every error that megadpo raises on purpose. A message names the key, the value, the requirement and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MegaDPOError(Exception):
+    """Base of all errors that a user can act on; the command line prints the message without a traceback."""
+
+
+class ConfigError(MegaDPOError):
+    """Configuration that cannot be run: holds every violation found, not only the first."""
+
+    def __init__(self, violations: str | Sequence[str]) -> None:
+        self.violations = [violations] if isinstance(violations, str) else list(violations)
+        if len(self.violations) == 1:
+            super().__init__(self.violations[0])
+        else:
+            lines = "\n".join(f"  {i}. {text}" for i, text in enumerate(self.violations, 1))
+            super().__init__(f"{len(self.violations)} problems in the configuration:\n{lines}")
+
+
+class DataError(MegaDPOError):
+    """Preference data that cannot be used; the message starts with FILE:LINE where a line is known."""
+
+
+class CheckpointError(MegaDPOError):
+    """A training checkpoint that is missing, incomplete or belongs to another run."""
+
+
+class ConversionError(MegaDPOError):
+    """Hugging Face weights or a configuration that do not map to the model, named one by one."""
+
+
+class TrainingError(MegaDPOError):
+    """A run whose numbers are known to be wrong (the ln 2 check, a non-finite loss) and that must not go on."""

@@ -1,0 +1,44 @@
+"""Loggers that speak on global rank 0 only, and say which rank spoke elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+def global_rank() -> int:
+    """Rank of this process as the launcher set it (RANK), 0 when there is no launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at the moment: a progress bar stands in for it while it draws."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Sends `megadpo` loggers to stderr: all of `level` from rank 0, warnings and errors with the rank from others."""
+    logger = logging.getLogger("megadpo")
+    logger.handlers.clear()
+    handler = _StderrHandler()
+    rank = global_rank()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level if rank == 0 else logging.ERROR)
+    logger.propagate = False
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one module; `name` is the module's `__name__`."""
+    return logging.getLogger(name)
