@@ -1,0 +1,333 @@
+"""From Hydra's YAML files and `key=value` overrides to the typed `Config`, and from `Config` back to YAML.
+
+The only library file that names hydra or omegaconf. Hydra finds and merges the files of conf/; overrides of single keys
+are applied here and checked against the schema, so that one ConfigError reports all mistakes instead of the first.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from datetime import datetime
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megadpo.config.schema import Config, show
+from megadpo.errors import ConfigError
+
+_MISSING_IN_YAML = "???"
+
+
+def compose_config(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
+    """The configuration of conf/config.yaml, the chosen group files and the overrides, types checked.
+
+    `overrides` are words of the command line: `+GROUP=FILE` (or `GROUP=FILE`) picks conf/GROUP/FILE.yaml, `key=value`
+    sets a key; the last value of a key wins. `config_dir` defaults to conf/ beside the package. Raises one ConfigError
+    with every unknown key, wrong type, missing key, unknown file and word that is not an override.
+    """
+    conf = (config_dir or Path(__file__).parents[2] / "conf").resolve()
+    if not (conf / "config.yaml").is_file():
+        raise ConfigError(f"{conf}: no config.yaml there; run from a clone, or give the conf/ directory of one")
+    parsed = _read_overrides(overrides, conf)
+    tree = _merge(parsed, conf)
+
+    def missing(key: str) -> str:
+        if key == "model.name":
+            if "model" in parsed.refused:
+                return ""  # the line about the file says it
+            return (
+                f"no model named: add +model=NAME, one of {', '.join(_options(conf, 'model'))} "
+                "(+model=hf model.hf_path=DIR serves any supported Hugging Face directory)"
+            )
+        group = key.partition(".")[0]
+        because = f" with +{group}={parsed.groups[group]}" if group in parsed.groups else ""
+        return f"{key} is required{because}: add {key}=VALUE"
+
+    return _to_config(tree, parsed.problems, missing)
+
+
+def config_from_yaml(text: str) -> Config:
+    """The configuration that `config_to_yaml` wrote. Raises one ConfigError with every problem."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"configuration file: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration file: must be a mapping of groups, got {show(tree)}")
+    return _to_config(
+        {str(key): value for key, value in tree.items()},
+        [],
+        lambda key: f"{key} is required: it is missing in the file",
+    )
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists, texts and numbers of a configuration, in the schema's order."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def config_to_yaml(config: Config) -> str:
+    """YAML of every key of a configuration; `config_from_yaml` gives the same configuration back."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def resolve_defaults(config: Config, now: datetime) -> Config:
+    """A copy in which the defaults that depend on other keys or on the clock (null in the schema) are filled in.
+
+    `now` must be the same on all ranks: rank 0's clock names the run directory for everyone.
+    """
+    run_dir = config.train.run_dir or f"outputs/{now:%Y-%m-%d_%H-%M-%S}-{config.model.name}"
+    sequence_parallel = config.parallel.sequence_parallel
+    if sequence_parallel is None:
+        sequence_parallel = config.parallel.tensor > 1
+    return replace(
+        config,
+        train=replace(config.train, run_dir=run_dir),
+        parallel=replace(config.parallel, sequence_parallel=sequence_parallel),
+    )
+
+
+# Overrides and files
+
+
+@dataclass(kw_only=True, slots=True)
+class _Overrides:
+    """The command line, sorted: chosen group files, groups whose file does not exist, key values, what is wrong."""
+
+    groups: dict[str, str] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    values: list[tuple[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _read_overrides(overrides: Sequence[str], conf: Path) -> _Overrides:
+    result = _Overrides()
+    parser = OverridesParser.create()
+    for text in overrides:
+        if text.startswith("-"):
+            result.problems.append(f"{text}: options are not known here: set keys with key=value")
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            result.problems.append(f"{text}: must be key=value or +group=file; quote special characters: key='\"a,b\"'")
+            continue
+        _sort_override(text, override, conf, result)
+    return result
+
+
+def _sort_override(text: str, override: Override, conf: Path, result: _Overrides) -> None:
+    key = override.key_or_group
+    if override.is_delete():
+        result.problems.append(f"{text}: keys cannot be deleted: set the value you want, {key}=VALUE")
+    elif override.is_sweep_override():
+        result.problems.append(f"{text}: one run has one value: give one, or a list as {key}=[a,b]")
+    elif override.package is not None or "/" in key:
+        result.problems.append(f"{text}: groups have no packages or subgroups: write +group=file or key=value")
+    elif (conf / key).is_dir() and isinstance(override.value(), str):
+        _select_file(key, str(override.value()), conf, result)
+    else:
+        result.values.append((key, override.value()))
+
+
+def _select_file(group: str, option: str, conf: Path, result: _Overrides) -> None:
+    options = _options(conf, group)
+    if option not in options:
+        result.refused.add(group)
+        close = difflib.get_close_matches(option, options, n=1)
+        hint = f"did you mean {group}={close[0]}? " if close else ""
+        result.problems.append(f"{group}={option}: no such {group}: {hint}one of {', '.join(options)}")
+    elif group in result.groups:
+        result.problems.append(f"{group}={option}: {group}={result.groups[group]} is given too: choose one of them")
+    else:
+        result.groups[group] = option
+
+
+def _options(conf: Path, group: str) -> list[str]:
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+
+
+def _merge(parsed: _Overrides, conf: Path) -> dict[str, Any]:
+    """Plain tree of config.yaml, the chosen files (an experiment last, so that it wins) and the values."""
+    selections = sorted(parsed.groups.items(), key=lambda item: item[0] == "experiment")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+            composed = compose("config", overrides=[f"+{group}={option}" for group, option in selections])
+        OmegaConf.set_struct(composed, False)
+        for key, value in parsed.values:
+            _set(composed, key, value, parsed.problems)
+        tree = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        where = error.full_key or str(conf)
+        raise ConfigError([*parsed.problems, f"{where}: {str(error).splitlines()[0]}"]) from error
+    except (HydraException, YAMLError) as error:
+        raise ConfigError([*parsed.problems, f"{conf}: {error}"]) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _set(composed: DictConfig, key: str, value: Any, problems: list[str]) -> None:
+    if not isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in known_keys()):
+        problems.append(_not_a_group(key, value))
+        return
+    try:
+        OmegaConf.update(composed, key, value, merge=True, force_add=True)
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        problems.append(f"{key}={show(value)}: cannot be set: {str(error).splitlines()[0]}")
+
+
+# Plain tree to dataclasses
+
+
+def _to_config(tree: Mapping[str, Any], problems: Sequence[str], missing: Callable[[str], str]) -> Config:
+    """The configuration of a plain tree; `missing` words the lack of a key ("" when that is reported already)."""
+    found = list(problems)
+    config = _build(Config, tree, "", found, missing)
+    if found:
+        raise ConfigError(found)
+    assert isinstance(config, Config)
+    return config
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str], missing: Callable[[str], str]) -> Any:
+    """An instance of the dataclass `cls` from plain values, or None after adding what is wrong to `problems`."""
+    hints = get_type_hints(cls)
+    found, complete = len(problems), True
+    values: dict[str, Any] = {}
+    for name in (str(name) for name in tree if name not in hints):
+        problems.extend(_unknown(f"{prefix}{name}", tree[name]))
+    for item in fields(cls):
+        key, hint = f"{prefix}{item.name}", hints[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            subtree = tree.get(item.name, {})
+            if isinstance(subtree, Mapping):
+                values[item.name] = _build(hint, subtree, f"{key}.", problems, missing)
+            else:
+                problems.append(_not_a_group(key, subtree))
+        elif tree.get(item.name, _MISSING_IN_YAML) == _MISSING_IN_YAML and (item.name in tree or _required(item)):
+            complete = False
+            if text := missing(key):
+                problems.append(text)
+        elif item.name in tree:
+            try:
+                values[item.name] = _convert(tree[item.name], hint)
+            except ValueError:
+                problems.append(f"{key}={show(tree[item.name])}: must be {_describe(hint)}{_example(key, item)}")
+    return cls(**values) if complete and len(problems) == found else None
+
+
+def _not_a_group(key: str, value: Any) -> str:
+    keys = [known for known in known_keys() if known.startswith(f"{key}.")]
+    return f"{key}={show(value)}: {key} is a group of keys: set one of {', '.join(keys)}"
+
+
+def _unknown(key: str, value: Any) -> list[str]:
+    """One line for each leaf under an unknown key, with the known key that was probably meant."""
+    if isinstance(value, Mapping) and value:
+        return [line for name, inner in value.items() for line in _unknown(f"{key}.{name}", inner)]
+    known = known_keys()
+    last = key.rpartition(".")[2]
+    close = (
+        [name for name in known if name.rpartition(".")[2] == last]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        or [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.75)]
+    )
+    hint = f"did you mean {' or '.join(close)}?" if close else "the keys are listed in megadpo/config/schema.py"
+    return [f"{key}={show(value)}: unknown key; {hint}"]
+
+
+@cache
+def known_keys() -> tuple[str, ...]:
+    """Dotted names of all keys, in the schema's order."""
+
+    def walk(cls: type, prefix: str) -> list[str]:
+        hints = get_type_hints(cls)
+        return [
+            key
+            for item in fields(cls)
+            for key in (
+                walk(hints[item.name], f"{prefix}{item.name}.")
+                if is_dataclass(hints[item.name])
+                else [f"{prefix}{item.name}"]
+            )
+        ]
+
+    return tuple(walk(Config, ""))
+
+
+def _required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; a bare value becomes a list of one. Raises ValueError when it is not one."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for option in inner:
+            try:
+                return _convert(value, option)
+            except ValueError:
+                continue
+    elif origin is list:
+        return [_convert(item, inner[0]) for item in (value if isinstance(value, list) else [value])]
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(inner):
+            return tuple(_convert(item, part) for item, part in zip(value, inner, strict=True))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {_convert(name, inner[0]): _convert(item, inner[1]) for name, item in value.items()}
+    elif issubclass(hint, Enum):
+        return hint(value)
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint and value != "":
+        return value
+    raise ValueError
+
+
+def _describe(hint: Any) -> str:
+    """What a value of type `hint` is, in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(option) for option in inner)
+    if origin is list:
+        return f"{_describe(inner[0])}, or a list of that"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {_describe(inner[0])}"
+    if origin is dict:
+        return f"a mapping of names to {_describe(inner[1])}"
+    if issubclass(hint, Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+    return words[hint]
+
+
+def _example(key: str, item: Field[Any]) -> str:
+    default = item.default_factory() if item.default_factory is not MISSING else item.default
+    return "" if default is MISSING or default is None else f", as in {key}={show(_plain(default))}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value

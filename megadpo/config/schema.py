@@ -1,0 +1,280 @@
+"""Every configuration key: its type, unit, range and why its default is what it is. The one place defaults stand.
+
+One dataclass per group of keys; `Config` holds them. A key is here only when setting it changes what the program does.
+Ranges and rules between keys are checked in `validation.py`; types are checked where YAML becomes these, `compose.py`.
+Lists accept a bare value for a list of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Choice(str, Enum):
+    """One of a few names; equal to its YAML text (`Dtype.bf16 == "bf16"`), which is also how it prints."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Truncation(Choice):
+    """What happens to a pair longer than `data.max_length`."""
+
+    keep_start = "keep_start"  # responses are cut at the end; a prompt that fills max_length alone drops its pair
+
+
+class LossName(Choice):
+    """Loss of one pair."""
+
+    sigmoid = "sigmoid"  # DPO (Rafailov 2023); with label smoothing, cDPO (Mitchell 2023)
+    ipo = "ipo"  # Azar 2023
+
+
+class ReferenceMode(Choice):
+    """How the reference model's log-probs are had."""
+
+    resident = "resident"  # a second frozen model beside the policy
+
+
+class Dtype(Choice):
+    """Number format of weights, activations and communication."""
+
+    bf16 = "bf16"  # with fp32 main weights in the optimizer
+    fp32 = "fp32"
+
+
+class Schedule(Choice):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Tracker(Choice):
+    """Where metrics are written."""
+
+    jsonl = "jsonl"  # RUN_DIR/metrics.jsonl
+    tensorboard = "tensorboard"
+
+
+class DeviceKind(Choice):
+    """What computes."""
+
+    auto = "auto"  # CUDA where there is one
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The model to train."""
+
+    name: str
+    """Name in the run directory and the model card; set by the file of conf/model/ that is chosen with +model=NAME."""
+
+    hf_path: str | None = None
+    """Hugging Face directory (config.json, tokenizer, safetensors) of the starting weights. Has no sensible default."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The preference pairs."""
+
+    train_path: list[str]
+    """Training file, or several that are concatenated in this order."""
+
+    validation_path: str | dict[str, str] | None = None
+    """Validation file, or NAME: file for several sets, logged as eval/NAME/*. Null: no validation file."""
+
+    validation_fraction: float = 0.0
+    """Share of the training pairs held out for validation instead, in [0, 1); the split is deterministic. 0: none."""
+
+    prompt_key: str = "prompt"
+    """Field of a record that holds the prompt. The names of TRL and of most published preference sets."""
+
+    chosen_key: str = "chosen"
+    """Field that holds the preferred response."""
+
+    rejected_key: str = "rejected"
+    """Field that holds the other response."""
+
+    max_length: int = 2048
+    """Tokens of the prompt plus one response, >= 2. Holds most chat data; memory grows with it."""
+
+    truncation: Truncation = Truncation.keep_start
+    """What happens to longer pairs. The default is TRL's rule, so that runs compare."""
+
+    tokens_per_microbatch: int = 8192
+    """Token budget of one packed stream, >= 1. More fills the device better and takes more activation memory."""
+
+    def validation_files(self) -> dict[str, str]:
+        """File of each validation set by name; a single unnamed set has the name "", no validation file gives {}."""
+        if self.validation_path is None:
+            return {}
+        return {"": self.validation_path} if isinstance(self.validation_path, str) else dict(self.validation_path)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """The layout; the data-parallel size is the world size / (tensor x pipeline)."""
+
+    tensor: int = 1
+    """Ranks that share each weight matrix, >= 1; keep them inside one machine."""
+
+    pipeline: int = 1
+    """Stages that the layers are cut into, >= 1."""
+
+    virtual_pipeline: int | None = None
+    """Model chunks per stage (interleaved schedule), >= 2: a smaller bubble for more messages. Null: one chunk."""
+
+    sequence_parallel: bool | None = None
+    """Share norms and dropout activations over the tensor ranks. Null: true when tensor > 1, as it only saves there."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """The loss of a pair."""
+
+    name: list[LossName] = field(default_factory=lambda: [LossName.sigmoid])
+    """The loss, as a list of one. Sigmoid is DPO as published."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference (per nat), > 0. The value of the DPO paper and of TRL."""
+
+    label_smoothing: float = 0.0
+    """Assumed probability that a preference is flipped, in [0, 0.5); sigmoid only. 0: labels are trusted."""
+
+    ipo_length_normalize: bool = True
+    """Divide IPO's log-ratios by the response length, as TRL does; false is the form of the paper. IPO only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReferenceConfig:
+    """The model whose log-probs the policy is compared with."""
+
+    mode: ReferenceMode = ReferenceMode.resident
+    """Where the reference lives."""
+
+    hf_path: str | None = None
+    """Hugging Face directory of the reference. Null: the starting policy, as DPO defines it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: Dtype = Dtype.bf16
+    """Format of weights and activations. bf16 is what published checkpoints are in; fp32 is for exact comparisons."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (none on norms and biases), and the learning rate over steps."""
+
+    lr: float = 1e-6
+    """Peak learning rate, >= 0. DPO moves an already tuned model: ten to a hundred times below fine-tuning."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of a linear or cosine schedule, in [0, lr]."""
+
+    schedule: Schedule = Schedule.linear
+    """Decay after warm-up; update k (from 1) uses the schedule at k - 1, as TRL does."""
+
+    warmup_steps: int = 0
+    """Updates over which the rate rises linearly from 0, >= 0."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two running means, each in [0, 1)."""
+
+    eps: float = 1e-8
+    """Added to Adam's denominator, > 0."""
+
+    weight_decay: float = 0.0
+    """Decoupled decay per unit of learning rate, >= 0. The reference already holds the weights back."""
+
+    clip_grad: float = 1.0
+    """Largest global L2 norm of the gradient, >= 0. 0: no clipping."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The run."""
+
+    global_batch_size: int = 64
+    """Preference pairs per update over all ranks, >= 1."""
+
+    max_steps: int | None = None
+    """Updates to make, >= 1; wins over epochs. Null: as many as `epochs` takes."""
+
+    epochs: int = 1
+    """Passes over the training pairs, >= 1. DPO overfits quickly."""
+
+    seed: int = 0
+    """Seed of the data order and of initialisation, in [0, 2**32)."""
+
+    shuffle: bool = True
+    """Permute the pairs each epoch by (seed, epoch). False: file order."""
+
+    log_every: int = 1
+    """Updates between lines of metrics, >= 1."""
+
+    eval_every: int | None = None
+    """Updates between evaluations, >= 1. Null: before the first update and at the end only."""
+
+    save_every: int | None = None
+    """Updates between checkpoints, >= 1. Null: at the end only."""
+
+    run_dir: str | None = None
+    """Directory of everything the run writes. Null: outputs/DATE_TIME-MODEL, chosen when the run starts."""
+
+    resume: str = "never"
+    """auto: newest valid checkpoint of run_dir, or a fresh start; never: run_dir must be empty; or a directory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of a run."""
+
+    keep_last: int = 2
+    """Checkpoints kept, >= 1. Two, so that one is whole while the other is found to be damaged."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeviceConfig:
+    """What computes."""
+
+    kind: DeviceKind = DeviceKind.auto
+    """auto takes CUDA where there is one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: list[Tracker] = field(default_factory=lambda: [Tracker.jsonl, Tracker.tensorboard])
+    """Where metrics go; jsonl is always among them, because reports and resuming read it."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+def show(value: object) -> str:
+    """Text of a value as it would be written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+    return str(value)

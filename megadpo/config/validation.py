@@ -1,0 +1,282 @@
+"""Rules that types cannot say: ranges, keys that depend on each other, files that must exist, layouts that must fit.
+
+Every violation of a configuration is collected and raised as one ConfigError; nothing is edited. A knob that would have
+no effect is a violation like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+from megadpo.config.schema import Config, LossName, Schedule, Tracker, show
+from megadpo.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes of a model that limit the layouts it can be cut into."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Range:
+    """The finite numbers from `low` to below `high`; `low` itself belongs to them unless `above`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"a finite number {'>' if self.above else '>='} {self.low}"
+        return f"in {'(' if self.above else '['}{self.low}, {self.high})"
+
+
+_RANGES = {
+    "data.validation_fraction": _Range(low=0, high=1),
+    "data.max_length": _Range(low=2),
+    "data.tokens_per_microbatch": _Range(low=1),
+    "parallel.tensor": _Range(low=1),
+    "parallel.pipeline": _Range(low=1),
+    "parallel.virtual_pipeline": _Range(low=2),
+    "loss.beta": _Range(low=0, above=True),
+    "loss.label_smoothing": _Range(low=0, high=0.5),
+    "optimizer.lr": _Range(low=0),
+    "optimizer.min_lr": _Range(low=0),
+    "optimizer.warmup_steps": _Range(low=0),
+    "optimizer.eps": _Range(low=0, above=True),
+    "optimizer.weight_decay": _Range(low=0),
+    "optimizer.clip_grad": _Range(low=0),
+    "train.global_batch_size": _Range(low=1),
+    "train.max_steps": _Range(low=1),
+    "train.epochs": _Range(low=1),
+    "train.seed": _Range(low=0, high=2**32),
+    "train.log_every": _Range(low=1),
+    "train.eval_every": _Range(low=1),
+    "train.save_every": _Range(low=1),
+    "checkpoint.keep_last": _Range(low=1),
+}
+
+
+def validate(config: Config, *, world_size: int, shape: ModelShape | None = None) -> None:
+    """Raises one ConfigError with every rule that `config` breaks on `world_size` ranks; returns when there is none.
+
+    Give the configuration as the user wrote it, before `resolve_defaults`. With `shape`, the layout is also checked
+    against the model's sizes.
+    """
+    violations = [
+        *_check_ranges(config),
+        *_check_model(config),
+        *_check_data(config),
+        *_check_layout(config, world_size),
+        *(_check_shape(config, shape) if shape is not None else []),
+        *_check_loss(config),
+        *_check_optimizer(config),
+        *_check_run(config),
+    ]
+    if violations:
+        raise ConfigError(violations)
+
+
+def check_run_dir_is_fresh(config: Config) -> None:
+    """Raises ConfigError when a run that resumes nothing would write into a directory that holds something.
+
+    For training only, on one rank, before it writes. Scoring or planning with the same configuration is fine.
+    """
+    run_dir = config.train.run_dir
+    if config.train.resume != "never" or run_dir is None or not Path(run_dir).is_dir():
+        return
+    if any(Path(run_dir).iterdir()):
+        raise ConfigError(
+            f"train.run_dir={run_dir}: must be empty with train.resume=never: continue its run with train.resume=auto, "
+            "or choose another directory"
+        )
+
+
+def _check_ranges(config: Config) -> list[str]:
+    values = {key: attrgetter(key)(config) for key in _RANGES}
+    violations = [
+        f"{key}={show(value)}: must be {_RANGES[key]}"
+        for key, value in values.items()
+        if value is not None and value not in _RANGES[key]
+    ]
+    betas = config.optimizer.betas
+    if any(beta not in _Range(low=0, high=1) for beta in betas):
+        violations.append(f"optimizer.betas={show(betas)}: each must be in [0, 1), as in optimizer.betas=[0.9,0.999]")
+    return violations
+
+
+def _check_model(config: Config) -> list[str]:
+    violations = []
+    if config.model.hf_path is None:
+        violations.append("model.hf_path=null: weights must come from somewhere: give model.hf_path=DIR")
+    for key, path in (("model.hf_path", config.model.hf_path), ("reference.hf_path", config.reference.hf_path)):
+        if path is not None and not (Path(path) / "config.json").is_file():
+            remedy = _demo_remedy(path) or "download the model to a local directory and give its path"
+            violations.append(f"{key}={path}: must be a Hugging Face directory with a config.json: {remedy}")
+    return violations
+
+
+def _check_data(config: Config) -> list[str]:
+    data = config.data
+    violations = []
+    if not data.train_path:
+        violations.append("data.train_path=[]: must name at least one file, as in data.train_path=pairs.jsonl")
+    if data.validation_path == {}:
+        violations.append("data.validation_path={}: must name at least one file, or be null for no validation")
+    named = [("data.train_path", path) for path in data.train_path]
+    named += [("data.validation_path", path) for path in data.validation_files().values()]
+    for key, path in named:
+        if not Path(path).is_file():
+            remedy = _demo_remedy(path) or "check the path; relative ones start from the working directory"
+            violations.append(f"{key}={path}: must be an existing file: {remedy}")
+    if data.validation_path is not None and data.validation_fraction:
+        violations.append(
+            f"data.validation_fraction={show(data.validation_fraction)}: must be 0 when data.validation_path is given: "
+            "drop one of the two"
+        )
+    keys = [data.prompt_key, data.chosen_key, data.rejected_key]
+    if len(set(keys)) < len(keys):
+        violations.append(
+            f"data.prompt_key={keys[0]}, data.chosen_key={keys[1]}, data.rejected_key={keys[2]}: must be three "
+            "different fields: name the ones your records have"
+        )
+    return violations
+
+
+def _demo_remedy(path: str) -> str:
+    if Path(path).parts[:2] != ("outputs", "demo"):
+        return ""
+    return "make the demo's files first: python tools/make_demo.py prepare (or the whole run: make demo)"
+
+
+def _check_layout(config: Config, world_size: int) -> list[str]:
+    parallel = config.parallel
+    violations = []
+    model_ranks = parallel.tensor * parallel.pipeline
+    if parallel.tensor >= 1 and parallel.pipeline >= 1 and world_size % model_ranks:
+        violations.append(
+            f"parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline}: their product {model_ranks} "
+            f"must divide the world size {world_size}: start torchrun with a multiple of {model_ranks}"
+        )
+    if parallel.virtual_pipeline is not None and parallel.pipeline < 2:
+        violations.append(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: needs parallel.pipeline >= 2, it is "
+            f"{parallel.pipeline}: raise it or drop virtual_pipeline"
+        )
+    if parallel.sequence_parallel and parallel.tensor < 2:
+        violations.append(
+            f"parallel.sequence_parallel=true: needs parallel.tensor >= 2, it is {parallel.tensor}: raise it or drop "
+            "sequence_parallel"
+        )
+    return violations
+
+
+def _check_shape(config: Config, shape: ModelShape) -> list[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    chunks = config.parallel.virtual_pipeline or 1
+    if min(tensor, pipeline, chunks) < 1:
+        return []  # out of range, and reported as that
+    violations = []
+    for what, size in (("attention heads", shape.num_attention_heads), ("MLP channels", shape.ffn_hidden_size)):
+        if size % tensor:
+            remedy = _use_divisor(size, tensor)
+            violations.append(f"parallel.tensor={tensor}: must divide the model's {size} {what}: {remedy}")
+    groups = shape.num_query_groups
+    if groups % tensor and tensor % groups:
+        violations.append(
+            f"parallel.tensor={tensor}: must divide the model's {groups} key-value heads or be a multiple of them: "
+            f"{_use_divisor(groups, tensor)}"
+        )
+    if shape.num_layers % (pipeline * chunks):
+        key = f"parallel.pipeline={pipeline}"
+        if chunks > 1:
+            key += f", parallel.virtual_pipeline={chunks}"
+        violations.append(
+            f"{key}: {pipeline * chunks} equal parts cannot be cut from the model's {shape.num_layers} layers: "
+            f"use {'a product' if chunks > 1 else 'a number'} that divides {shape.num_layers}"
+        )
+    return violations
+
+
+def _use_divisor(size: int, wanted: int) -> str:
+    divisor = max(d for d in range(1, min(size, wanted) + 1) if size % d == 0)
+    return f"use parallel.tensor={divisor} or another divisor"
+
+
+def _check_loss(config: Config) -> list[str]:
+    loss = config.loss
+    if len(loss.name) != 1:
+        return [f"loss.name={show(loss.name)}: must be one loss: choose one of {', '.join(map(str, LossName))}"]
+    violations = []
+    if loss.label_smoothing and loss.name != [LossName.sigmoid]:
+        violations.append(
+            f"loss.label_smoothing={show(loss.label_smoothing)}: has no effect with loss.name={loss.name[0]}: "
+            "leave it at 0, or use loss.name=sigmoid"
+        )
+    if not loss.ipo_length_normalize and loss.name != [LossName.ipo]:
+        violations.append(
+            f"loss.ipo_length_normalize=false: has no effect with loss.name={loss.name[0]}: "
+            "drop it, or use loss.name=ipo"
+        )
+    return violations
+
+
+def _check_optimizer(config: Config) -> list[str]:
+    optimizer, max_steps = config.optimizer, config.train.max_steps
+    violations = []
+    if optimizer.schedule == Schedule.constant and optimizer.min_lr:
+        violations.append(
+            f"optimizer.min_lr={show(optimizer.min_lr)}: has no effect with optimizer.schedule=constant: "
+            "leave it at 0, or use linear or cosine"
+        )
+    elif optimizer.min_lr > optimizer.lr:
+        violations.append(
+            f"optimizer.min_lr={show(optimizer.min_lr)}: must be at most optimizer.lr={show(optimizer.lr)}: "
+            "lower it, or raise lr"
+        )
+    if max_steps is not None and 1 <= max_steps <= optimizer.warmup_steps:
+        violations.append(
+            f"optimizer.warmup_steps={optimizer.warmup_steps}: must be below train.max_steps={max_steps}: "
+            "shorten the warm-up or train longer"
+        )
+    return violations
+
+
+def _check_run(config: Config) -> list[str]:
+    train, data = config.train, config.data
+    violations = []
+    if train.eval_every is not None and data.validation_path is None and not data.validation_fraction:
+        violations.append(
+            f"train.eval_every={train.eval_every}: has no effect without a validation set: give data.validation_path "
+            "or data.validation_fraction, or drop eval_every"
+        )
+    if train.run_dir is not None and Path(train.run_dir).exists() and not Path(train.run_dir).is_dir():
+        violations.append(f"train.run_dir={train.run_dir}: must be a directory, it is a file: choose another path")
+    if train.resume == "auto" and train.run_dir is None:
+        violations.append(
+            "train.resume=auto: needs train.run_dir: a directory named by the clock is always new: "
+            "give train.run_dir=DIR"
+        )
+    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
+        violations.append(
+            f"train.resume={train.resume}: must be auto, never or an existing checkpoint directory: check the path"
+        )
+    if Tracker.jsonl not in config.trackers:
+        violations.append(
+            f"trackers={show(config.trackers)}: must include jsonl, which reports and resuming read: "
+            f"trackers={show([Tracker.jsonl, *config.trackers])}"
+        )
+    if len(set(config.trackers)) < len(config.trackers):
+        violations.append(f"trackers={show(config.trackers)}: must name each tracker once: drop the repetition")
+    return violations
