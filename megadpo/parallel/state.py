@@ -1,0 +1,102 @@
+"""Builds the process groups of a layout and says where this rank sits in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megadpo.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelState:
+    """This rank's place in the tensor × pipeline × data grid, and the groups it talks in.
+
+    `virtual_pipeline_size` is the number of model chunks on each pipeline stage (1 without interleaving).
+    """
+
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers, the head and so the log-probs and the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that writes files and speaks."""
+        return self.tensor_rank == self.pipeline_rank == self.data_rank == 0
+
+
+@contextmanager
+def distributed(device: Device, *, timeout_s: float) -> Iterator[None]:
+    """The default process group for the duration of the context (a world of one when there is no launcher).
+
+    Leaves the group standing when the body raises: destroying it would wait for peers that may never come.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=timedelta(seconds=timeout_s))
+    else:
+        # A store in memory: no port to collide with another run on this machine.
+        dist.init_process_group(
+            device.backend, store=dist.HashStore(), rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        )
+    yield
+    dist.destroy_process_group()
+
+
+def build_parallel_state(
+    *, tensor: int, pipeline: int, virtual_pipeline: int | None, seed: int, timeout_s: float
+) -> ParallelState:
+    """Initialises Megatron's model-parallel groups over the default group and returns this rank's place in them.
+
+    The world must be a multiple of tensor × pipeline; the quotient is the data-parallel size.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    # Megatron forks its random state around sequence-parallel regions, even where nothing random happens.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ParallelState(
+        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline,
+        virtual_pipeline_size=virtual_pipeline or 1,
+        data_rank=mpu.get_data_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        tensor_group=mpu.get_tensor_model_parallel_group(),
+        pipeline_group=mpu.get_pipeline_model_parallel_group(),
+        data_group=mpu.get_data_parallel_group(),
+    )
+
+
+def destroy_parallel_state() -> None:
+    """Forgets Megatron's groups, so that another layout can be built in the same process."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
