@@ -1,0 +1,1 @@
+"""From preference files to microbatches: dataset → tokenization → schedule → batch → loader."""

@@ -1,0 +1,141 @@
+"""From retained pairs and a step number to this rank's microbatches.
+
+The position in the data is a function of the number of finished steps, so there is no cursor to save or to lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megadpo.data.batch import PreferenceBatch, build_batch, stream_length
+from megadpo.data.schedule import StepSchedule, schedule_step
+from megadpo.data.tokenization import TokenizedPair
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """The pairs of one step over all ranks, and this data-parallel rank's microbatches of them.
+
+    `logical_tokens` counts prompt + chosen + prompt + rejected of every pair; `computed_tokens` what all ranks put
+    through the model, padding and fillers included. `stream_tokens` is the length of the longest microbatch: all have
+    it under a pipeline, otherwise each keeps its own. `pair_indices` are the pairs' rows in the source, in order.
+    """
+
+    microbatches: tuple[PreferenceBatch, ...]
+    pair_indices: tuple[int, ...]
+    num_pairs: int
+    logical_tokens: int
+    computed_tokens: int
+    stream_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What the layout asks of a batch.
+
+    `token_multiple`: streams are rounded up to it (sequence parallelism splits them evenly). `fixed_streams`: all
+    microbatches of a step get one length, because pipeline messages have one shape. `microbatch_multiple`: see
+    `schedule_step`.
+    """
+
+    data_rank: int
+    data_size: int
+    token_multiple: int
+    fixed_streams: bool
+    microbatch_multiple: int
+
+
+class BatchBuilder:
+    """Builds global batches from lists of pairs, for one layout and one token budget."""
+
+    def __init__(self, *, shape: BatchShape, tokens_per_microbatch: int, pad_token_id: int) -> None:
+        self.shape = shape
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.pad_token_id = pad_token_id
+
+    def build(self, pairs: Sequence[TokenizedPair]) -> GlobalBatch:
+        """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted."""
+        shape = self.shape
+        lengths = [stream_length(pair) for pair in pairs]
+        schedule = schedule_step(
+            lengths,
+            budget=self.tokens_per_microbatch,
+            data_parallel=shape.data_size,
+            microbatch_multiple=shape.microbatch_multiple,
+        )
+        widths = self._stream_widths(schedule, lengths)
+        own_bins = schedule.bins_by_rank[shape.data_rank]
+        return GlobalBatch(
+            microbatches=tuple(
+                build_batch([pairs[i] for i in members], num_tokens=width, pad_token_id=self.pad_token_id)
+                for members, width in zip(own_bins, widths[shape.data_rank], strict=True)
+            ),
+            pair_indices=tuple(pair.index for pair in pairs),
+            num_pairs=len(pairs),
+            logical_tokens=sum(lengths),
+            computed_tokens=sum(map(sum, widths)),
+            stream_tokens=max(map(max, widths)),
+        )
+
+    def _stream_widths(self, schedule: StepSchedule, lengths: Sequence[int]) -> list[list[int]]:
+        """Stream length of every rank's every microbatch."""
+
+        def rounded(tokens: int) -> int:
+            multiple = self.shape.token_multiple
+            return max(1, -(-tokens // multiple)) * multiple
+
+        if self.shape.fixed_streams:
+            width = rounded(schedule.stream_tokens)
+            return [[width] * len(bins) for bins in schedule.bins_by_rank]
+        return [[rounded(sum(lengths[i] for i in members)) for members in bins] for bins in schedule.bins_by_rank]
+
+
+def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Order in which epoch `epoch` visits the retained pairs: a function of (seed, epoch) alone.
+
+    NumPy's PCG64 seeded by (seed, epoch) permutes them; without shuffling it is the file's order.
+    """
+    if not shuffle:
+        return np.arange(num_pairs)
+    return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(num_pairs)
+
+
+class TrainingData:
+    """The training pairs in the order of (seed, epoch), cut into global batches, an epoch's last one smaller."""
+
+    def __init__(
+        self, pairs: Sequence[TokenizedPair], *, global_batch_size: int, seed: int, shuffle: bool, builder: BatchBuilder
+    ) -> None:
+        self.pairs = pairs
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.builder = builder
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that one pass over the pairs takes."""
+        return -(-len(self.pairs) // self.global_batch_size)
+
+    def batch_after(self, steps_done: int) -> GlobalBatch:
+        """The global batch of the step that follows `steps_done` finished ones."""
+        epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
+        order = epoch_order(len(self.pairs), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        start = step_in_epoch * self.global_batch_size
+        return self.builder.build([self.pairs[int(i)] for i in order[start : start + self.global_batch_size]])
+
+    def epochs_after(self, steps_done: int) -> float:
+        """Passes over the data that `steps_done` finished steps have made."""
+        epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
+        return epoch + min(step_in_epoch * self.global_batch_size, len(self.pairs)) / len(self.pairs)
+
+
+def evaluation_batches(
+    pairs: Sequence[TokenizedPair], *, group_size: int, builder: BatchBuilder
+) -> Iterator[GlobalBatch]:
+    """The pairs in file order as global batches of `group_size`; each pair comes exactly once."""
+    for start in range(0, len(pairs), group_size):
+        yield builder.build(pairs[start : start + group_size])

@@ -1,0 +1,70 @@
+"""Which pairs go into which microbatch, on which data-parallel rank: a pure function of lengths.
+
+The bins depend on the lengths and the token budget alone, never on the layout, so every layout computes the same
+microbatches and only their order of summation differs. Every rank computes the whole schedule, so the longest stream of
+a step is known everywhere and pipeline messages have one shape per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Bin = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSchedule:
+    """Microbatches of one step: `bins_by_rank[rank]` holds that data-parallel rank's bins of pair positions.
+
+    All ranks have equally many bins; empty ones are fillers that keep the collectives in step. `stream_tokens` is the
+    length of the step's longest microbatch, before any rounding. `oversized` counts pairs longer than the budget.
+    """
+
+    bins_by_rank: tuple[tuple[Bin, ...], ...]
+    stream_tokens: int
+    oversized: int
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of each data-parallel rank."""
+        return len(self.bins_by_rank[0])
+
+
+def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
+    """Positions 0…n−1 in bins of at most `budget` tokens: first fit, longest first, ties by position.
+
+    A pair longer than the budget gets a bin of its own. Bins and their contents are in order of the first position, so
+    the summation order does not depend on the packing's search.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[position]
+        fit = next((b for b, free in enumerate(room) if length <= free), None)
+        if fit is None:
+            bins.append([position])
+            room.append(max(0, budget - length))
+        else:
+            bins[fit].append(position)
+            room[fit] -= length
+    return sorted(tuple(sorted(members)) for members in bins)
+
+
+def schedule_step(
+    lengths: Sequence[int], *, budget: int, data_parallel: int, microbatch_multiple: int = 1
+) -> StepSchedule:
+    """The schedule of one global batch: bins dealt to `data_parallel` ranks in turn, topped up with empty ones.
+
+    `microbatch_multiple`: the number of microbatches a rank runs is a multiple of it (the interleaved pipeline schedule
+    asks for a multiple of the pipeline size); every rank runs at least one.
+    """
+    bins = pack_pairs(lengths, budget)
+    per_rank = max(1, -(-len(bins) // data_parallel))
+    per_rank = -(-per_rank // microbatch_multiple) * microbatch_multiple
+    dealt = [bins[rank::data_parallel] for rank in range(data_parallel)]
+    return StepSchedule(
+        bins_by_rank=tuple(tuple(own) + ((),) * (per_rank - len(own)) for own in dealt),
+        stream_tokens=max((sum(lengths[i] for i in members) for members in bins), default=0),
+        oversized=sum(length > budget for length in lengths),
+    )
