@@ -1,0 +1,64 @@
+"""Who may attend to whom in one packed stream of tokens: plain data and its checks.
+
+A stream of T tokens is cut into query segments. Each segment lists the key ranges it sees; the last range is causally
+aligned with the queries at the bottom right (the segment's last query sees the range's last key), the earlier ranges
+are seen in full. Packing is a plan in which every segment sees itself; a prompt shared by two responses is a plan in
+which the second response's segment also sees the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries [start, stop) and the half-open key ranges they attend to; the last range ends where the queries end."""
+
+    start: int
+    stop: int
+    key_ranges: tuple[Range, ...]
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys that the segment's last query sees."""
+        return sum(stop - start for start, stop in self.key_ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Segments that cover the stream's `num_tokens` rows without a gap or an overlap, padding included.
+
+    Rows outside every segment would leave a kernel's output uninitialised, so there are none.
+    """
+
+    num_tokens: int
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        position = 0
+        for segment in self.segments:
+            if segment.start != position or segment.stop <= segment.start:
+                raise ValueError(f"{segment} does not continue the plan at row {position}")
+            for start, stop in segment.key_ranges:
+                if not 0 <= start < stop <= segment.stop:
+                    raise ValueError(f"key range [{start}, {stop}) of segment {segment} reaches outside its past")
+            last_start, last_stop = segment.key_ranges[-1]
+            if last_stop != segment.stop or last_start > segment.start:
+                raise ValueError(f"the last key range of {segment} is not aligned with its queries")
+            position = segment.stop
+        if position != self.num_tokens:
+            raise ValueError(f"the plan covers {position} of {self.num_tokens} rows")
+
+
+def packed_plan(lengths: Sequence[int]) -> AttentionPlan:
+    """The plan of independent causal sequences of the given lengths, laid one after the other."""
+    segments, position = [], 0
+    for length in lengths:
+        span = (position, position + length)
+        segments.append(Segment(*span, key_ranges=(span,)))
+        position += length
+    return AttentionPlan(num_tokens=position, segments=tuple(segments))

@@ -1,0 +1,137 @@
+"""Builds this rank's model chunks for an architecture and a layout, and fills them from a Hugging Face directory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megadpo.device import Device
+from megadpo.models.conversion.load_save import load_hf_weights
+from megadpo.models.hf_config import Architecture
+from megadpo.models.layer_specs import native_block_spec
+from megadpo.models.policy import PolicyModel
+from megadpo.parallel.state import ParallelState
+
+
+class ModelOptions(TypedDict):
+    """What a model is built with besides its architecture and layout."""
+
+    device: Device
+    dtype: torch.dtype
+    sequence_parallel: bool
+
+
+def transformer_config(
+    arch: Architecture, state: ParallelState, *, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    """Megatron's configuration of the model and its schedule.
+
+    The schedule divides gradients by the all-reduced number of pairs (`calculate_per_token_loss`), and sends pipeline
+    messages one by one: batched, they cross when the previous and the next stage are the same rank.
+    """
+    config = TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=state.tensor_size,
+        pipeline_model_parallel_size=state.pipeline_size,
+        virtual_pipeline_model_parallel_size=state.virtual_pipeline_size if state.virtual_pipeline_size > 1 else None,
+        sequence_parallel=sequence_parallel,
+        calculate_per_token_loss=True,
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # every weight comes from the checkpoint
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+    if arch.rope_attention_scaling != 1.0:
+        # Megatron scales cos and sin by its YaRN concentration factor, 0.1·mscale·ln(scale) + 1 over the same with
+        # mscale_all_dim. These three values make that factor the scaling that transformers computed.
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale = 10.0 * (arch.rope_attention_scaling - 1.0)
+        config.yarn_mscale_all_dim = 0.0
+    return config
+
+
+def build_model(
+    arch: Architecture, state: ParallelState, *, device: Device, dtype: torch.dtype, sequence_parallel: bool
+) -> list[PolicyModel]:
+    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
+    config = transformer_config(arch, state, dtype=dtype, sequence_parallel=sequence_parallel)
+    interleaved = state.virtual_pipeline_size > 1
+    chunks = []
+    for stage in range(state.virtual_pipeline_size):
+        vp_stage = stage if interleaved else None
+        chunk = PolicyModel(
+            arch,
+            config,
+            native_block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
+            pre_process=state.pipeline_rank == 0 and stage == 0,
+            post_process=state.is_last_stage and stage == state.virtual_pipeline_size - 1,
+            vp_stage=vp_stage,
+        )
+        _mark_tensor_parallel_weights(chunk)
+        chunks.append(chunk.to(device.torch_device))
+    return chunks
+
+
+def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
+    """Marks which weights are split over tensor-parallel ranks; the gradient norm counts the others on one rank only.
+
+    Megatron sets the marks while it initialises weights, which is skipped here.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            split = 0
+        elif isinstance(module, RowParallelLinear):
+            split = 1
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split, stride=1)
+
+
+def load_model(
+    arch: Architecture,
+    state: ParallelState,
+    hf_path: Path | str,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+) -> list[PolicyModel]:
+    """`build_model` filled from the safetensors of a Hugging Face directory; each rank reads the slices it needs."""
+    chunks = build_model(arch, state, device=device, dtype=dtype, sequence_parallel=sequence_parallel)
+    load_hf_weights(chunks, arch, hf_path, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
+    return chunks

@@ -1,0 +1,246 @@
+"""Fills a sharded Megatron model from a Hugging Face directory, and gathers it into one. The only part that talks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+
+from megadpo.errors import ConversionError
+from megadpo.models.conversion.families import LM_HEAD
+from megadpo.models.conversion.mapping import (
+    ShardPlan,
+    exported_names,
+    fill_shard,
+    merge_shards,
+    shard_plans,
+    weight_problems,
+)
+from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter
+from megadpo.models.hf_config import Architecture
+from megadpo.parallel.collectives import broadcast_from_main
+from megadpo.parallel.state import ParallelState
+from megadpo.rank_logging import get_logger
+
+_log = get_logger(__name__)
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+# Files beside the weights that say how to use them.
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATE_DIR = "additional_chat_templates"
+
+
+class _NumberedLayer(Protocol):
+    layer_number: int
+
+
+def load_hf_weights(
+    model_chunks: Sequence[torch.nn.Module], arch: Architecture, hf_dir: Path | str, *, tp_rank: int, tp_size: int
+) -> None:
+    """Overwrites every parameter of this rank's (unwrapped) GPTModel chunks with the weights in `hf_dir`.
+
+    Values are cast from the file's dtype to the parameter's; vocabulary padding becomes zero. Reads the headers of all
+    files and the data of this rank's slices only. Every rank checks the whole model's names and shapes, and raises
+    the same ConversionError that lists all that is missing, unexpected, wrongly shaped or quantized. A head that
+    differs from tied embeddings raises on the first stage only, which reads both. No communication.
+    """
+    plans = shard_plans(arch, tp_rank=tp_rank, tp_size=tp_size)
+    with SafetensorsReader(hf_dir) as reader, torch.no_grad():
+        problems = weight_problems(arch, {name: header.shape for name, header in reader.headers.items()})
+        problems += [
+            f"{name} has dtype {header.dtype}; quantized weights are not supported, dequantize them first"
+            for name, header in reader.headers.items()
+            if header.dtype not in _FLOAT_DTYPES
+        ]
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ConversionError(f"{hf_dir}: {len(problems)} weights don't fit its config.json:\n{listed}")
+        for name, parameter in _global_parameters(model_chunks):
+            plan = _plan(plans, name, arch)
+            fill_shard(plan, reader.read, parameter)
+            if arch.tied_embeddings and LM_HEAD.name in reader.headers and name == "embedding.word_embeddings.weight":
+                _check_equal_head(plan, reader, hf_dir)
+
+
+def export_hf_weights(
+    model_chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    out_dir: Path | str,
+    *,
+    state: ParallelState,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the (unwrapped) model to `out_dir` as Hugging Face safetensors; every rank of the world must call it.
+
+    The weights of data-parallel rank 0 are cast to `dtype` (None keeps the parameters' own), gathered over the tensor
+    group one parameter at a time, and sent stage by stage to the main rank, which writes them in table order. Extra
+    memory: one parameter twice (its shards and their merger) on tensor rank 0 of each stage, and one output file on the
+    main rank. `out_dir` must hold no weights yet. Returns on all ranks when the files are complete.
+    """
+    mine = dict(_global_parameters(model_chunks))
+    plans = [shard_plans(arch, tp_rank=rank, tp_size=state.tensor_size) for rank in range(state.tensor_size)]
+    stages = _stage_of_each(arch, mine, plans[0], state, dtype)
+    with ExitStack() as stack:
+        writer = _open_writer(stack, out_dir, max_shard_bytes, state)
+        for name, (stage, wire_dtype) in stages.items() if state.data_rank == 0 else ():
+            rank_plans = [by_name[name] for by_name in plans]
+            merged: dict[str, torch.Tensor] | None = None
+            if stage == state.pipeline_rank:
+                merged = _gather(rank_plans, mine[name].detach().to(wire_dtype), state)
+            if stage != 0 and state.tensor_rank == 0:
+                device = next(iter(mine.values())).device
+                merged = _to_first_stage(merged, rank_plans[0], stage, wire_dtype, device, state)
+            if writer is not None and merged is not None:
+                for hf_name, tensor in merged.items():
+                    writer.add(hf_name, tensor)
+    dist.barrier()
+
+
+def copy_hf_side_files(src: Path | str, dst: Path | str, *, dtype: torch.dtype) -> None:
+    """Copies configuration, tokenizer, chat templates and generation defaults from `src` to `dst`, byte for byte.
+
+    One exception: where `config.json` names another dtype than `dtype`, that of the exported weights, the value of
+    that field alone is changed. Call it on one rank. Needs a `config.json` in `src`; other files are optional.
+    """
+    src, dst = Path(src), Path(dst)
+    if not (src / "config.json").is_file():
+        raise ConversionError(f"{src / 'config.json'} does not exist; name the directory that the model came from")
+    dst.mkdir(parents=True, exist_ok=True)
+    for name in _SIDE_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    if (src / _TEMPLATE_DIR).is_dir():
+        shutil.copytree(src / _TEMPLATE_DIR, dst / _TEMPLATE_DIR, dirs_exist_ok=True)
+    original = (src / "config.json").read_bytes()
+    (dst / "config.json").write_bytes(_with_dtype(original, str(dtype).removeprefix("torch.")))
+
+
+def _with_dtype(config: bytes, dtype: str) -> bytes:
+    """The JSON text with the value of its `dtype` (older: `torch_dtype`) field replaced, all else untouched."""
+    fields = json.loads(config)
+    for key in ("dtype", "torch_dtype"):
+        if fields.get(key) not in (None, dtype):
+            pattern = rb'("' + key.encode() + rb'"\s*:\s*)' + re.escape(json.dumps(fields[key]).encode())
+            config = re.sub(pattern, rb'\g<1>"' + dtype.encode() + rb'"', config)
+    return config
+
+
+def _global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every parameter of the chunks, with layers counted over the whole model instead of over the chunk."""
+    for chunk in model_chunks:
+        for name, parameter in chunk.named_parameters():
+            match = _LAYER.match(name)
+            if match is not None:
+                layer = cast(_NumberedLayer, chunk.get_submodule(match.group().removesuffix(".")))
+                name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+            yield name, parameter
+
+
+def _plan(plans: dict[str, ShardPlan], name: str, arch: Architecture) -> ShardPlan:
+    if name not in plans:
+        raise ConversionError(f"the model's parameter {name} has no row in the table of family {arch.family}")
+    return plans[name]
+
+
+def _check_equal_head(plan: ShardPlan, reader: SafetensorsReader, hf_dir: Path | str) -> None:
+    """Raises unless the output head that a tied checkpoint holds besides equals the embedding, on this rank's rows."""
+    for piece in plan.pieces:
+        slices = plan.slices(piece)
+        if not torch.equal(reader.read(piece.hf_name, slices), reader.read(LM_HEAD.name, slices)):
+            raise ConversionError(
+                f"{hf_dir}: {LM_HEAD.name} differs from {piece.hf_name} in rows {piece.start}:{piece.stop}, but "
+                "config.json ties them; set tie_word_embeddings to false, or remove the tensor that is not used"
+            )
+
+
+def _stage_of_each(
+    arch: Architecture,
+    mine: dict[str, torch.nn.Parameter],
+    plans: dict[str, ShardPlan],
+    state: ParallelState,
+    dtype: torch.dtype | None,
+) -> dict[str, tuple[int, torch.dtype]]:
+    """Pipeline stage and output dtype of every exported parameter, in table order; the same on all ranks."""
+    held: list[dict[str, torch.dtype]] = [{} for _ in range(state.pipeline_size)]
+    dist.all_gather_object(
+        held, {name: dtype or parameter.dtype for name, parameter in mine.items()}, group=state.pipeline_group
+    )
+    owners = {name: [stage for stage, names in enumerate(held) if name in names] for name in exported_names(arch)}
+    problems = [f"{name} is on stages {stages} instead of one" for name, stages in owners.items() if len(stages) != 1]
+    problems += [f"{name} has no row in the table" for names in held for name in names if name not in plans]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConversionError(f"the model is not a whole {arch.family} model:\n{listed}")
+    return {name: (stage, held[stage][name]) for name, (stage,) in owners.items()}
+
+
+def _open_writer(
+    stack: ExitStack, out_dir: Path | str, max_shard_bytes: int, state: ParallelState
+) -> ShardedWriter | None:
+    """The writer on the main rank, None elsewhere; a directory that cannot be used is an error on every rank."""
+    writer, failure = None, None
+    if state.is_main:
+        try:
+            writer = stack.enter_context(ShardedWriter(out_dir, max_shard_bytes=max_shard_bytes))
+        except (ConversionError, OSError) as error:
+            failure = str(error)
+    failure = broadcast_from_main(failure)
+    if failure is not None:
+        raise ConversionError(failure)
+    return writer
+
+
+def _gather(plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelState) -> dict[str, torch.Tensor] | None:
+    """Whole Hugging Face tensors of one parameter on tensor rank 0, None on the others."""
+    shard = shard.contiguous()
+    if state.tensor_size == 1:
+        return merge_shards(plans, [shard])
+    shards = [torch.empty_like(shard) for _ in plans] if state.tensor_rank == 0 else None
+    dist.gather(shard, shards, dst=dist.get_global_rank(state.tensor_group, 0), group=state.tensor_group)
+    if shards is None:
+        return None
+    if plans[0].replicated and not all(torch.equal(shards[0], other) for other in shards[1:]):
+        _log.error("%s differs between tensor-parallel ranks; rank 0's is exported", plans[0].megatron_name)
+    return merge_shards(plans, shards)
+
+
+def _to_first_stage(
+    merged: dict[str, torch.Tensor] | None,
+    plan: ShardPlan,
+    stage: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    state: ParallelState,
+) -> dict[str, torch.Tensor] | None:
+    """Moves one parameter's tensors from `stage` to the first stage, where they are returned; None on other stages."""
+    if state.pipeline_rank == 0:
+        received = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.hf_shapes.items()}
+        for tensor in received.values():
+            dist.recv(tensor, src=dist.get_global_rank(state.pipeline_group, stage), group=state.pipeline_group)
+        return received
+    if merged is not None:
+        for tensor in merged.values():
+            dist.send(tensor, dst=dist.get_global_rank(state.pipeline_group, 0), group=state.pipeline_group)
+    return None

@@ -1,0 +1,268 @@
+"""What a model's numbers depend on, read from a Hugging Face `config.json`; what is not understood is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from megadpo.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """All that the model's numbers depend on, besides its weights.
+
+    `inv_freq` holds head_dim/2 rotary frequencies (fp32 values) with any static scaling applied already, and
+    `rope_attention_scaling` multiplies the rotary cosines and sines.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    norm_epsilon: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    inv_freq: tuple[float, ...]
+    rope_attention_scaling: float
+    max_position_embeddings: int
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Vocabulary rounded up to a multiple of lcm(128, tensor_parallel).
+
+        So it is the same for every tensor-parallel size that divides 128, and checkpoints move between them.
+        """
+        multiple = math.lcm(128, tensor_parallel)
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the Hugging Face model: no padding, tied embeddings once."""
+        query, key_value = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        attention = 2 * self.hidden_size * (query + key_value)
+        attention += (query + 2 * key_value) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.hidden_size
+
+
+_RotaryClass = type[LlamaRotaryEmbedding | Qwen2RotaryEmbedding | Qwen3RotaryEmbedding]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A supported model class of transformers, and what its weights hold besides the common ones."""
+
+    name: str
+    config_class: type[PreTrainedConfig]
+    rotary_class: _RotaryClass
+    qkv_bias: bool
+    qk_norm: bool
+    own_fields: frozenset[str] = frozenset()
+
+
+# How transformers decides which layers attend through a sliding window; it resolves them to `layer_types`.
+_WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family("llama", LlamaConfig, LlamaRotaryEmbedding, qkv_bias=False, qk_norm=False),
+    "Qwen2ForCausalLM": _Family(
+        "qwen2", Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, qk_norm=False, own_fields=_WINDOW_FIELDS
+    ),
+    "Qwen3ForCausalLM": _Family(
+        "qwen3", Qwen3Config, Qwen3RotaryEmbedding, qkv_bias=False, qk_norm=True, own_fields=_WINDOW_FIELDS
+    ),
+}
+
+# Fields that end up in Architecture.
+_MAPPED = frozenset(
+    {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    | {"num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
+    | {"max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
+)
+
+# Fields without influence on a forward pass that is trained, and why.
+_IRRELEVANT: dict[str, str] = {
+    **dict.fromkeys(GenerationConfig().to_dict(), "steers generation only"),
+    "prefix": "steers generation only",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"), "the tokenizer decides"),
+    "tokenizer_class": "the tokenizer decides",
+    **dict.fromkeys(("torch_dtype", "dtype"), "each tensor's own dtype and precision.dtype decide"),
+    "initializer_range": "weights are loaded, never drawn",
+    "pretraining_tp": "a blocked evaluation of the same products, which transformers has dropped",
+    **dict.fromkeys(("transformers_version", "_name_or_path"), "a record of how the file was made"),
+    **dict.fromkeys(("unsloth_version", "unsloth_fixed"), "a record of how the file was made"),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), "selects what transformers' own forward returns"),
+    **dict.fromkeys(("return_dict", "torchscript"), "selects what transformers' own forward returns"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), "transformers' choice of kernel"),
+    "_attn_implementation_autoset": "transformers' choice of kernel",
+    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type"), "for classifiers"),
+    "task_specific_params": "for pipelines",
+}
+
+
+def _one_of(*values: object) -> Callable[[object], bool]:
+    return lambda value: value in values
+
+
+# Fields that must have the one meaning that is supported: test of the value, and what the message asks for.
+_FIXED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "hidden_act": (_one_of("silu"), "must be silu: the gated feed-forward is SwiGLU"),
+    "attention_bias": (_one_of(False, None), "must be false: it would add a bias to the attention's output projection"),
+    "mlp_bias": (_one_of(False, None), "must be false: feed-forward biases are not supported"),
+    "attention_dropout": (_one_of(0, None), "must be 0: dropout is not supported"),
+    "partial_rotary_factor": (_one_of(1, None), "must be 1: rotary embeddings over a part of a head are not supported"),
+    "use_mrope": (_one_of(False, None), "must be false: multimodal rotary embeddings are not supported"),
+    "layer_types": (
+        lambda value: value is None or (isinstance(value, list) and set(value) <= {"full_attention"}),
+        "must be all full_attention: sliding windows are not supported (see use_sliding_window)",
+    ),
+    "quantization_config": (_one_of(None), "must be absent: load the model, dequantize it and save it in bf16 first"),
+    "is_encoder_decoder": (_one_of(False, None), "must be false: only decoders are supported"),
+    "add_cross_attention": (_one_of(False, None), "must be false: only decoders are supported"),
+    "chunk_size_feed_forward": (_one_of(0, None), "must be 0"),
+}
+
+# Rope types whose frequencies don't depend on the sequence's length, and the keys that each may carry.
+_ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_ROPE_KEYS = {
+    "default": _ROPE_COMMON,
+    "linear": _ROPE_COMMON | {"factor"},
+    "llama3": _ROPE_COMMON | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": _ROPE_COMMON
+    | {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+    | {"mscale", "mscale_all_dim", "truncate"},
+}
+
+
+def read_architecture(hf_dir: Path | str) -> Architecture:
+    """Architecture of the Hugging Face model in `hf_dir`; ConversionError names every field that is not supported."""
+    path = Path(hf_dir) / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist; name a directory saved by save_pretrained") from None
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{path} holds a {type(fields).__name__}, it must hold an object of fields")
+    return parse_architecture(fields, source=str(path))
+
+
+def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architecture:
+    """Architecture from the fields of a Hugging Face configuration; `source` begins the error message.
+
+    Every field is used, known not to matter, or equal to the only supported value. A field unknown here passes if the
+    installed transformers knows it and it has that class's default, the behaviour that the conversion was checked on.
+    """
+    family = _family(fields, source)
+    problems = _unknown_fields(fields, family)
+    try:
+        config = family.config_class.from_dict(copy.deepcopy(dict(fields)))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problems.append(f"transformers refuses it: {error}")
+        raise _refusal(source, problems) from error
+    resolved = config.to_dict()
+    problems += [
+        f"{name} = {_short(value)} {requirement}"
+        for name, (accepts, requirement) in _FIXED.items()
+        if not accepts(value := resolved.get(name, fields.get(name)))
+    ]
+    problems += _rope_problems(resolved["rope_parameters"])
+    heads, groups = resolved["num_attention_heads"], resolved["num_key_value_heads"]
+    if heads % groups:
+        problems.append(f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {groups}")
+    if problems:
+        raise _refusal(source, problems)
+    inv_freq, attention_scaling = _rope(family, config)
+    return Architecture(
+        family=family.name,
+        num_layers=resolved["num_hidden_layers"],
+        hidden_size=resolved["hidden_size"],
+        ffn_hidden_size=resolved["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=resolved.get("head_dim") or resolved["hidden_size"] // heads,
+        vocab_size=resolved["vocab_size"],
+        norm_epsilon=resolved["rms_norm_eps"],
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=resolved["tie_word_embeddings"],
+        inv_freq=inv_freq,
+        rope_attention_scaling=attention_scaling,
+        max_position_embeddings=resolved["max_position_embeddings"],
+    )
+
+
+def _family(fields: Mapping[str, Any], source: str) -> _Family:
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _FAMILIES:
+        raise ConversionError(
+            f"{source}: architectures = {_short(architectures)} is not supported; it must name one of "
+            + ", ".join(_FAMILIES)
+        )
+    family = _FAMILIES[architectures[0]]
+    if fields.get("model_type", family.name) != family.name:
+        raise ConversionError(
+            f"{source}: model_type = {_short(fields['model_type'])} contradicts architectures = "
+            f"{_short(architectures)}; it must be {family.name}"
+        )
+    return family
+
+
+def _unknown_fields(fields: Mapping[str, Any], family: _Family) -> list[str]:
+    known = _MAPPED | family.own_fields | _IRRELEVANT.keys() | _FIXED.keys()
+    defaults = family.config_class().to_dict()
+    return [
+        f"{name} = {_short(value)} is not understood; remove the field if the model computes the same without it"
+        for name, value in fields.items()
+        if name not in known and not (name in defaults and value == defaults[name])
+    ]
+
+
+def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
+    rope_type = rope["rope_type"]
+    if rope_type not in _ROPE_KEYS:
+        return [f"rope type {_short(rope_type)} is not supported; it must be one of {', '.join(_ROPE_KEYS)}"]
+    problems = [
+        f"rope {name} = {_short(value)} has no meaning for rope type {rope_type}"
+        for name, value in rope.items()
+        if name not in _ROPE_KEYS[rope_type]
+    ]
+    factor = rope.get("partial_rotary_factor")
+    if factor not in (None, 1):
+        problems.append(f"rope partial_rotary_factor = {factor} {_FIXED['partial_rotary_factor'][1]}")
+    return problems
+
+
+def _rope(family: _Family, config: PreTrainedConfig) -> tuple[tuple[float, ...], float]:
+    # The model's own module, so that every static rope type has transformers' frequencies to the last bit.
+    with torch.device("cpu"):
+        rotary = family.rotary_class(config)
+    return tuple(rotary.get_buffer("inv_freq").tolist()), float(rotary.attention_scaling)
+
+
+def _refusal(source: str, problems: list[str]) -> ConversionError:
+    return ConversionError(f"{source}: {len(problems)} not supported:\n" + "\n".join(f"  {text}" for text in problems))
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 120 else text[:117] + "..."
