@@ -1,0 +1,38 @@
+"""Exact preference metrics over a whole validation set: every pair once, under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from megadpo.data.batch import PreferenceBatch
+from megadpo.data.loader import GlobalBatch
+from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.losses import PreferenceLoss
+from megadpo.metrics import add_sums
+from megadpo.reference import Reference
+
+
+def evaluate(
+    chunks: Sequence[torch.nn.Module],
+    reference: Reference,
+    loss: PreferenceLoss,
+    batches: Iterable[GlobalBatch],
+    *,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients."""
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        reference_logps = reference.log_probs(batch)
+
+        def closure(
+            index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor, scores: list = reference_logps
+        ) -> dict[str, torch.Tensor]:
+            return preference_statistics(loss, microbatch, logps_N, scores[index])[1]
+
+        with torch.no_grad():
+            for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):
+                add_sums(total, sums)
+    return total

@@ -1,0 +1,78 @@
+"""The directory that a run hands back: Hugging Face weights, tokenizer, and a model card on how it came about."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megadpo import __version__
+from megadpo.models.conversion.load_save import copy_hf_side_files, export_hf_weights
+from megadpo.models.hf_config import Architecture
+from megadpo.parallel.state import ParallelState
+
+_CARD_METRICS = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def export_model(
+    chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    source: Path,
+    out_dir: Path,
+    *,
+    state: ParallelState,
+    dtype: torch.dtype,
+    card: str,
+) -> None:
+    """Writes `out_dir` as a Hugging Face model: weights in `dtype`, the source's side files, and the card.
+
+    The directory appears under its name when it is complete; one that stood there before is replaced. Collective over
+    all ranks.
+    """
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    if state.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    export_hf_weights(chunks, arch, partial, state=state, dtype=dtype)
+    if state.is_main:
+        copy_hf_side_files(source, partial, dtype=dtype)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(out_dir, ignore_errors=True)
+        partial.rename(out_dir)
+    dist.barrier()
+
+
+def model_card(*, name: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:
+    """Markdown with YAML front matter: what was trained on what, with which settings, and the last metrics."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [dpo, preference-optimization, megadpo]",
+        "---",
+        "",
+        f"# {name}, aligned with DPO",
+        "",
+        f"Trained for {steps} steps with megadpo {__version__} (Direct Preference Optimization on Megatron-Core).",
+        "",
+        "| metric | training | validation |",
+        "|---|---|---|",
+    ]
+    for key in _CARD_METRICS:
+        cells = [f"{metrics[k]:.6g}" if k in metrics else "" for k in (key, f"eval/{key}")]
+        if any(cells):
+            lines.append(f"| `{key}` | {cells[0]} | {cells[1]} |")
+    lines += ["", "Training values are of the last logged step, before its update.", ""]
+    return "\n".join([*lines, "## Settings", "", "```yaml", settings_yaml.rstrip(), "```", ""])

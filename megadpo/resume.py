@@ -1,0 +1,100 @@
+"""Where a run begins: fresh, or at a checkpoint that is proved to belong to the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megadpo.checkpoint import TrainingState, find_checkpoint, list_checkpoints, read_training_state
+from megadpo.config.compose import config_to_dict
+from megadpo.config.schema import Config
+from megadpo.errors import CheckpointError
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """Where a run begins: the checkpoint that it continues (None: the Hugging Face weights), and what a save says."""
+
+    checkpoint: Path | None
+    state: TrainingState
+
+    @property
+    def step(self) -> int:
+        """Updates done before this run."""
+        return self.state.step
+
+
+def find_starting_point(config: Config, run_dir: Path, *, num_pairs: int, data_digest: str) -> StartingPoint:
+    """The checkpoint that train.resume names, checked to be of the same run; or a fresh start."""
+    now = TrainingState(step=0, num_pairs=num_pairs, data_digest=data_digest, settings=_flatten(config_to_dict(config)))
+    checkpoint = _checkpoint_to_resume(config, run_dir)
+    if checkpoint is None:
+        return StartingPoint(None, now)
+    saved = read_training_state(checkpoint)
+    _check_same_run(checkpoint, saved, now)
+    return StartingPoint(checkpoint, replace(now, step=saved.step))
+
+
+def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
+    if config.train.resume == "never":
+        return None
+    if config.train.resume == "auto":
+        found = list_checkpoints(run_dir / "checkpoints")
+        return found[-1] if found else None
+    return find_checkpoint(Path(config.train.resume))
+
+
+# Settings that decide which pairs a step sees: with other values the step number would mean another place in the data.
+_DATA_ORDER = ("train.seed", "train.shuffle", "train.global_batch_size")
+# Settings that may change freely between a run and its continuation.
+_FREE = (
+    "parallel.",
+    "device.",
+    "checkpoint.",
+    "trackers",
+    "train.resume",
+    "train.run_dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "data.tokens_per_microbatch",
+    "data.train_path",
+    "data.validation_path",
+)
+
+
+def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -> None:
+    """Refuses a checkpoint of other data or another data order; says which other settings have changed."""
+    problems = [
+        f"{key}={now.settings[key]}: the checkpoint was written with {saved.settings.get(key)}; resume with that value"
+        for key in _DATA_ORDER
+        if saved.settings.get(key) != now.settings[key]
+    ]
+    if saved.data_digest != now.data_digest:
+        problems.append(
+            f"the training pairs differ from the checkpoint's ({now.num_pairs} now, {saved.num_pairs} then, by token "
+            f"ids): resume with the same file, tokenizer, data.max_length and validation split"
+        )
+    if problems:
+        raise CheckpointError(f"{directory} can't be resumed:\n" + "\n".join(f"  {p}" for p in problems))
+    for key, value in now.settings.items():
+        if saved.settings.get(key) != value and not key.startswith(_FREE):
+            logger.warning(
+                "resuming with %s=%s; the checkpoint was written with %s", key, value, saved.settings.get(key)
+            )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values of a nested mapping."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,69 @@
+"""One optimizer step: reference pass, forward-backward schedule, update. The one scaling rule lives here.
+
+The loss of a step is the sum over the pairs of the global batch divided by their number. Each microbatch hands Megatron
+(sum of its pairs' losses, its number of pairs); Megatron adds up the counts over microbatches and data-parallel ranks
+and divides the summed gradients by them. Nothing else scales anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megadpo.data.batch import PreferenceBatch
+from megadpo.data.loader import GlobalBatch
+from megadpo.device import Device
+from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.losses import PreferenceLoss
+from megadpo.metrics import add_sums
+from megadpo.reference import Reference
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step leaves behind on this rank: sums over its pairs (last stage only), and the step's own numbers.
+
+    `grad_norm` is of the whole model before clipping. `updated` is False when Megatron skipped the update.
+    """
+
+    sums: dict[str, torch.Tensor]
+    grad_norm: float
+    updated: bool
+    reference_s: float
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    reference: Reference,
+    loss: PreferenceLoss,
+    batch: GlobalBatch,
+    *,
+    device: Device,
+) -> StepResult:
+    """Runs one update on the global batch; the parameter groups' hyperparameters are already set."""
+    started = time.perf_counter()
+    reference_logps = reference.log_probs(batch)
+    device.synchronize()
+    reference_s = time.perf_counter() - started
+
+    def closure(
+        index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        loss_sum, sums = preference_statistics(loss, microbatch, logps_N, reference_logps[index])
+        return loss_sum.float(), torch.tensor(microbatch.num_pairs, dtype=torch.int, device=logps_N.device), sums
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    per_microbatch = run_schedule(chunks, batch, closure, device=device.torch_device, forward_only=False)
+    updated, grad_norm, _ = optimizer.step()
+    total: dict[str, torch.Tensor] = {}
+    for sums in per_microbatch:
+        add_sums(total, sums)
+    return StepResult(sums=total, grad_norm=float(grad_norm), updated=bool(updated), reference_s=reference_s)

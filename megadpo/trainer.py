@@ -1,0 +1,214 @@
+"""The training loop: batches, steps, metrics, evaluation, checkpoints. No tensor maths."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
+from megadpo.data.tokenization import TokenizedPair
+from megadpo.device import Device
+from megadpo.errors import TrainingError
+from megadpo.losses import STATISTICS
+from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
+from megadpo.optimizer import LearningRate
+from megadpo.parallel.collectives import gather_rows
+from megadpo.parallel.state import ParallelState
+from megadpo.rank_logging import get_logger
+from megadpo.trackers import Tracker
+from megadpo.train_step import StepResult
+
+logger = get_logger(__name__)
+
+# Step 1 of a fresh run compares a policy with itself: on one schedule that is exact up to the mean's rounding.
+_NO_PREFERENCE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """When the loop stops, logs, evaluates and saves (in updates), and the learning rate of every update.
+
+    `value_without_preference` is the loss that the first update must show because the reference is the starting policy;
+    None where it is not.
+    """
+
+    total_steps: int
+    log_every: int
+    eval_every: int | None
+    save_every: int | None
+    learning_rate: LearningRate
+    value_without_preference: float | None
+
+
+@dataclass(slots=True)
+class Interval:
+    """What has been summed up since the last logged line; the sums stay on the device until they are reduced."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    step_s: float = 0.0
+    reference_s: float = 0.0
+    grad_norm: float = 0.0
+    logical_tokens: int = 0
+    computed_tokens: int = 0
+
+    def add(self, result: StepResult, batch: GlobalBatch, step_s: float) -> None:
+        """Adds one step."""
+        add_sums(self.sums, result.sums)
+        self.steps += 1
+        self.step_s += step_s
+        self.reference_s += result.reference_s
+        self.grad_norm += result.grad_norm
+        self.logical_tokens += batch.logical_tokens
+        self.computed_tokens += batch.computed_tokens
+
+
+class Trainer:
+    """Moves a run through its steps; the same calls happen on every rank.
+
+    `update` makes one optimizer step on a global batch at a learning rate; `evaluate` gives this rank's sums over the
+    pairs of some batches; `save` writes the checkpoint of a step; `on_step` hears every logged line.
+    """
+
+    def __init__(
+        self,
+        *,
+        update: Callable[[GlobalBatch, float], StepResult],
+        evaluate: Callable[[Iterable[GlobalBatch]], dict[str, torch.Tensor]],
+        save: Callable[[int], None],
+        on_step: Callable[[int, Mapping[str, float]], None],
+        data: TrainingData,
+        validation: Mapping[str, Sequence[TokenizedPair]],
+        state: ParallelState,
+        device: Device,
+        settings: LoopSettings,
+        trackers: Sequence[Tracker],
+    ) -> None:
+        self.update = update
+        self.evaluate = evaluate
+        self.save = save
+        self.on_step = on_step
+        self.data = data
+        self.validation = validation
+        self.state = state
+        self.device = device
+        self.settings = settings
+        self.trackers = trackers
+        self.last_metrics: dict[str, float] = {}
+
+    def run(self, steps_done: int) -> dict[str, float]:
+        """Trains from `steps_done` to the last step, evaluating and saving on the way; each metric's last value."""
+        settings = self.settings
+        if steps_done == 0:
+            self.evaluate_all(0)
+        interval = Interval()
+        for step in range(steps_done + 1, settings.total_steps + 1):
+            is_last = step == settings.total_steps
+            self._one_step(step, interval)
+            if step % settings.log_every == 0 or is_last:
+                self._log_interval(step, interval)
+                interval = Interval()
+            if is_last or (settings.eval_every and step % settings.eval_every == 0):
+                self.evaluate_all(step)
+            if is_last or (settings.save_every and step % settings.save_every == 0):
+                self.save(step)
+        return self.last_metrics
+
+    def _one_step(self, step: int, interval: Interval) -> None:
+        started = time.perf_counter()
+        batch = self.data.batch_after(step - 1)
+        result = self.update(batch, self.settings.learning_rate.after(step - 1))
+        self.device.synchronize()
+        if not math.isfinite(result.grad_norm):
+            raise TrainingError(
+                f"step {step}: the gradient norm is {result.grad_norm}, so the weights are lost from here on. "
+                f"The pairs of this batch are rows {_shorten(batch.pair_indices)} of the data. Lower "
+                f"optimizer.lr, look at those pairs, or resume from the last checkpoint."
+            )
+        if step == 1 and self.settings.value_without_preference is not None:
+            self._check_no_preference(self._reduced(result.sums), self.settings.value_without_preference)
+        interval.add(result, batch, time.perf_counter() - started)
+
+    def _reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Means over all pairs of all ranks from this rank's sums; zeros stand in where this rank has none.
+
+        Tensor-parallel peers hold the same sums: one of them speaks.
+        """
+        counted = self.state.is_last_stage and self.state.tensor_rank == 0
+        metrics = {
+            name: Metric(sums[name] if counted and name in sums else 0.0, Reduction.SUM)
+            for name in (*STATISTICS, "pairs")
+        }
+        return preference_means(reduce_metrics(metrics, gather=gather_rows, device=self.device.torch_device))
+
+    def _check_no_preference(self, means: Mapping[str, float], expected: float) -> None:
+        error = abs(means["loss"] - expected)
+        if not error <= _NO_PREFERENCE_TOLERANCE * max(1.0, expected):
+            raise TrainingError(
+                f"step 1: the loss is {means['loss']:.9f}; policy and reference are the same weights, so it must be "
+                f"{expected:.9f} (tolerance {_NO_PREFERENCE_TOLERANCE:g}, live reference on the same schedule; "
+                f"rewards {means['rewards/chosen']:.3e} and {means['rewards/rejected']:.3e} must be 0). The two models "
+                f"compute different numbers: the gradients would be wrong. Nothing was saved."
+            )
+
+    def _log_interval(self, step: int, interval: Interval) -> None:
+        means = self._reduced(interval.sums)
+        pairs = means.pop("pairs")
+        maxima = reduce_metrics(
+            {
+                "time/step_s": Metric(interval.step_s, Reduction.MAX),
+                "time/reference_s": Metric(interval.reference_s, Reduction.MAX),
+                "memory/peak_gib": Metric(self.device.peak_memory_bytes() / 2**30, Reduction.MAX),
+            },
+            gather=gather_rows,
+            device=self.device.torch_device,
+        )
+        seconds, steps = maxima["time/step_s"], interval.steps
+        metrics = {
+            **means,
+            "grad_norm": interval.grad_norm / steps,
+            "lr": self.settings.learning_rate.after(step - 1),
+            "epoch": self.data.epochs_after(step),
+            "pairs": pairs / steps,
+            "tokens": interval.logical_tokens / steps,
+            "tokens/computed": interval.computed_tokens / steps,
+            "time/step_s": seconds / steps,
+            "time/reference_s": maxima["time/reference_s"] / steps,
+            "throughput/pairs_per_s": pairs / seconds,
+            "throughput/tokens_per_s": interval.logical_tokens / seconds,
+            "memory/peak_gib": maxima["memory/peak_gib"],
+        }
+        self._track(step, metrics)
+        self.on_step(step, metrics)
+
+    def evaluate_all(self, steps_done: int) -> None:
+        """Logs the metrics of every validation set under `eval/` (`eval/NAME/` for named ones), as one line."""
+        if not self.validation:
+            return
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        for name, pairs in self.validation.items():
+            sums = self.evaluate(self._evaluation(pairs))
+            prefix = f"eval/{name}/" if name else "eval/"
+            metrics.update({f"{prefix}{key}": value for key, value in self._reduced(sums).items()})
+        metrics["eval/time_s"] = time.perf_counter() - started
+        self._track(steps_done, metrics)
+        self.on_step(steps_done, metrics)
+
+    def _evaluation(self, pairs: Sequence[TokenizedPair]) -> Iterable[GlobalBatch]:
+        return evaluation_batches(pairs, group_size=self.data.global_batch_size, builder=self.data.builder)
+
+    def _track(self, step: int, metrics: dict[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+        self.last_metrics.update(metrics)
+
+
+def _shorten(indices: Sequence[int], most: int = 20) -> str:
+    """The first few numbers of a sequence, and how many more there are."""
+    shown = ", ".join(map(str, indices[:most]))
+    return shown if len(indices) <= most else f"{shown} and {len(indices) - most} more"

@@ -1,0 +1,211 @@
+"""The house stands: imports point down only, third-party packages stay in their rooms, torch.cuda in one file.
+
+The checks read the syntax trees of megadpo/ and tools/ and run nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From the ground up; a module imports its own floor or lower ones.
+FLOORS = [
+    {"errors", "rank_logging"},
+    {"config"},
+    {"device"},
+    {"parallel"},
+    {"attention_plan", "logprobs", "losses", "metrics"},
+    {"data", "models"},
+    {"forward_step", "optimizer", "checkpoint", "export", "planner"},
+    {"reference"},
+    {"train_step", "evaluation", "trackers", "progress", "health"},
+    {"trainer"},
+    {"assembly", "resume", "run"},
+    {"tools"},
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+STRANGERS = [("data", "models"), ("models", "data")]
+
+# Package -> modules that may import it, with everything under them.
+HOMES = {
+    "hydra": ["megadpo.config.compose", "tools"],
+    "omegaconf": ["megadpo.config.compose", "tools"],
+    "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "tools"],
+    "wandb": ["megadpo.trackers"],
+    "tensorboard": ["megadpo.trackers"],
+    "torch.utils.tensorboard": ["megadpo.trackers"],
+    "torch.cuda": ["megadpo.device"],
+    "megatron": [
+        "megadpo.device",
+        "megadpo.parallel",
+        "megadpo.models",
+        "megadpo.optimizer",
+        "megadpo.forward_step",
+        "megadpo.train_step",
+        "megadpo.checkpoint",
+    ],
+}
+# Modules whose only third-party import is torch.
+PURE = [
+    "megadpo.attention_plan",
+    "megadpo.data.schedule",
+    "megadpo.losses",
+    "megadpo.metrics",
+    "megadpo.models.conversion.mapping",
+]
+
+
+def sources() -> dict[str, str]:
+    """Text of every module of megadpo and tools by dotted name; a package has its own name."""
+    found = {}
+    for path in sorted([*(ROOT / "megadpo").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return found
+
+
+def used_names(text: str) -> set[str]:
+    """Dotted names that a module imports, `from` imports with what they take, and `torch.X` wherever it is named."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this project"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            names.add(f"torch.{node.attr}")
+    return names
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def room(module: str) -> str:
+    """`megadpo.data.batch` -> data, `tools.train` -> tools, `megadpo` -> megadpo."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "megadpo" and len(parts) > 1 else parts[0]
+
+
+def upward_imports(modules: dict[str, str]) -> Iterator[str]:
+    for module, text in modules.items():
+        here = room(module)
+        for name in sorted(used_names(text)):
+            there = room(name)
+            if name.split(".")[0] not in ("megadpo", "tools") or "megadpo" in (here, there) or there == "__version__":
+                continue
+            if FLOOR[there] > FLOOR[here] or (here, there) in STRANGERS:
+                yield f"{module} imports {name}"
+
+
+def strays(modules: dict[str, str]) -> Iterator[str]:
+    for module, text in modules.items():
+        for name in sorted(used_names(text)):
+            for package, homes in HOMES.items():
+                if within(name, package) and not any(within(module, home) for home in homes):
+                    yield f"{module} uses {name}"
+
+
+def impurities(modules: dict[str, str]) -> Iterator[str]:
+    allowed = {*sys.stdlib_module_names, "torch", "megadpo"}
+    for module in PURE:
+        for name in sorted(used_names(modules.get(module, ""))):
+            if name.split(".")[0] not in allowed:
+                yield f"{module} imports {name}"
+
+
+def cycle(modules: dict[str, str]) -> list[str]:
+    """Modules of one import cycle, [] when there is none."""
+    graph = {
+        module: {known for name in used_names(text) for known in (name, name.rpartition(".")[0]) if known in modules}
+        - {module}
+        for module, text in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+# The house as it is
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(module) for module in sources()} - {"megadpo"} <= set(FLOOR)
+
+
+def test_imports_point_down() -> None:
+    assert list(upward_imports(sources())) == []
+
+
+def test_no_import_cycles() -> None:
+    assert cycle(sources()) == []
+
+
+def test_packages_stay_in_their_rooms() -> None:
+    assert list(strays(sources())) == []
+
+
+def test_pure_modules_import_torch_only() -> None:
+    assert list(impurities(sources())) == []
+
+
+# The checks themselves
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "offence"),
+    [
+        ("megadpo.device", "from megadpo.parallel.state import build", "megadpo.parallel.state.build"),
+        ("megadpo.data.batch", "import megadpo.models.policy", "megadpo.models.policy"),
+        ("megadpo.trainer", "from tools.train import main", "tools.train.main"),
+        ("megadpo.losses", "def f():\n    from megadpo import trainer", "megadpo.trainer"),
+    ],
+)
+def test_an_upward_import_is_found(module: str, text: str, offence: str) -> None:
+    assert list(upward_imports({module: text})) == [f"{module} imports {offence}"]
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "offence"),
+    [
+        ("megadpo.losses", "import torch\nx = torch.cuda.is_available()", "torch.cuda"),
+        ("megadpo.losses", "from torch import cuda", "torch.cuda"),
+        ("megadpo.data.loader", "import megatron.core", "megatron.core"),
+        ("megadpo.data.dataset", "from transformers import AutoTokenizer", "transformers.AutoTokenizer"),
+        ("megadpo.config.schema", "import omegaconf", "omegaconf"),
+        (
+            "megadpo.metrics",
+            "from torch.utils.tensorboard import SummaryWriter",
+            "torch.utils.tensorboard.SummaryWriter",
+        ),
+        ("tools.train", "import torch\ntorch.cuda.empty_cache()", "torch.cuda"),
+    ],
+)
+def test_a_package_outside_its_room_is_found(module: str, text: str, offence: str) -> None:
+    assert list(strays({module: text})) == [f"{module} uses {offence}"]
+
+
+def test_an_impurity_is_found() -> None:
+    assert list(impurities({"megadpo.losses": "import math\nimport rich"})) == ["megadpo.losses imports rich"]
+
+
+def test_a_cycle_is_found() -> None:
+    modules = {"megadpo.losses": "from megadpo.metrics import x", "megadpo.metrics": "import megadpo.losses"}
+    assert set(cycle(modules)) == set(modules)
+
+
+def test_downward_imports_pass() -> None:
+    modules = {
+        "tools.train": "import torch, hydra\nfrom megadpo import __version__\nfrom megadpo.trainer import Trainer"
+    }
+    assert not [*upward_imports(modules), *strays(modules)]
