@@ -1,0 +1,117 @@
+"""The exported directory is the trained policy: transformers scores it as the run's own evaluation did."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadpo.data.dataset import read_pairs
+from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
+from tests.helpers.jobs import train
+from tests.helpers.launch import launch
+from tests.helpers.naive import load_hf, pair_logps
+from tests.helpers.pairs import make_pairs
+from tests.helpers.runs import metrics, write_jsonl
+from tests.helpers.tiny_models import write_tiny_model
+
+BETA = 0.3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(model, validation file, run directory) of a tp2·pp2 run with two validation sets of other sizes than a batch."""
+    root = tmp_path_factory.mktemp("export")
+    model = write_tiny_model(root / "model", "qwen3")
+    train_file = write_jsonl(root / "train.jsonl", make_pairs(12, seed=1))
+    validation = write_jsonl(root / "validation.jsonl", make_pairs(7, seed=2))
+    launch(
+        4,
+        train,
+        [
+            "+model=hf",
+            f"model.hf_path={model}",
+            f"data.train_path={train_file}",
+            f"data.validation_path={{held_out: {validation}, again: {validation}}}",
+            "data.tokens_per_microbatch=128",
+            "parallel.tensor=2",
+            "parallel.pipeline=2",
+            "precision.dtype=fp32",
+            "device.kind=cpu",
+            f"loss.beta={BETA}",
+            "train.max_steps=4",
+            "train.global_batch_size=4",
+            "train.eval_every=2",
+            "train.log_every=2",
+            "optimizer.lr=1e-4",
+            f"train.run_dir={root / 'run'}",
+        ],
+    )
+    return model, validation, root / "run"
+
+
+def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Path]) -> None:
+    model, validation, run_dir = run
+    pairs = tokenize_pairs(read_pairs(validation).pairs, load_tokenizer(model), max_length=2048).pairs
+    reference, policy = pair_logps(model, pairs), pair_logps(run_dir / "hf", pairs)
+
+    lines = [line for line in metrics(run_dir) if "eval/held_out/loss" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert lines[0]["eval/held_out/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    last = lines[-1]
+    margins = [BETA * ((policy[i][0] - reference[i][0]) - (policy[i][1] - reference[i][1])) for i in sorted(reference)]
+    expected = {
+        "loss": float(-torch.nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean()),
+        "logps/chosen": sum(p[0] for p in policy.values()) / len(pairs),
+        "logps/rejected": sum(p[1] for p in policy.values()) / len(pairs),
+        "rewards/margins": sum(margins) / len(pairs),
+        "rewards/accuracies": sum(m > 0 for m in margins) / len(pairs),
+        "logps/accuracies": sum(p[0] > p[1] for p in policy.values()) / len(pairs),
+        "pairs": 7.0,
+    }
+    for name in ("held_out", "again"):
+        for key, value in expected.items():
+            assert last[f"eval/{name}/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_training_lines_are_means_of_their_interval(run: tuple[Path, Path, Path]) -> None:
+    lines = [line for line in metrics(run[2]) if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[0]["loss"] != pytest.approx(0.6931471805599453, abs=1e-6)  # step 1 shows ln 2, step 2 does not
+    assert lines[0]["pairs"] == 4.0
+    assert lines[0]["epoch"] == pytest.approx(8 / 12)
+    assert lines[0]["tokens/computed"] >= lines[0]["tokens"]
+    assert 0 < lines[0]["time/reference_s"] < lines[0]["time/step_s"]
+
+
+def test_side_files_are_the_source_s_own(run: tuple[Path, Path, Path]) -> None:
+    model, _, run_dir = run
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
+        assert (run_dir / "hf" / name).read_bytes() == (model / name).read_bytes(), name
+    card = (run_dir / "hf" / "README.md").read_text()
+    assert f"beta: {BETA}" in card
+    assert "rewards/accuracies" in card
+    assert load_hf(run_dir / "hf").config.architectures == ["Qwen3ForCausalLM"]
+
+
+def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]) -> None:
+    run_dir = run[2]
+    assert {p.name for p in run_dir.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_00000004"
+    assert any("tfevents" in name for name in os.listdir(run_dir / "tensorboard"))
+    keys = set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1]))
+    assert keys >= {
+        *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+        *("logps/chosen", "logps/rejected", "logps/accuracies", "grad_norm", "lr", "epoch", "pairs", "tokens"),
+        *("tokens/computed", "time/step_s", "time/reference_s", "throughput/pairs_per_s", "throughput/tokens_per_s"),
+        "memory/peak_gib",
+    }

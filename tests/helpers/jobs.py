@@ -1,0 +1,95 @@
+"""What the ranks of a distributed test do; module-level functions that `launch` can send."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megadpo.config.compose import compose_config
+from megadpo.config.validation import validate
+from megadpo.data.dataset import read_pairs
+from megadpo.data.loader import BatchBuilder, BatchShape
+from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
+from megadpo.device import megatron_device, select_device
+from megadpo.forward_step import score
+from megadpo.models.builder import load_model
+from megadpo.models.conversion.load_save import export_hf_weights
+from megadpo.models.hf_config import read_architecture
+from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
+from megadpo.run import run_training
+
+
+def train(overrides: list[str]) -> str:
+    """Runs a training with the overrides on this rank; the run directory."""
+    config = compose_config(overrides)
+    validate(config, world_size=int(os.environ["WORLD_SIZE"]))
+    return str(run_training(config))
+
+
+def batch_builder(state: ParallelState, *, budget: int, pad_token_id: int) -> BatchBuilder:
+    """The builder that a run with sequence parallelism (tp > 1) on this layout uses."""
+    shape = BatchShape(
+        data_rank=state.data_rank,
+        data_size=state.data_size,
+        token_multiple=state.tensor_size,
+        fixed_streams=state.pipeline_size > 1,
+        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
+    )
+    return BatchBuilder(shape=shape, tokens_per_microbatch=budget, pad_token_id=pad_token_id)
+
+
+def score_and_export(
+    models: list[str],
+    data: str,
+    layout: dict[str, Any],
+    *,
+    budget: int = 400,
+    dtype: torch.dtype = torch.float32,
+    max_length: int = 512,
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """Log-probs of every pair of `data` under every model directory, and each model's export to DIR-export.
+
+    The result is {model: {pair index: (chosen, rejected)}} on ranks of the last stage, with nothing in it elsewhere.
+    """
+    device = select_device("cpu")
+    with megatron_device(device), distributed(device, timeout_s=120):
+        state = build_parallel_state(
+            tensor=layout.get("tensor", 1),
+            pipeline=layout.get("pipeline", 1),
+            virtual_pipeline=layout.get("virtual_pipeline"),
+            seed=0,
+            timeout_s=120,
+        )
+        results: dict[str, dict[int, tuple[float, float]]] = {}
+        for model in models:
+            arch = read_architecture(model)
+            chunks = load_model(arch, state, model, device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
+            tokenizer = load_tokenizer(model)
+            pairs = tokenize_pairs(read_pairs(data).pairs, tokenizer, max_length=max_length).pairs
+            batch = batch_builder(state, budget=budget, pad_token_id=int(tokenizer.pad_token_id)).build(pairs)
+            results[model] = {}
+            scores = score(chunks, batch, device=device.torch_device)
+            for microbatch, logps in zip(batch.microbatches, scores, strict=False):
+                columns = (microbatch.pair_indices, logps.chosen_B.tolist(), logps.rejected_B.tolist())
+                for index, chosen, rejected in zip(*columns, strict=True):
+                    results[model][index] = (chosen, rejected)
+            layout_name = "-".join(f"{k}{v}" for k, v in layout.items())
+            export_hf_weights(chunks, arch, f"{model}-export-{layout_name}", state=state)
+        return results
+
+
+def compare_checkpoints(a: str, b: str) -> tuple[list[str], list[str]]:
+    """(names of all tensors of checkpoint `a`: weights, fp32 main weights, moments; those that differ in `b`)."""
+    device = select_device("cpu")
+    with megatron_device(device), distributed(device, timeout_s=60):
+        build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
+        first, second = (dist_checkpointing.load_plain_tensors(directory) for directory in (a, b))
+        different = [name for name in first if name not in second or not _equal(first[name], second[name])]
+        return sorted(first), sorted(set(second) - set(first)) + different
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

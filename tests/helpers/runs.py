@@ -1,0 +1,59 @@
+"""Reads what a run left behind, and compares two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_lines(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of training steps, without those of evaluations."""
+    return [line for line in metrics(run_dir) if "loss" in line]
+
+
+def exported_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    """The exported model's weights."""
+    return load_file(Path(run_dir) / "hf" / "model.safetensors")
+
+
+def assert_same_trajectory(expected: str | Path, actual: str | Path, *, lr: float) -> None:
+    """Fails unless two fp32 runs agree to the tolerances that every layout is held to.
+
+    Loss 1e-5; gradient norm and log-probs 1e-4 relative; weights 1e-5 in the whole model's relative norm, with no
+    element off by more than lr/5 (Adam turns rounding on near-zero gradients into lone larger steps).
+    """
+    lines = list(zip(training_lines(expected), training_lines(actual), strict=True))
+    assert lines
+    for a, b in lines:
+        where = f"step {a['step']}"
+        assert a["step"] == b["step"]
+        assert abs(a["loss"] - b["loss"]) <= 1e-5, where
+        for key in ("grad_norm", "logps/chosen", "logps/rejected"):
+            assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]), f"{where}: {key} {a[key]} {b[key]}"
+        for key in ("lr", "epoch", "pairs", "tokens", "rewards/accuracies", "logps/accuracies"):
+            assert a[key] == b[key], f"{where}: {key}"
+    assert_close_weights(exported_weights(expected), exported_weights(actual), largest=lr / 5)
+
+
+def assert_close_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, largest: float) -> None:
+    """Fails unless the weights agree to 1e-5 of the model's norm and no element differs by more than `largest`."""
+    assert a.keys() == b.keys()
+    squared = sum(float((a[k].double() - b[k].double()).pow(2).sum()) for k in a)
+    norm = sum(float(a[k].double().pow(2).sum()) for k in a)
+    assert (squared / norm) ** 0.5 <= 1e-5
+    assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) <= largest
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes one JSON object a line; the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

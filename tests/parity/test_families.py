@@ -1,0 +1,102 @@
+"""Each model family against transformers: per-pair log-probs at tp2 and pp2, and a bit-equal way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megadpo.data.dataset import read_pairs
+from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
+from tests.helpers.jobs import score_and_export
+from tests.helpers.launch import launch
+from tests.helpers.naive import load_hf, pair_logps
+from tests.helpers.pairs import make_pairs
+from tests.helpers.runs import write_jsonl
+from tests.helpers.tiny_models import write_tiny_model
+
+# name: arguments of write_tiny_model. Together: GQA, one head per group, qkv bias, qk-norm, tied and untied embeddings,
+# head_dim other than hidden/heads, vocabularies that no tensor-parallel size divides, scaled rotary frequencies.
+VARIANTS = {
+    "llama": {"family": "llama"},
+    "llama_tied_wide_heads": {"family": "llama", "tied": True, "head_dim": 32, "vocab_size": 389},
+    "llama_scaled_rope": {
+        "family": "llama",
+        "rope": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama_yarn": {
+        "family": "llama",
+        "rope": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2_tied": {"family": "qwen2", "tied": True, "vocab_size": 523},
+    "qwen2_untied_mha": {"family": "qwen2", "tied": False, "kv_heads": 4},
+    "qwen3": {"family": "qwen3", "head_dim": 32},
+    "qwen3_tied": {"family": "qwen3", "tied": True, "head_dim": 32},
+}
+LAYOUTS = ({"tensor": 2}, {"pipeline": 2}, {"tensor": 4})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: write_tiny_model(root / name, **arguments) for name, arguments in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_pairs(12, seed=3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()))
+def test_scores_equal_transformers_and_export_is_bit_equal(
+    layout: dict[str, int], models: dict[str, Path], data: Path
+) -> None:
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    results = launch(world, score_and_export, [str(m) for m in models.values()], str(data), layout)
+    for name, directory in models.items():
+        tokenizer = load_tokenizer(directory)
+        pairs = tokenize_pairs(read_pairs(data).pairs, tokenizer, max_length=512).pairs
+        expected = pair_logps(directory, pairs)
+        scored = results[-1][str(directory)]
+        assert scored.keys() == expected.keys(), name
+        for index, logps in expected.items():
+            assert scored[index] == pytest.approx(logps, rel=1e-4), f"{name}, pair {index}"
+
+        exported = Path(f"{directory}-export-" + "-".join(f"{k}{v}" for k, v in layout.items()))
+        before, after = load_file(directory / "model.safetensors"), load_file(exported / "model.safetensors")
+        assert before.keys() == after.keys(), name
+        for weight, tensor in before.items():
+            assert tensor.dtype == after[weight].dtype
+            assert torch.equal(tensor, after[weight]), f"{name}: {weight}"
+
+
+def test_a_shifted_mask_would_be_seen(models: dict[str, Path], data: Path) -> None:
+    """The gate is sharp: one token more or less in the sum is far outside it."""
+    directory = models["llama"]
+    pairs = tokenize_pairs(read_pairs(data).pairs, load_tokenizer(directory), max_length=512).pairs
+    model = load_hf(directory)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*pairs[0].prompt.tolist(), *pairs[0].chosen.tolist()]])).logits
+    one_token = torch.log_softmax(logits[0], -1).amax(-1).abs().min()
+    expected = pair_logps(directory, pairs[:1])[pairs[0].index][0]
+    assert one_token > 10 * 1e-4 * abs(expected)
+
+
+def test_side_files_describe_the_model(models: dict[str, Path]) -> None:
+    config = json.loads((models["qwen3"] / "config.json").read_text())
+    assert config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]
