@@ -6,17 +6,17 @@ Every key is described in megadpo/config/schema.py; docs/ and README.md show who
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from pathlib import Path
 
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
-from megadpo.errors import MegaDPOError
-from megadpo.models.hf_config import read_architecture
-from megadpo.rank_logging import configure_logging, get_logger, global_rank
+from megadpo.errors import ConfigError, ConversionError, MegaDPOError
+from megadpo.rank_logging import configure_logging, get_logger, global_rank, launched_world_size, silence_libraries
 
+_SECONDS_FOR_RANK_0 = 5.0
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -26,32 +26,48 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     configure_logging()
+    silence_libraries()
     logger = get_logger("megadpo.train")
     try:
-        config = compose_config(arguments, config_dir=CONFIG_DIR)
-        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), shape=_model_shape(config))
+        config = compose_config(arguments, config_dir=CONFIG_DIR, check=check)
         from megadpo.run import run_training  # Megatron takes seconds to import; mistakes above cost none
 
         run_dir = run_training(config)
     except MegaDPOError as error:
-        if global_rank() == 0:
-            logger.error("%s", error)
+        if global_rank() != 0:
+            # Rank 0 says the same: leaving before it would have the launcher kill it in mid-sentence. Whoever is still
+            # here afterwards failed alone and speaks.
+            time.sleep(_SECONDS_FOR_RANK_0)
+        logger.error("%s", error)
         return 2
     logger.info("done: %s", run_dir)
     return 0
 
 
-def _model_shape(config: Config) -> ModelShape | None:
-    """Sizes of the model that limit the layout; None where there is no model to read, which validation reports."""
+def check(config: Config) -> None:
+    """Raises one ConfigError with all that keeps the configuration from running on this launch's ranks."""
+    world_size = launched_world_size()
     if config.model.hf_path is None or not (Path(config.model.hf_path) / "config.json").is_file():
-        return None
-    arch = read_architecture(config.model.hf_path)
-    return ModelShape(
+        validate(config, world_size=world_size)  # says so
+        return
+    from megadpo.models.hf_config import read_architecture  # transformers takes seconds to import
+
+    try:
+        arch = read_architecture(config.model.hf_path)
+    except ConversionError as error:
+        violations = [str(error)]
+        try:
+            validate(config, world_size=world_size)
+        except ConfigError as others:
+            violations += others.violations
+        raise ConfigError(violations) from error
+    shape = ModelShape(
         num_layers=arch.num_layers,
         num_attention_heads=arch.num_attention_heads,
         num_query_groups=arch.num_query_groups,
         ffn_hidden_size=arch.ffn_hidden_size,
     )
+    validate(config, world_size=world_size, shape=shape)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,18 @@ from megadpo.errors import ConfigError
 _MISSING_IN_YAML = "???"
 
 
-def compose_config(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
-    """The configuration of conf/config.yaml, the chosen group files and the overrides, types checked.
+def compose_config(
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | None = None,
+    check: Callable[[Config], None] = lambda config: None,
+) -> Config:
+    """The configuration of conf/config.yaml, the chosen group files and the overrides, types and rules checked.
 
     `overrides` are words of the command line: `+GROUP=FILE` (or `GROUP=FILE`) picks conf/GROUP/FILE.yaml, `key=value`
-    sets a key; the last value of a key wins. `config_dir` defaults to conf/ beside the package. Raises one ConfigError
-    with every unknown key, wrong type, missing key, unknown file and word that is not an override.
+    sets a key; the last value of a key wins. `config_dir` defaults to conf/ beside the package. `check` raises
+    ConfigError for what types cannot say. Raises one ConfigError with every unknown key, wrong type, missing key,
+    unknown file, word that is not an override, and violation that `check` finds.
     """
     conf = (config_dir or Path(__file__).parents[2] / "conf").resolve()
     if not (conf / "config.yaml").is_file():
@@ -55,7 +61,7 @@ def compose_config(overrides: Sequence[str], *, config_dir: Path | None = None) 
         because = f" with +{group}={parsed.groups[group]}" if group in parsed.groups else ""
         return f"{key} is required{because}: add {key}=VALUE"
 
-    return _to_config(tree, parsed.problems, missing)
+    return _to_config(tree, parsed.problems, missing, check)
 
 
 def config_from_yaml(text: str) -> Config:
@@ -70,6 +76,7 @@ def config_from_yaml(text: str) -> Config:
         {str(key): value for key, value in tree.items()},
         [],
         lambda key: f"{key} is required: it is missing in the file",
+        lambda config: None,
     )
 
 
@@ -193,20 +200,41 @@ def _set(composed: DictConfig, key: str, value: Any, problems: list[str]) -> Non
 # Plain tree to dataclasses
 
 
-def _to_config(tree: Mapping[str, Any], problems: Sequence[str], missing: Callable[[str], str]) -> Config:
-    """The configuration of a plain tree; `missing` words the lack of a key ("" when that is reported already)."""
-    found = list(problems)
+@dataclass(kw_only=True, slots=True)
+class _Findings:
+    """What is wrong so far, and the keys that hold a stand-in because they are missing or of a wrong type."""
+
+    problems: list[str]
+    stand_ins: list[str] = field(default_factory=list)
+
+
+def _to_config(
+    tree: Mapping[str, Any],
+    problems: Sequence[str],
+    missing: Callable[[str], str],
+    check: Callable[[Config], None],
+) -> Config:
+    """The configuration of a plain tree; `missing` words the lack of a key ("" when that is reported already).
+
+    Rules are checked even where keys are wrong, with stand-ins for their values, so that all mistakes come at once;
+    a violation that speaks of a stand-in is not the user's and is left out.
+    """
+    found = _Findings(problems=list(problems))
     config = _build(Config, tree, "", found, missing)
-    if found:
-        raise ConfigError(found)
     assert isinstance(config, Config)
+    try:
+        check(config)
+    except ConfigError as error:
+        found.problems += [text for text in error.violations if not any(f"{key}=" in text for key in found.stand_ins)]
+    if found.problems or found.stand_ins:
+        raise ConfigError(found.problems)
     return config
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str], missing: Callable[[str], str]) -> Any:
-    """An instance of the dataclass `cls` from plain values, or None after adding what is wrong to `problems`."""
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, found: _Findings, missing: Callable[[str], str]) -> Any:
+    """An instance of the dataclass `cls` from plain values; adds what is wrong to `found`."""
     hints = get_type_hints(cls)
-    found, complete = len(problems), True
+    problems = found.problems
     values: dict[str, Any] = {}
     for name in (str(name) for name in tree if name not in hints):
         problems.extend(_unknown(f"{prefix}{name}", tree[name]))
@@ -215,11 +243,13 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str],
         if isinstance(hint, type) and is_dataclass(hint):
             subtree = tree.get(item.name, {})
             if isinstance(subtree, Mapping):
-                values[item.name] = _build(hint, subtree, f"{key}.", problems, missing)
+                values[item.name] = _build(hint, subtree, f"{key}.", found, missing)
             else:
                 problems.append(_not_a_group(key, subtree))
+                values[item.name] = _build(hint, {}, f"{key}.", _Findings(problems=[]), missing)
         elif tree.get(item.name, _MISSING_IN_YAML) == _MISSING_IN_YAML and (item.name in tree or _required(item)):
-            complete = False
+            found.stand_ins.append(key)
+            values[item.name] = _stand_in(item, hint)
             if text := missing(key):
                 problems.append(text)
         elif item.name in tree:
@@ -227,7 +257,18 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str],
                 values[item.name] = _convert(tree[item.name], hint)
             except ValueError:
                 problems.append(f"{key}={show(tree[item.name])}: must be {_describe(hint)}{_example(key, item)}")
-    return cls(**values) if complete and len(problems) == found else None
+                found.stand_ins.append(key)
+                values[item.name] = _stand_in(item, hint)
+    return cls(**values)
+
+
+def _stand_in(item: Field[Any], hint: Any) -> Any:
+    """A value of the key's type in place of one that is missing or wrong: the default, or something empty."""
+    if item.default is not MISSING:
+        return item.default
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return [] if get_origin(hint) is list else ""
 
 
 def _not_a_group(key: str, value: Any) -> str:

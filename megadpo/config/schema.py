@@ -212,7 +212,7 @@ class TrainConfig:
     """Passes over the training pairs, >= 1. DPO overfits quickly."""
 
     seed: int = 0
-    """Seed of the data order and of initialisation, in [0, 2**32)."""
+    """Seed of the data order and of the validation split, in [0, 2**32)."""
 
     shuffle: bool = True
     """Permute the pairs each epoch by (seed, epoch). False: file order."""

@@ -89,17 +89,17 @@ def validate(config: Config, *, world_size: int, shape: ModelShape | None = None
 
 
 def check_run_dir_is_fresh(config: Config) -> None:
-    """Raises ConfigError when a run that resumes nothing would write into a directory that holds something.
+    """Raises ConfigError when a run would write into a directory that holds something else than its own beginning.
 
     For training only, on one rank, before it writes. Scoring or planning with the same configuration is fine.
     """
-    run_dir = config.train.run_dir
-    if config.train.resume != "never" or run_dir is None or not Path(run_dir).is_dir():
+    run_dir, resume = config.train.run_dir, config.train.resume
+    if resume == "auto" or run_dir is None or not Path(run_dir).is_dir() or not any(Path(run_dir).iterdir()):
         return
-    if any(Path(run_dir).iterdir()):
+    if resume == "never" or Path(run_dir).resolve() not in (Path(resume).resolve(), *Path(resume).resolve().parents):
         raise ConfigError(
-            f"train.run_dir={run_dir}: must be empty with train.resume=never: continue its run with train.resume=auto, "
-            "or choose another directory"
+            f"train.run_dir={run_dir}: must be empty with train.resume={resume}: continue its own run with "
+            "train.resume=auto, or choose another directory"
         )
 
 
@@ -118,7 +118,7 @@ def _check_ranges(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     violations = []
-    if config.model.hf_path is None:
+    if config.model.hf_path is None and config.model.name:  # a missing name is the mistake to mend first
         violations.append("model.hf_path=null: weights must come from somewhere: give model.hf_path=DIR")
     for key, path in (("model.hf_path", config.model.hf_path), ("reference.hf_path", config.reference.hf_path)):
         if path is not None and not (Path(path) / "config.json").is_file():

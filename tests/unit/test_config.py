@@ -502,11 +502,15 @@ def test_a_used_run_dir_needs_resuming(tmp_path: Path, files: dict[str, str]) ->
     check_run_dir_is_fresh(config)
     (run / "metrics.jsonl").write_text("")
     validate(config, world_size=1)
-    with pytest.raises(
-        ConfigError, match=r"must be empty with train.resume=never: continue its run with train.resume="
-    ):
+    with pytest.raises(ConfigError, match=r"must be empty with train.resume=never: continue its own run with"):
         check_run_dir_is_fresh(config)
     check_run_dir_is_fresh(build(files, f"train.run_dir={run}", "train.resume=auto"))
+    (run / "checkpoints" / "step_00000003").mkdir(parents=True)
+    check_run_dir_is_fresh(build(files, f"train.run_dir={run}", f"train.resume={run}/checkpoints/step_00000003"))
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(ConfigError, match=r"must be empty with train.resume="):
+        check_run_dir_is_fresh(build(files, f"train.run_dir={run}", f"train.resume={other}"))
 
 
 def test_a_file_is_no_run_dir(files: dict[str, str]) -> None:
@@ -527,3 +531,21 @@ def test_validation_files_names_each_set(files: dict[str, str]) -> None:
     assert build(files).data.validation_files() == {}
     assert build(files, "data.validation_path=v.jsonl").data.validation_files() == {"": "v.jsonl"}
     assert build(files, "data.validation_path={a: x, b: y}").data.validation_files() == {"a": "x", "b": "y"}
+
+
+def test_wrong_types_and_broken_rules_come_together(files: dict[str, str]) -> None:
+    """A rule is checked though other keys are wrong; what it says of a key with a stand-in is left out."""
+    words = [
+        "+model=hf",
+        *(f"{key}={value}" for key, value in files.items()),
+        "optimizer.lr=abc",
+        "optimizer.min_lr=1",
+        "loss.beta=-1",
+        "data.train_pth=x",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        compose_config(words, check=lambda config: validate(config, world_size=1))
+    text = "\n".join(caught.value.violations)
+    assert len(caught.value.violations) == 3, text
+    for expected in ("data.train_pth=x: unknown", "optimizer.lr=abc: must be a number", "loss.beta=-1.0: must be"):
+        assert expected in text
