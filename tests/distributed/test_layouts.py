@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import train
+from tests.helpers.jobs import train, train_with_a_skewed_reference
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_trajectory, training_lines, write_jsonl
@@ -119,3 +119,14 @@ def test_bf16_starts_at_ln_2_and_agrees_over_layouts(generated: tuple[Path, Path
         assert lines[0]["rewards/chosen"] == lines[0]["rewards/rejected"] == 0.0
         assert lines[0]["grad_norm"] == pytest.approx(first_norm, rel=3e-2)
         assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run(generated: tuple[Path, Path], tmp_path: Path) -> None:
+    """The loss of step 1 gives away what no later number would: here 5e-6 of a loss that must be ln 2."""
+    words = overrides(*generated, tmp_path / "run")
+    with pytest.raises(
+        RuntimeError, match=r"step 1: the loss is 0\.69314\d+; .* must be 0\.693147181 .*Nothing was saved"
+    ):
+        launch(2, train_with_a_skewed_reference, [*words, "parallel.pipeline=2"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "hf").exists()

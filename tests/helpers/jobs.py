@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
 
+import megadpo.assembly
 from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
 from megadpo.data.dataset import read_pairs
-from megadpo.data.loader import BatchBuilder, BatchShape
+from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch
 from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
 from megadpo.device import megatron_device, select_device
-from megadpo.forward_step import score
+from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.models.builder import load_model
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture
 from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
+from megadpo.reference import ResidentReference
 from megadpo.run import run_training
 
 
@@ -93,3 +96,16 @@ def compare_checkpoints(a: str, b: str) -> tuple[list[str], list[str]]:
 
 def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+class _SkewedReference(ResidentReference):
+    """A reference that differs from an equal policy by a ten-thousandth of a nat on each chosen response."""
+
+    def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
+        return [SequenceLogProbs(s.chosen_B + 1e-4, s.rejected_B) for s in super().log_probs(batch)]
+
+
+def train_with_a_skewed_reference(overrides: list[str]) -> str:
+    """`train`, with a reference that is not quite the starting policy although it should be."""
+    with mock.patch.object(megadpo.assembly, "ResidentReference", _SkewedReference):
+        return train(overrides)

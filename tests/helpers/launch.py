@@ -19,7 +19,8 @@ _CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
 def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """What `function(*args)` returned on each rank, in rank order; the environment is torchrun's.
 
-    `function` is a module-level one. A rank that raises ends the others, and its traceback is the error.
+    `function` is a module-level one of a package that can be imported; it returns no tensors (they would travel as
+    handles that die with the rank), numpy arrays do. A rank that raises ends the others; its traceback is the error.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -193,7 +193,7 @@ def test_a_response_without_tokens_after_the_boundary_is_dropped_and_counted() -
 
 
 def test_nothing_left_is_an_error_that_says_why() -> None:
-    with pytest.raises(DataError, match=r"none of the 1 pairs .*max_length=3.*dropped_long_prompt=1"):
+    with pytest.raises(DataError, match=r"none of the 1 pairs is left: .*max_length=3 in 1, .* raise data.max_length"):
         tokenize_pairs([plain("ppp", "c", "r")], byte_tokenizer(), max_length=3)
     with pytest.raises(ConfigError, match=r"data\.max_length=1"):
         tokenize_pairs([plain("p", "c", "r")], byte_tokenizer(), max_length=1)

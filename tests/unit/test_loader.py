@@ -1,0 +1,162 @@
+"""Which pairs a step sees is a function of seed, epoch and step; how they are laid out is the layout's business."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megadpo.data.batch import stream_length
+from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch, TrainingData, epoch_order, evaluation_batches
+from megadpo.data.tokenization import TokenizedPair
+
+
+def make_pairs(count: int) -> list[TokenizedPair]:
+    """Pairs of different lengths; the index in the source is not the position in the list."""
+    rng = np.random.default_rng(0)
+    return [
+        TokenizedPair(100 + i, *(rng.integers(3, 90, size=n, dtype=np.int32) for n in rng.integers(1, 15, size=3)))
+        for i in range(count)
+    ]
+
+
+def builder(
+    *, rank: int = 0, size: int = 1, multiple: int = 1, fixed: bool = False, microbatches: int = 1, budget: int = 64
+) -> BatchBuilder:
+    shape = BatchShape(
+        data_rank=rank,
+        data_size=size,
+        token_multiple=multiple,
+        fixed_streams=fixed,
+        microbatch_multiple=microbatches,
+    )
+    return BatchBuilder(shape=shape, tokens_per_microbatch=budget, pad_token_id=2)
+
+
+def training_data(
+    pairs: list[TokenizedPair], *, batch: int = 4, seed: int = 0, shuffle: bool = True, **layout: int
+) -> TrainingData:
+    return TrainingData(pairs, global_batch_size=batch, seed=seed, shuffle=shuffle, builder=builder(**layout))
+
+
+def widths(batch: GlobalBatch) -> list[int]:
+    return [microbatch.tokens_1T.shape[1] for microbatch in batch.microbatches]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "first_ten"),
+    [(0, [4, 19, 6, 2, 13, 16, 3, 11, 10, 8]), (1, [10, 0, 15, 13, 9, 4, 1, 19, 7, 11])],
+)
+def test_order_never_changes(epoch: int, first_ten: list[int]) -> None:
+    """A run that was started with an older version resumes at the same pairs."""
+    order = epoch_order(20, seed=0, epoch=epoch, shuffle=True)
+    assert order[:10].tolist() == first_ten
+    assert sorted(order.tolist()) == list(range(20))
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    orders = {(s, e): tuple(epoch_order(20, seed=s, epoch=e, shuffle=True)) for s in (0, 1) for e in (0, 1)}
+    assert len(set(orders.values())) == 4
+
+
+def test_without_shuffling_every_epoch_is_in_file_order() -> None:
+    assert epoch_order(5, seed=3, epoch=2, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+    pairs = make_pairs(5)
+    data = training_data(pairs, batch=2, shuffle=False)
+    assert [data.batch_after(done).pair_indices for done in range(4)] == [(100, 101), (102, 103), (104,), (100, 101)]
+
+
+def test_an_epoch_visits_every_pair_once_in_its_order() -> None:
+    pairs = make_pairs(10)
+    data = training_data(pairs, batch=4)
+    assert data.steps_per_epoch == 3
+    for epoch in (0, 1):
+        batches = [data.batch_after(3 * epoch + step) for step in range(3)]
+        assert [batch.num_pairs for batch in batches] == [4, 4, 2]
+        visited = [index for batch in batches for index in batch.pair_indices]
+        assert visited == [100 + int(i) for i in epoch_order(10, seed=0, epoch=epoch, shuffle=True)]
+
+
+@pytest.mark.parametrize(("pairs", "batch", "steps"), [(10, 4, 3), (8, 4, 2), (3, 4, 1), (4, 1, 4)])
+def test_steps_per_epoch(pairs: int, batch: int, steps: int) -> None:
+    assert training_data(make_pairs(pairs), batch=batch).steps_per_epoch == steps
+
+
+def test_epochs_after() -> None:
+    data = training_data(make_pairs(10), batch=4)
+    assert [data.epochs_after(done) for done in range(7)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
+
+
+LAYOUTS = {
+    "dp2": {"size": 2},
+    "dp3": {"size": 3},
+    "dp3, more ranks than bins": {"size": 3, "budget": 10**6},
+    "tp4": {"size": 1, "multiple": 4},
+    "pp2": {"size": 2, "fixed": True},
+    "vpp": {"size": 2, "fixed": True, "microbatches": 4, "budget": 10**6},  # one bin: all but one are fillers
+    "everything": {"size": 2, "multiple": 2, "fixed": True, "microbatches": 2},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_no_pair_and_no_token(name: str) -> None:
+    """Over the ranks every pair comes once; all ranks count alike, and count what is really there."""
+    layout = LAYOUTS[name]
+    pairs = make_pairs(23)
+    by_pair = {pair.index: pair for pair in pairs}
+    expected = training_data(pairs, batch=9, budget=layout.get("budget", 64)).batch_after(1)
+    batches = [training_data(pairs, batch=9, rank=rank, **layout).batch_after(1) for rank in range(layout["size"])]
+    logical = sum(stream_length(by_pair[index]) for index in expected.pair_indices)
+    computed = sum(sum(widths(batch)) for batch in batches)
+    for batch in batches:
+        assert batch.pair_indices == expected.pair_indices
+        assert batch.num_pairs == 9
+        assert batch.logical_tokens == expected.logical_tokens == logical
+        assert batch.computed_tokens == computed
+        assert batch.stream_tokens == max(width for other in batches for width in widths(other))
+        assert len(batch.microbatches) == len(batches[0].microbatches)
+        assert len(batch.microbatches) % layout.get("microbatches", 1) == 0
+    microbatches = [m.pair_indices for batch in batches for m in batch.microbatches if m.num_pairs]
+    assert sorted(microbatches) == sorted(m.pair_indices for m in expected.microbatches)
+    assert sorted(index for members in microbatches for index in members) == sorted(expected.pair_indices)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_streams_are_as_long_as_their_pairs(multiple: int) -> None:
+    """Without a pipeline: rounded up to the multiple and no further; a filler has the least that it can."""
+    pairs = make_pairs(3)
+    by_pair = {pair.index: pair for pair in pairs}
+    for rank in range(4):
+        batch = builder(rank=rank, size=4, multiple=multiple, budget=1).build(pairs)
+        (microbatch,) = batch.microbatches
+        length = sum(stream_length(by_pair[index]) for index in microbatch.pair_indices)
+        assert microbatch.tokens_1T.shape[1] == max(multiple, -(-length // multiple) * multiple)
+        assert microbatch.num_pairs == (rank < 3)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_pipeline_streams_are_as_long_as_the_longest(multiple: int) -> None:
+    pairs = make_pairs(6)
+    longest = max(map(stream_length, pairs))
+    for rank in range(4):
+        batch = builder(rank=rank, size=4, multiple=multiple, fixed=True, budget=1).build(pairs)
+        assert widths(batch) == [-(-longest // multiple) * multiple] * 2
+        assert batch.stream_tokens == widths(batch)[0]
+        assert batch.computed_tokens == 8 * widths(batch)[0]
+
+
+def test_a_batch_of_one_rank_without_rounding_computes_its_logical_tokens() -> None:
+    batch = training_data(make_pairs(9), batch=9).batch_after(0)
+    assert batch.computed_tokens == batch.logical_tokens
+    assert len(batch.microbatches) > 1
+
+
+def test_padding_takes_the_pad_token() -> None:
+    batch = builder(multiple=64, budget=1).build(make_pairs(1))
+    assert batch.microbatches[0].tokens_1T[0, -1] == 2
+
+
+def test_evaluation_visits_every_pair_once_in_file_order() -> None:
+    pairs = make_pairs(10)
+    batches = list(evaluation_batches(pairs, group_size=4, builder=builder()))
+    assert [batch.num_pairs for batch in batches] == [4, 4, 2]
+    assert [index for batch in batches for index in batch.pair_indices] == [pair.index for pair in pairs]

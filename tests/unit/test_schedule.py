@@ -1,0 +1,99 @@
+"""The schedule of a step: pairs into bins by length alone, bins to ranks so that all of them run equally many."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megadpo.data.schedule import pack_pairs, schedule_step
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=40)
+BUDGETS = st.integers(1, 100)
+RANKS = st.integers(1, 7)
+MULTIPLES = st.integers(1, 5)
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@quick
+@given(LENGTHS, BUDGETS)
+def test_every_pair_is_in_one_bin_that_keeps_the_budget(lengths: list[int], budget: int) -> None:
+    bins = pack_pairs(lengths, budget)
+    assert sorted(position for members in bins for position in members) == list(range(len(lengths)))
+    assert bins == sorted(bins)
+    for members in bins:
+        assert members == tuple(sorted(members))
+        tokens = sum(lengths[i] for i in members)
+        assert tokens <= budget or len(members) == 1
+
+
+@quick
+@given(LENGTHS, BUDGETS)
+def test_no_two_bins_would_fit_in_one(lengths: list[int], budget: int) -> None:
+    """First fit never opens a bin that an earlier one had room for."""
+    totals = sorted(sum(lengths[i] for i in members) for members in pack_pairs(lengths, budget))
+    assert len(totals) < 2 or totals[0] + totals[1] > budget
+
+
+@quick
+@given(LENGTHS, BUDGETS, RANKS, MULTIPLES)
+def test_the_layout_deals_the_same_bins(lengths: list[int], budget: int, ranks: int, multiple: int) -> None:
+    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
+    dealt = sorted(members for bins in schedule.bins_by_rank for members in bins if members)
+    assert dealt == pack_pairs(lengths, budget)
+
+
+@quick
+@given(LENGTHS, BUDGETS, RANKS, MULTIPLES)
+def test_every_rank_runs_equally_many(lengths: list[int], budget: int, ranks: int, multiple: int) -> None:
+    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
+    count = schedule.num_microbatches
+    assert [len(bins) for bins in schedule.bins_by_rank] == [count] * ranks
+    assert count >= 1
+    assert count % multiple == 0
+    # No more fillers than the multiple asks for, spread over the ranks, each rank's at its end.
+    assert (count - multiple) * ranks < max(1, len(pack_pairs(lengths, budget)))
+    real = [sum(map(bool, bins)) for bins in schedule.bins_by_rank]
+    assert max(real) - min(real) <= 1
+    assert all(not any(bins[n:]) for bins, n in zip(schedule.bins_by_rank, real, strict=True))
+
+
+@quick
+@given(LENGTHS, BUDGETS, RANKS)
+def test_longest_stream(lengths: list[int], budget: int, ranks: int) -> None:
+    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks)
+    streams = [sum(lengths[i] for i in members) for bins in schedule.bins_by_rank for members in bins]
+    assert schedule.stream_tokens == max(streams)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "bins"),
+    [
+        ([5, 3, 4, 2], 7, [(0, 3), (1, 2)]),
+        ([5, 3, 4, 2], 14, [(0, 1, 2, 3)]),
+        ([5, 3, 4, 2], 1, [(0,), (1,), (2,), (3,)]),
+        ([4, 4, 4], 8, [(0, 1), (2,)]),  # ties go by position
+        ([9, 3, 4], 7, [(0,), (1, 2)]),  # longer than the budget: alone
+        ([1, 2, 3, 9], 7, [(0, 1, 2), (3,)]),
+        ([2, 6, 6, 2], 8, [(0, 1), (2, 3)]),  # the first bin with room, not the last
+        ([], 7, []),
+    ],
+)
+def test_bins_of_a_few_batches(lengths: list[int], budget: int, bins: list[tuple[int, ...]]) -> None:
+    assert pack_pairs(lengths, budget) == bins
+
+
+def test_bins_are_dealt_in_turn() -> None:
+    schedule = schedule_step([5, 5, 5], budget=5, data_parallel=2)
+    assert schedule.bins_by_rank == (((0,), (2,)), ((1,), ()))
+    assert schedule.stream_tokens == 5
+
+
+def test_fillers_make_up_the_multiple() -> None:
+    schedule = schedule_step([5, 5, 9], budget=5, data_parallel=2, microbatch_multiple=4)
+    assert schedule.bins_by_rank == (((0,), (2,), (), ()), ((1,), (), (), ()))
+    assert schedule.stream_tokens == 9
+
+
+def test_a_batch_smaller_than_the_ranks_leaves_fillers() -> None:
+    assert schedule_step([5], budget=5, data_parallel=3).bins_by_rank == (((0,),), ((),), ((),))
