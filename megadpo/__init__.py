@@ -18,7 +18,8 @@ The map of the house, in the order in which a preference pair walks through it. 
     train_step, evaluation  one update; the mean over a whole validation set
     trackers, progress      where metrics are written; what a person sees of them
     trainer                 the loop: step, log, evaluate, save, stop
-    run                     a Config turned into all of the above, run to its end
+    assembly, resume        a Config turned into all of the above; the checkpoint that a run goes on from
+    run                     a whole run, from its configuration to the exported model
 
 The command-line tools in tools/ stand on top of all of it.
 """

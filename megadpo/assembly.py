@@ -10,6 +10,7 @@ import torch
 
 from megadpo.checkpoint import load_checkpoint
 from megadpo.config.schema import Config, Dtype
+from megadpo.data.batch import stream_length
 from megadpo.data.dataset import RawPair, read_pairs, split_validation
 from megadpo.data.loader import BatchShape
 from megadpo.data.tokenization import (
@@ -33,17 +34,24 @@ from megadpo.trainer import LoopSettings
 logger = get_logger(__name__)
 
 
+# From here on tokenizing takes long enough that a person wants to see it move.
+_MANY_PAIRS = 5000
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """Retained pairs for training and for each validation set, the pad token, and a hash of the training tokens."""
+    """Retained pairs for training and for each validation set, and the pad token."""
 
     train: list[TokenizedPair]
     validation: dict[str, list[TokenizedPair]]
     pad_token_id: int
-    digest: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Hash of each set's token ids, under `train` and `eval/NAME`."""
+        named = {"train": self.train, **{f"eval/{name}": pairs for name, pairs in self.validation.items()}}
+        return {name: _digest(pairs) for name, pairs in named.items()}
 
 
 def torch_dtype(config: Config) -> torch.dtype:
@@ -67,21 +75,33 @@ def load_datasets(config: Config, arch: Architecture) -> Datasets:
         train_raw, raw[""] = split_validation(train_raw, config.data.validation_fraction, config.train.seed)
 
     def tokenized(pairs: list[RawPair]) -> list[TokenizedPair]:
-        retained = tokenize_pairs(pairs, tokenizer, max_length=config.data.max_length, progress=True).pairs
+        retained = tokenize_pairs(
+            pairs, tokenizer, max_length=config.data.max_length, progress=len(pairs) >= _MANY_PAIRS
+        ).pairs
         check_vocabulary(retained, arch.vocab_size)
         return retained
 
     train = tokenized(train_raw)
     validation = {name: tokenized(pairs) for name, pairs in raw.items()}
     logger.info("the first training pair as the model sees it:\n%s", describe_pair(train[0], tokenizer))
-    oversized = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train)
-    if oversized > arch.max_position_embeddings:
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train)
+    if longest > arch.max_position_embeddings:
         logger.warning(
             "the longest sequence has %d tokens, the model was made for %d: lower data.max_length",
-            oversized,
+            longest,
             arch.max_position_embeddings,
         )
-    return Datasets(train=train, validation=validation, pad_token_id=int(tokenizer.pad_token_id), digest=_digest(train))
+    budget = config.data.tokens_per_microbatch
+    oversized = sum(stream_length(pair) > budget for pair in train)
+    if oversized:
+        logger.warning(
+            "%d of %d pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
+            "takes more memory than the budget says",
+            oversized,
+            len(train),
+            budget,
+        )
+    return Datasets(train=train, validation=validation, pad_token_id=int(tokenizer.pad_token_id))
 
 
 def _digest(pairs: list[TokenizedPair]) -> str:

@@ -43,15 +43,23 @@ class AttentionPlan:
         for segment in self.segments:
             if segment.start != position or segment.stop <= segment.start:
                 raise ValueError(f"{segment} does not continue the plan at row {position}")
-            for start, stop in segment.key_ranges:
-                if not 0 <= start < stop <= segment.stop:
-                    raise ValueError(f"key range [{start}, {stop}) of segment {segment} reaches outside its past")
-            last_start, last_stop = segment.key_ranges[-1]
-            if last_stop != segment.stop or last_start > segment.start:
-                raise ValueError(f"the last key range of {segment} is not aligned with its queries")
+            _check_key_ranges(segment)
             position = segment.stop
         if position != self.num_tokens:
             raise ValueError(f"the plan covers {position} of {self.num_tokens} rows")
+
+
+def _check_key_ranges(segment: Segment) -> None:
+    """Raises ValueError unless the ranges ascend without overlap before the queries and the last ends with them."""
+    seen = 0
+    for start, stop in segment.key_ranges:
+        if not seen <= start < stop:
+            raise ValueError(f"the key ranges of {segment} are empty, overlap or descend at [{start}, {stop})")
+        seen = stop
+    if any(stop > segment.start for _, stop in segment.key_ranges[:-1]):
+        raise ValueError(f"an early key range of {segment} reaches into its queries: they would see their future")
+    if not segment.key_ranges or seen != segment.stop or segment.key_ranges[-1][0] > segment.start:
+        raise ValueError(f"the last key range of {segment} is not aligned with its queries")
 
 
 def packed_plan(lengths: Sequence[int]) -> AttentionPlan:

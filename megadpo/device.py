@@ -11,9 +11,11 @@ import contextlib
 import functools
 import os
 import resource
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -22,7 +24,10 @@ from megadpo.errors import ConfigError
 
 # Factories that Megatron calls with device='cuda': token counts, norms, scalers and communication buffers.
 _FACTORIES = ("tensor", "zeros", "empty", "ones", "full")
-_TESTED_MEGATRON = ("0.16.1", "0.17")
+_TESTED_MEGATRON = ">=0.16.1,<0.17"
+
+
+Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +42,35 @@ class Device:
         """Name of the torch.distributed backend."""
         return "nccl" if self.kind == "cuda" else "gloo"
 
-    def synchronize(self) -> None:
-        """Waits for queued work, so that a wall-clock reading means something; nothing to wait for on CPU."""
+    def mark(self) -> Mark:
+        """A point in time of the device's work, taken without waiting for it."""
         if self.kind == "cuda":
-            torch.cuda.synchronize()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def seconds_between(self, start: Mark, end: Mark) -> float:
+        """Seconds from one mark to a later one; waits until the device has reached it."""
+        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            end.synchronize()
+            return start.elapsed_time(end) / 1000.0
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
 
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: allocated by torch on CUDA, resident set on CPU."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def select_device(kind: str) -> Device:
-    """The device for this process (`auto`: CUDA where there is one); on CUDA card LOCAL_RANK is made current."""
+    """The device for this process (`auto`: CUDA where there is one).
+
+    On CUDA the card LOCAL_RANK is made current; on CPU torch's threads are shared out over the ranks of this machine.
+    """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
@@ -69,10 +89,13 @@ def select_device(kind: str) -> Device:
 
 
 def _share_cpu_threads() -> None:
-    """Splits the cores over the ranks of this machine; more threads than cores make the ranks fight over them."""
+    """Splits the cores over the ranks of this machine; more threads than cores make the ranks fight over them.
+
+    torchrun sets OMP_NUM_THREADS to 1 where the user has not, so under a launcher the variable says nothing.
+    """
     if "OMP_NUM_THREADS" not in os.environ or "LOCAL_WORLD_SIZE" in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextlib.contextmanager
@@ -97,14 +120,13 @@ def megatron_device(device: Device) -> Iterator[None]:
 def _check_megatron_version() -> None:
     from importlib.metadata import version
 
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
     found = version("megatron-core")
-    low, high = _TESTED_MEGATRON
-    if not Version(low) <= Version(found) < Version(high):
+    if not SpecifierSet(_TESTED_MEGATRON).contains(found, prereleases=True):
         raise ConfigError(
-            f"megatron-core {found} is installed; megadpo is tested with >= {low}, < {high}. "
-            f"Install one of those: pip install 'megatron-core>={low},<{high}'."
+            f"megatron-core {found} is installed; megadpo is tested with {_TESTED_MEGATRON}. "
+            f"Install one of those: pip install 'megatron-core{_TESTED_MEGATRON}'."
         )
 
 
@@ -147,7 +169,7 @@ def _factory_patches() -> list[Any]:
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("device") == "cuda":
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
                 kwargs["device"] = "cpu"
             return factory(*args, **kwargs)
 

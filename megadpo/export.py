@@ -54,8 +54,15 @@ def export_model(
     dist.barrier()
 
 
-def model_card(*, name: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:
-    """Markdown with YAML front matter: what was trained on what, with which settings, and the last metrics."""
+def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:
+    """Markdown with YAML front matter: how it was trained, the last metrics, and all settings.
+
+    Each validation set has a column of its own.
+    """
+    prefixes = sorted(
+        {key.removesuffix("loss") for key in metrics if key.startswith("eval/") and key.endswith("/loss")}
+    )
+    titles = ["training", *(f"validation {p.removeprefix('eval/').removesuffix('/')}".strip() for p in prefixes)]
     lines = [
         "---",
         "library_name: transformers",
@@ -63,16 +70,16 @@ def model_card(*, name: str, steps: int, settings_yaml: str, metrics: Mapping[st
         "tags: [dpo, preference-optimization, megadpo]",
         "---",
         "",
-        f"# {name}, aligned with DPO",
+        f"# {name}, aligned to preferences",
         "",
-        f"Trained for {steps} steps with megadpo {__version__} (Direct Preference Optimization on Megatron-Core).",
+        f"Trained for {steps} steps on preference pairs with the {loss} loss, by megadpo {__version__}.",
         "",
-        "| metric | training | validation |",
-        "|---|---|---|",
+        f"| metric | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
     ]
     for key in _CARD_METRICS:
-        cells = [f"{metrics[k]:.6g}" if k in metrics else "" for k in (key, f"eval/{key}")]
+        cells = [f"{metrics[p + key]:.6g}" if p + key in metrics else "" for p in ("", *prefixes)]
         if any(cells):
-            lines.append(f"| `{key}` | {cells[0]} | {cells[1]} |")
+            lines.append(f"| `{key}` | {' | '.join(cells)} |")
     lines += ["", "Training values are of the last logged step, before its update.", ""]
     return "\n".join([*lines, "## Settings", "", "```yaml", settings_yaml.rstrip(), "```", ""])

@@ -3,8 +3,8 @@
 Legend: N response rows, H hidden size, V vocabulary slice of this tensor-parallel rank, C rows of one chunk.
 
 Each rank multiplies a chunk of rows with its slice of the head, keeps the rows' local maximum, sum of exponentials and
-target logit in fp32, and drops the chunk's logits. Three small all-reduces combine the slices. The backward computes
-the chunk's logits again.
+target logit in fp32, and drops the chunk's logits. Two small all-reduces combine the slices. The backward computes the
+chunk's logits again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Upper bound on one chunk's fp32 logits. The chunk is the only [rows, vocabulary] buffer there is.
+# Upper bound on one chunk's fp32 logits (in bf16 a copy of half the size stands beside them).
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -31,8 +31,9 @@ def response_log_probs(
 
     `weight_VH` is the rank's rows [vocab_start, vocab_start + V) of the head; rows from `vocab_size` on are padding and
     get no probability. `hidden_NH` is replicated over `group`; its gradient is the rank's own contribution, which
-    the caller sums over the group (a reduce-scatter or an all-reduce, whichever made it replicated).
-    Collectives in the forward: one max and one sum all-reduce of [N] and [2, N] over `group`. None in the backward.
+    the caller sums over the group (a reduce-scatter or an all-reduce, whichever made it replicated). Targets lie in
+    [0, vocab_size): the data are checked for it. Collectives in the forward: one max and one sum all-reduce of [N] and
+    [2, N] over `group`. None in the backward.
     """
     result: torch.Tensor = _ResponseLogProbs.apply(hidden_NH, weight_VH, targets_N, group, vocab_start, vocab_size)
     return result
@@ -40,7 +41,7 @@ def response_log_probs(
 
 def _chunks(num_rows: int, vocab: int) -> list[slice]:
     """Row slices whose fp32 logits stay within the chunk's memory budget; every rank of a group gets the same ones."""
-    rows = max(1, _CHUNK_BYTES // (4 * max(vocab, 1)))
+    rows = max(1, _CHUNK_BYTES // (4 * vocab))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 

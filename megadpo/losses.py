@@ -1,11 +1,10 @@
-"""Preference losses: pure functions of per-pair log-probs. Legend: B pairs; all tensors fp64.
+"""Preference losses: pure functions of per-pair log-probs. Legend: B pairs; log-probs and losses are fp64.
 
 Notation of the papers: u = lp_policy(chosen) − lp_reference(chosen), v the same for rejected, d = u − v.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +65,8 @@ class PreferenceLoss:
     @property
     def value_without_preference(self) -> float:
         """The loss of a pair whose policy equals its reference: what the first step of a fresh run must show."""
-        return math.log(2.0) if self.name == "sigmoid" else (0.5 / self.beta) ** 2
+        zero_B, one_B = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.long)
+        return float(self(PairLogProbs(zero_B, zero_B, zero_B, zero_B, one_B, one_B)))
 
 
 def sigmoid_loss(logps: PairLogProbs, *, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:

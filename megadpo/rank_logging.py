@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import TextIO
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
@@ -13,6 +14,11 @@ _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 def global_rank() -> int:
     """Rank of this process as the launcher set it (RANK), 0 when there is no launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started, 1 when there is no launcher (RANK is not set)."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -27,7 +33,7 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Sends `megadpo` loggers to stderr: all of `level` from rank 0, warnings and errors with the rank from others."""
+    """Sends `megadpo` loggers to stderr: all of `level` from rank 0, errors with the rank from others."""
     logger = logging.getLogger("megadpo")
     logger.handlers.clear()
     handler = _StderrHandler()
@@ -37,6 +43,17 @@ def configure_logging(level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
+
+
+def silence_libraries() -> None:
+    """Hides warnings of Megatron and torch that a user can do nothing about, and transformers' progress bars.
+
+    What they announce (no Transformer Engine, no apex, collectives that are to be renamed) is said by this project
+    where it matters. Warnings of other modules stay.
+    """
+    for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.jit\."):
+        warnings.filterwarnings("ignore", module=module)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def get_logger(name: str) -> logging.Logger:

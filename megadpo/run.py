@@ -113,7 +113,8 @@ def _log_layout(state: ParallelState, device: Device) -> None:
 def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) -> None:
     arch = read_architecture(str(config.model.hf_path))
     datasets = load_datasets(config, arch)
-    check_all_agree("training data", datasets.digest)
+    digests = datasets.digests
+    check_all_agree("data", str(digests))
     data = TrainingData(
         datasets.train,
         global_batch_size=config.train.global_batch_size,
@@ -126,7 +127,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         ),
     )
     total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch
-    start = find_starting_point(config, run_dir, num_pairs=len(datasets.train), data_digest=datasets.digest)
+    start = find_starting_point(config, run_dir, num_pairs=len(datasets.train), data_digest=digests["train"])
     if start.step >= total_steps and (run_dir / "hf").is_dir():
         logger.info("%s is finished: step %d of %d. Nothing to do.", run_dir, start.step, total_steps)
         return
@@ -141,7 +142,11 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         state=state,
         dtype=torch_dtype(config),
         card=model_card(
-            name=config.model.name, steps=total_steps, settings_yaml=config_to_yaml(config), metrics=metrics
+            name=config.model.name,
+            loss=str(config.loss.name[0]),
+            steps=total_steps,
+            settings_yaml=config_to_yaml(config),
+            metrics=metrics,
         ),
     )
     logger.info("exported the model to %s", run_dir / "hf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -35,8 +36,9 @@ class JsonlTracker:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line, `step` first, and flushes it."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Appends one line, `step` first, and flushes it; a number that is not finite becomes null, which JSON has."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -58,12 +60,12 @@ def _lines_up_to(path: Path, last_step: int) -> list[str]:
 
 
 class TensorBoardTracker:
-    """Event files under `tensorboard/`, one scalar per metric; on resume the events behind the step are hidden."""
+    """Event files under `tensorboard/`, one scalar per metric; events behind `resume_step` (0: all) are hidden."""
 
     def __init__(self, directory: Path, *, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the scalars of one step."""

@@ -7,7 +7,6 @@ and divides the summed gradients by them. Nothing else scales anything.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.device import Device
+from megadpo.device import Device, Mark
 from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
@@ -28,13 +27,12 @@ from megadpo.reference import Reference
 class StepResult:
     """What a step leaves behind on this rank: sums over its pairs (last stage only), and the step's own numbers.
 
-    `grad_norm` is of the whole model before clipping. `updated` is False when Megatron skipped the update.
+    `grad_norm` is of the whole model before clipping; `reference_span` marks the reference pass in time.
     """
 
     sums: dict[str, torch.Tensor]
     grad_norm: float
-    updated: bool
-    reference_s: float
+    reference_span: tuple[Mark, Mark]
 
 
 def train_step(
@@ -47,10 +45,9 @@ def train_step(
     device: Device,
 ) -> StepResult:
     """Runs one update on the global batch; the parameter groups' hyperparameters are already set."""
-    started = time.perf_counter()
+    reference_started = device.mark()
     reference_logps = reference.log_probs(batch)
-    device.synchronize()
-    reference_s = time.perf_counter() - started
+    reference_span = (reference_started, device.mark())
 
     def closure(
         index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor
@@ -62,8 +59,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     per_microbatch = run_schedule(chunks, batch, closure, device=device.torch_device, forward_only=False)
-    updated, grad_norm, _ = optimizer.step()
+    _, grad_norm, _ = optimizer.step()
     total: dict[str, torch.Tensor] = {}
     for sums in per_microbatch:
         add_sums(total, sums)
-    return StepResult(sums=total, grad_norm=float(grad_norm), updated=bool(updated), reference_s=reference_s)
+    return StepResult(sums=total, grad_norm=float(grad_norm), reference_span=reference_span)

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
 from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import Device
+from megadpo.device import Device, Mark
 from megadpo.errors import TrainingError
 from megadpo.losses import STATISTICS
 from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
@@ -23,6 +24,8 @@ from megadpo.trackers import Tracker
 from megadpo.train_step import StepResult
 
 logger = get_logger(__name__)
+
+Span: TypeAlias = tuple[Mark, Mark]
 
 # Step 1 of a fresh run compares a policy with itself: on one schedule that is exact up to the mean's rounding.
 _NO_PREFERENCE_TOLERANCE = 1e-6
@@ -50,18 +53,18 @@ class Interval:
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     steps: int = 0
-    step_s: float = 0.0
-    reference_s: float = 0.0
+    step_spans: list[Span] = field(default_factory=list)
+    reference_spans: list[Span] = field(default_factory=list)
     grad_norm: float = 0.0
     logical_tokens: int = 0
     computed_tokens: int = 0
 
-    def add(self, result: StepResult, batch: GlobalBatch, step_s: float) -> None:
+    def add(self, result: StepResult, batch: GlobalBatch, span: Span) -> None:
         """Adds one step."""
         add_sums(self.sums, result.sums)
         self.steps += 1
-        self.step_s += step_s
-        self.reference_s += result.reference_s
+        self.step_spans.append(span)
+        self.reference_spans.append(result.reference_span)
         self.grad_norm += result.grad_norm
         self.logical_tokens += batch.logical_tokens
         self.computed_tokens += batch.computed_tokens
@@ -119,10 +122,9 @@ class Trainer:
         return self.last_metrics
 
     def _one_step(self, step: int, interval: Interval) -> None:
-        started = time.perf_counter()
+        started = self.device.mark()
         batch = self.data.batch_after(step - 1)
         result = self.update(batch, self.settings.learning_rate.after(step - 1))
-        self.device.synchronize()
         if not math.isfinite(result.grad_norm):
             raise TrainingError(
                 f"step {step}: the gradient norm is {result.grad_norm}, so the weights are lost from here on. "
@@ -131,7 +133,7 @@ class Trainer:
             )
         if step == 1 and self.settings.value_without_preference is not None:
             self._check_no_preference(self._reduced(result.sums), self.settings.value_without_preference)
-        interval.add(result, batch, time.perf_counter() - started)
+        interval.add(result, batch, (started, self.device.mark()))
 
     def _reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Means over all pairs of all ranks from this rank's sums; zeros stand in where this rank has none.
@@ -160,8 +162,8 @@ class Trainer:
         pairs = means.pop("pairs")
         maxima = reduce_metrics(
             {
-                "time/step_s": Metric(interval.step_s, Reduction.MAX),
-                "time/reference_s": Metric(interval.reference_s, Reduction.MAX),
+                "time/step_s": Metric(self._seconds(interval.step_spans), Reduction.MAX),
+                "time/reference_s": Metric(self._seconds(interval.reference_spans), Reduction.MAX),
                 "memory/peak_gib": Metric(self.device.peak_memory_bytes() / 2**30, Reduction.MAX),
             },
             gather=gather_rows,
@@ -184,6 +186,9 @@ class Trainer:
         }
         self._track(step, metrics)
         self.on_step(step, metrics)
+
+    def _seconds(self, spans: Sequence[Span]) -> float:
+        return sum(self.device.seconds_between(start, end) for start, end in spans)
 
     def evaluate_all(self, steps_done: int) -> None:
         """Logs the metrics of every validation set under `eval/` (`eval/NAME/` for named ones), as one line."""

@@ -38,7 +38,7 @@ class PreferenceBatch:
         return len(self.pair_indices)
 
     def to(self, device: torch.device) -> PreferenceBatch:
-        """The same batch with its tensors on `device` (itself when they are there already)."""
+        """The same batch with its tensors on `device` ."""
         return PreferenceBatch(
             tokens_1T=self.tokens_1T.to(device, non_blocking=True),
             positions_T=self.positions_T.to(device, non_blocking=True),
@@ -69,6 +69,8 @@ def build_batch(pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id
     sequence_index: list[int] = []
     response_tokens = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
     for pair_index, pair in enumerate(pairs):
+        if not len(pair.prompt):
+            raise ValueError(f"pair {pair.index} has no prompt token, so nothing predicts its responses' first ones")
         for sequence, response in ((pair_index, pair.chosen), (len(pairs) + pair_index, pair.rejected)):
             first = len(tokens) + len(pair.prompt) - 1
             rows.extend(range(first, first + len(response)))

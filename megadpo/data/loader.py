@@ -130,7 +130,7 @@ class TrainingData:
     def epochs_after(self, steps_done: int) -> float:
         """Passes over the data that `steps_done` finished steps have made."""
         epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
-        return epoch + min(step_in_epoch * self.global_batch_size, len(self.pairs)) / len(self.pairs)
+        return epoch + step_in_epoch * self.global_batch_size / len(self.pairs)
 
 
 def evaluation_batches(

@@ -18,12 +18,11 @@ class StepSchedule:
     """Microbatches of one step: `bins_by_rank[rank]` holds that data-parallel rank's bins of pair positions.
 
     All ranks have equally many bins; empty ones are fillers that keep the collectives in step. `stream_tokens` is the
-    length of the step's longest microbatch, before any rounding. `oversized` counts pairs longer than the budget.
+    length of the step's longest microbatch, before any rounding.
     """
 
     bins_by_rank: tuple[tuple[Bin, ...], ...]
     stream_tokens: int
-    oversized: int
 
     @property
     def num_microbatches(self) -> int:
@@ -34,8 +33,8 @@ class StepSchedule:
 def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
     """Positions 0…n−1 in bins of at most `budget` tokens: first fit, longest first, ties by position.
 
-    A pair longer than the budget gets a bin of its own. Bins and their contents are in order of the first position, so
-    the summation order does not depend on the packing's search.
+    A pair longer than the budget gets a bin of its own. Bins are in order of their first position, and so are the
+    positions in each.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -66,5 +65,4 @@ def schedule_step(
     return StepSchedule(
         bins_by_rank=tuple(tuple(own) + ((),) * (per_rank - len(own)) for own in dealt),
         stream_tokens=max((sum(lengths[i] for i in members) for members in bins), default=0),
-        oversized=sum(length > budget for length in lengths),
     )

@@ -147,7 +147,11 @@ def tokenize_pairs(
     )
     _log_counts(counts, max_length)
     if not kept:
-        raise DataError(f"none of the {len(pairs)} pairs is left at data.max_length={max_length}: {counts}")
+        raise DataError(
+            f"none of the {len(pairs)} pairs is left: the prompt alone reaches data.max_length={max_length} in "
+            f"{counts.dropped_long_prompt}, and nothing of a response is left in {counts.dropped_empty_response}; "
+            "raise data.max_length, or look at the data"
+        )
     return TokenizedSet(kept, counts)
 
 

@@ -65,6 +65,8 @@ class SegmentAttention(torch.nn.Module):
         The mask arguments belong to Megatron's interface; who attends to whom is the plan's word alone.
         """
         plan = packed_seq_params.plan
+        if attention_bias is not None:
+            raise ValueError("attention biases are not supported")
         if plan is None or plan.num_tokens != query.shape[0]:
             raise ValueError(f"attention over {query.shape[0]} rows needs a plan for as many, got {plan}")
         # [T, 1, heads, D] → [1, heads, T, D], the layout of SDPA

@@ -48,16 +48,12 @@ def distributed(device: Device, *, timeout_s: float) -> Iterator[None]:
 
     Leaves the group standing when the body raises: destroying it would wait for peers that may never come.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(device.backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(device.backend, timeout=timeout)
     else:
         # A store in memory: no port to collide with another run on this machine.
-        dist.init_process_group(
-            device.backend, store=dist.HashStore(), rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-        )
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     yield
     dist.destroy_process_group()
 
