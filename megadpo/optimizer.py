@@ -48,18 +48,30 @@ class Policy:
 
 
 def wrap_data_parallel(chunks: Sequence[MegatronModule]) -> list[DistributedDataParallel]:
-    """The chunks inside Megatron's DDP: contiguous gradient buffers in fp32, reduced over the data-parallel group.
-
-    One bucket a buffer: the checkpoint format of the distributed optimizer corrupts state when a bucket that is not the
-    last carries padding.
-    """
+    """The chunks inside Megatron's DDP: contiguous gradient buffers in fp32, reduced over the data-parallel group."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, bucket_size=None
     )
     config = chunks[0].config
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        _count_padding_between_buckets(chunk)
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
+
+
+def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:
+    """Makes a gathered optimizer state as long as Megatron's index of it, so that checkpoints hold the right numbers.
+
+    Megatron (0.16) finds a parameter in the gathered state by its place in the whole buffer, padding included, but
+    leaves each bucket's padding out when it gathers. Everything behind a padded bucket is then shifted. Without overlap
+    there is one bucket, except where a tied embedding meets a pipeline: it always has a bucket of its own. To go when
+    the two agree; with one bucket, or none padded, this changes nothing.
+    """
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def build_optimizer(

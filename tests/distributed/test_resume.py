@@ -16,7 +16,6 @@ from tests.helpers.runs import assert_same_trajectory, exported_weights, metrics
 from tests.helpers.tiny_models import write_tiny_model
 
 LR = 1e-3
-PP2_DP2 = (4, ["parallel.pipeline=2"])
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
@@ -37,19 +36,20 @@ def interrupt_at(run_dir: Path, copy: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """An uninterrupted run of six steps over two and a half epochs, bf16-free, saving every third."""
-    root = tmp_path_factory.mktemp("resume")
-    model = write_tiny_model(root / "model", "qwen2", tied=True)
+def write_inputs(root: Path) -> list[str]:
+    """Words of a six-step run over two and a half epochs that saves every third; everything but layout and precision.
+
+    The model is tied, so that the embedding's gradients have a bucket of their own on the outer pipeline stages, and
+    its sizes are no multiples of 128, so that buckets are padded: a checkpoint must not lose count over the padding.
+    """
+    model = write_tiny_model(root / "model", "qwen2", tied=True, hidden=72, heads=2, kv_heads=1)
     data = write_jsonl(root / "pairs.jsonl", make_pairs(15, seed=11))
-    common = [
+    return [
         "+model=hf",
         f"model.hf_path={model}",
         f"data.train_path={data}",
         "data.validation_fraction=0.2",
-        "data.tokens_per_microbatch=128",
-        "precision.dtype=fp32",
+        "data.tokens_per_microbatch=700",
         "device.kind=cpu",
         "train.max_steps=6",
         "train.global_batch_size=5",
@@ -59,27 +59,52 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         "optimizer.weight_decay=0.01",
         "optimizer.warmup_steps=2",
     ]
-    world, layout = PP2_DP2
-    launch(world, train, [*common, *layout, f"train.run_dir={root / 'whole'}"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """An uninterrupted fp32 run on pp2·dp2."""
+    root = tmp_path_factory.mktemp("resume")
+    common = [*write_inputs(root), "precision.dtype=fp32"]
+    launch(4, train, [*common, "parallel.pipeline=2", f"train.run_dir={root / 'whole'}"])
     return root, common
+
+
+def assert_bit_equal(expected: Path, actual: Path) -> None:
+    """Fails unless two runs have the same metrics, weights, and last checkpoint, moments and main weights included."""
+    assert numbers(actual) == numbers(expected)
+    before, after = exported_weights(expected), exported_weights(actual)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    last = (expected / "checkpoints" / "latest").read_text().strip()
+    assert (actual / "checkpoints" / "latest").read_text().strip() == last
+    ((names, different),) = launch(
+        1, compare_checkpoints, *(str(run / "checkpoints" / last) for run in (expected, actual))
+    )
+    assert different == []
+    assert any("exp_avg_sq" in tensor for tensor in names)
 
 
 def test_resumed_run_is_bit_equal(whole: tuple[Path, list[str]]) -> None:
     root, common = whole
     interrupt_at(root / "whole", root / "resumed", 3)
-    world, layout = PP2_DP2
-    launch(world, train, [*common, *layout, f"train.run_dir={root / 'resumed'}", "train.resume=auto"])
-    assert numbers(root / "resumed") == numbers(root / "whole")
-    before, after = exported_weights(root / "whole"), exported_weights(root / "resumed")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    name = "step_00000006"
-    ((names, different),) = launch(
-        1, compare_checkpoints, *(str(root / run / "checkpoints" / name) for run in ("whole", "resumed"))
-    )
-    assert different == []
-    assert any("exp_avg_sq" in tensor for tensor in names)
+    words = [*common, "parallel.pipeline=2", f"train.run_dir={root / 'resumed'}", "train.resume=auto"]
+    launch(4, train, words)
+    assert_bit_equal(root / "whole", root / "resumed")
     assert not (root / "resumed" / "checkpoints" / ".step_00000099.partial").exists()
-    assert (root / "resumed" / "checkpoints" / "latest").read_text().strip() == name
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [["parallel.tensor=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]],
+    ids=["tp2", "pp2_vpp2"],
+)
+def test_resumed_bf16_run_is_bit_equal(layout: list[str], tmp_path: Path) -> None:
+    """bf16 keeps fp32 main weights, which the checkpoint must bring back: the weights alone would have lost bits."""
+    words = [*write_inputs(tmp_path), *layout, "precision.dtype=bf16"]
+    launch(2, train, [*words, f"train.run_dir={tmp_path / 'whole'}"])
+    interrupt_at(tmp_path / "whole", tmp_path / "resumed", 3)
+    launch(2, train, [*words, f"train.run_dir={tmp_path / 'resumed'}", "train.resume=auto"])
+    assert_bit_equal(tmp_path / "whole", tmp_path / "resumed")
 
 
 @pytest.mark.parametrize(("name", "world", "layout"), [("tp2", 2, ["parallel.tensor=2"]), ("one", 1, [])])
@@ -118,6 +143,27 @@ def test_refuses_to_resume_another_run(change: str, message: str, whole: tuple[P
 
 def test_keeps_the_newest_checkpoints(whole: tuple[Path, list[str]], tmp_path: Path) -> None:
     _, common = whole
-    launch(1, train, [*common, f"train.run_dir={tmp_path}", "train.save_every=1", "checkpoint.keep_last=2"])
+    words = [*common, f"train.run_dir={tmp_path}", "train.save_every=1", "checkpoint.keep_last=2"]
+    launch(1, train, words)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["latest", "step_00000005", "step_00000006"]
+    for inside in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "checkpoints" / "step_00000006" / "hf" / inside).is_file()
+
+    back = f"train.resume={tmp_path / 'checkpoints' / 'step_00000005'}"
+    with pytest.raises(RuntimeError, match="also holds step_00000006, which would be mixed up"):
+        launch(1, train, [*words, back])
+
+    before = exported_weights(tmp_path)
+    launch(1, train, [*words, "train.resume=auto", "train.max_steps=7"])
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    after = exported_weights(tmp_path)
+    # The longer run's export, not the old one.
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_warm_up_that_never_ends_is_refused(whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    _, common = whole
+    words = [*common, f"train.run_dir={tmp_path}", "train.max_steps=null", "optimizer.warmup_steps=3"]
+    with pytest.raises(RuntimeError, match="warmup_steps=3: must be below the run's 3 steps"):
+        launch(1, train, words)
