@@ -8,6 +8,7 @@ FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 WORKDIR /opt/megadpo
 COPY . .
 # Lines of constraints.txt for packages that the image holds are dropped: another torch would break what is built on it.
-RUN pip list --format=freeze | sed -E 's/^/^/; s/==.*/==/' > /tmp/brought \
-    && grep -vi -f /tmp/brought constraints.txt > /tmp/constraints.txt \
+RUN pip list --format=freeze | cut -d= -f1 | tr '_A-Z' '-a-z' | sort > /tmp/brought \
+    && tr '_A-Z' '-a-z' < constraints.txt | awk -F== 'NR==FNR {brought[$1]; next} !($1 in brought)' /tmp/brought - \
+        > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt -e .

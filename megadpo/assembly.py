@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megadpo.checkpoint import load_checkpoint
-from megadpo.config.schema import Config, Dtype
+from megadpo.config.schema import Config, Dtype, ReferenceMode
 from megadpo.data.batch import stream_length
 from megadpo.data.dataset import RawPair, read_pairs, split_validation
 from megadpo.data.loader import BatchShape
@@ -21,7 +21,6 @@ from megadpo.data.tokenization import (
     tokenize_pairs,
 )
 from megadpo.device import Device
-from megadpo.errors import ConfigError
 from megadpo.losses import PreferenceLoss
 from megadpo.models.builder import ModelOptions, build_model, load_model
 from megadpo.models.hf_config import Architecture, read_architecture
@@ -34,6 +33,7 @@ from megadpo.trainer import LoopSettings
 logger = get_logger(__name__)
 
 
+_REFERENCES = {ReferenceMode.resident: ResidentReference}
 # From here on tokenizing takes long enough that a person wants to see it move.
 _MANY_PAIRS = 5000
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
@@ -74,15 +74,20 @@ def load_datasets(config: Config, arch: Architecture) -> Datasets:
     if config.data.validation_fraction > 0:
         train_raw, raw[""] = split_validation(train_raw, config.data.validation_fraction, config.train.seed)
 
-    def tokenized(pairs: list[RawPair]) -> list[TokenizedPair]:
+    def tokenized(name: str, pairs: list[RawPair]) -> list[TokenizedPair]:
         retained = tokenize_pairs(
-            pairs, tokenizer, max_length=config.data.max_length, progress=len(pairs) >= _MANY_PAIRS
+            pairs,
+            tokenizer,
+            max_length=config.data.max_length,
+            truncation=str(config.data.truncation),
+            name=name,
+            progress=len(pairs) >= _MANY_PAIRS,
         ).pairs
         check_vocabulary(retained, arch.vocab_size)
         return retained
 
-    train = tokenized(train_raw)
-    validation = {name: tokenized(pairs) for name, pairs in raw.items()}
+    train = tokenized("training", train_raw)
+    validation = {name: tokenized(f"validation {name}".strip(), pairs) for name, pairs in raw.items()}
     logger.info("the first training pair as the model sees it:\n%s", describe_pair(train[0], tokenizer))
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train)
     if longest > arch.max_position_embeddings:
@@ -114,12 +119,12 @@ def _digest(pairs: list[TokenizedPair]) -> str:
     return sha.hexdigest()
 
 
-def batch_shape(config: Config, state: ParallelState) -> BatchShape:
+def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
     """What the layout asks of a batch."""
     return BatchShape(
         data_rank=state.data_rank,
         data_size=state.data_size,
-        token_multiple=state.tensor_size if config.parallel.sequence_parallel else 1,
+        token_multiple=state.tensor_size if sequence_parallel else 1,
         fixed_streams=state.pipeline_size > 1,
         microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
     )
@@ -129,13 +134,8 @@ def build_reference(config: Config, arch: Architecture, state: ParallelState, de
     """The frozen reference: its own directory's weights, or the starting policy's."""
     path = Path(str(config.reference.hf_path or config.model.hf_path))
     reference_arch = arch if config.reference.hf_path is None else read_architecture(path)
-    if reference_arch.vocab_size != arch.vocab_size:
-        raise ConfigError(
-            f"reference.hf_path={path}: its vocabulary has {reference_arch.vocab_size} entries, the policy's "
-            f"{arch.vocab_size}. The reference must share the policy's tokenizer."
-        )
     chunks = load_model(reference_arch, state, path, **_model_options(config, device))
-    return ResidentReference(chunks, device=device.torch_device)
+    return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
 
 
 def _model_options(config: Config, device: Device) -> ModelOptions:

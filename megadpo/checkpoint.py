@@ -20,12 +20,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megadpo.errors import CheckpointError
+from megadpo.models.conversion.load_save import copy_hf_side_files
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -90,17 +92,21 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     state: TrainingState,
     *,
+    source: Path,
+    dtype: torch.dtype,
     keep_last: int,
 ) -> Path:
     """Writes the checkpoint of `state.step` and drops all but the `keep_last` newest; its directory.
 
-    Collective over all ranks. The directory is written under a temporary name and renamed when every rank is done.
+    The configuration and tokenizer of the Hugging Face directory `source` are copied inside, as `hf/`, so that the
+    checkpoint stands alone. Collective over all ranks. The directory is written under a temporary name and renamed when
+    every rank is done; one that is dropped loses its name before its files.
     """
     final = step_directory(root, state.step)
     partial = root / f".{final.name}.partial"
     is_main = dist.get_rank() == 0
     if is_main:
-        for leftover in root.glob(".step_*.partial"):  # of saves that were killed
+        for leftover in root.glob(".step_*"):  # of saves and removals that were killed
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -112,22 +118,31 @@ def save_checkpoint(
         dist_checkpointing.save(content, str(partial), content_metadata=dict(_METADATA))
     dist.barrier()
     if is_main:
-        (partial / _DESCRIPTION).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        copy_hf_side_files(source, partial / "hf", dtype=dtype)
+        write_durably(partial / _DESCRIPTION, json.dumps(asdict(state), indent=1))
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
-        _point_latest(root, final)
+        write_durably(root / "latest", final.name + "\n")
         for old in list_checkpoints(root)[:-keep_last]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return final
 
 
-def _point_latest(root: Path, target: Path) -> None:
-    """Makes `latest` name `target`, by rename: a reader sees the old name or the new one."""
-    temporary = root / ".latest"
-    temporary.write_text(target.name + "\n", encoding="utf-8")
-    os.replace(temporary, root / "latest")
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a text file by rename, on disk before it has its name: a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the checkpoint's name away, then its files: killed in between, it is not taken for a complete one."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed")))
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
@@ -141,8 +156,11 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
     }
     try:
         loaded = dist_checkpointing.load(content, str(directory), strict="raise_all")
-    except Exception as error:  # Megatron's own errors name neither the directory nor what to do
-        raise CheckpointError(f"checkpoint {directory} can't be loaded: {error}") from error
+    except (CheckpointingException, OSError, KeyError, ValueError) as error:
+        # Megatron's own errors name neither the directory nor what to do.
+        raise CheckpointError(
+            f"checkpoint {directory} can't be loaded: {error}. It is damaged, or of a model of another shape."
+        ) from error
     for index, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
     states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())

@@ -91,9 +91,11 @@ def select_device(kind: str) -> Device:
 def _share_cpu_threads() -> None:
     """Splits the cores over the ranks of this machine; more threads than cores make the ranks fight over them.
 
-    torchrun sets OMP_NUM_THREADS to 1 where the user has not, so under a launcher the variable says nothing.
+    OMP_NUM_THREADS is honoured, except that torchrun sets it to 1 where the user has not: under a launcher a 1 says
+    nothing.
     """
-    if "OMP_NUM_THREADS" not in os.environ or "LOCAL_WORLD_SIZE" in os.environ:
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is None or (said == "1" and "LOCAL_WORLD_SIZE" in os.environ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -108,6 +110,7 @@ def megatron_device(device: Device) -> Iterator[None]:
     if device.kind == "cuda":
         yield
         return
+    _check_torch_optimizer()
     with contextlib.ExitStack() as stack:
         for patch in (*_cuda_patches(), *_tensor_patches(), *_factory_patches()):
             stack.enter_context(patch)
@@ -127,6 +130,17 @@ def _check_megatron_version() -> None:
         raise ConfigError(
             f"megatron-core {found} is installed; megadpo is tested with {_TESTED_MEGATRON}. "
             f"Install one of those: pip install 'megatron-core{_TESTED_MEGATRON}'."
+        )
+
+
+def _check_torch_optimizer() -> None:
+    """Refuses CPU where Megatron has bound the CUDA kernels of Transformer Engine or apex, which it does at import."""
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if HAVE_APEX_OR_TE:
+        raise ConfigError(
+            "device.kind=cpu: Transformer Engine or apex is installed, and Megatron-Core then uses their optimizer, "
+            "which needs CUDA. Use device.kind=cuda, or an environment without them (make venv makes one)."
         )
 
 

@@ -49,7 +49,8 @@ def export_model(
     if state.is_main:
         copy_hf_side_files(source, partial, dtype=dtype)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(out_dir, ignore_errors=True)
+        if out_dir.exists():
+            shutil.rmtree(out_dir.rename(out_dir.with_name(f".{out_dir.name}.replaced")))
         partial.rename(out_dir)
     dist.barrier()
 
@@ -57,7 +58,7 @@ def export_model(
 def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:
     """Markdown with YAML front matter: how it was trained, the last metrics, and all settings.
 
-    Each validation set has a column of its own.
+    Each validation set has a column of its own; without metrics (nothing was trained) there is no table.
     """
     prefixes = sorted(
         {key.removesuffix("loss") for key in metrics if key.startswith("eval/") and key.endswith("/loss")}
@@ -74,12 +75,12 @@ def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics:
         "",
         f"Trained for {steps} steps on preference pairs with the {loss} loss, by megadpo {__version__}.",
         "",
-        f"| metric | {' | '.join(titles)} |",
-        "|---" * (len(titles) + 1) + "|",
     ]
-    for key in _CARD_METRICS:
-        cells = [f"{metrics[p + key]:.6g}" if p + key in metrics else "" for p in ("", *prefixes)]
-        if any(cells):
-            lines.append(f"| `{key}` | {' | '.join(cells)} |")
-    lines += ["", "Training values are of the last logged step, before its update.", ""]
+    if metrics:
+        lines += [f"| metric | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        for key in _CARD_METRICS:
+            cells = [f"{metrics[p + key]:.6g}" if p + key in metrics else "" for p in ("", *prefixes)]
+            if any(cells):
+                lines.append(f"| `{key}` | {' | '.join(cells)} |")
+        lines += ["", "Training values are of the last line of metrics.jsonl, computed before its update.", ""]
     return "\n".join([*lines, "## Settings", "", "```yaml", settings_yaml.rstrip(), "```", ""])

@@ -95,15 +95,14 @@ def pair_log_probs(microbatch: PreferenceBatch, policy: SequenceLogProbs, refere
     )
 
 
-def score_closure(index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor) -> SequenceLogProbs:
-    """The closure of a forward-only pass: per-pair log-probs of the microbatch."""
-    return sum_log_probs(microbatch, logps_N)
-
-
 def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torch.device) -> list[SequenceLogProbs]:
     """Per-pair log-probs of this rank's microbatches under a model, without gradients; [] on all but the last stage."""
+
+    def closure(index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor) -> SequenceLogProbs:
+        return sum_log_probs(microbatch, logps_N)
+
     with torch.no_grad():
-        return run_schedule(chunks, batch, score_closure, device=device, forward_only=True)
+        return run_schedule(chunks, batch, closure, device=device, forward_only=True)
 
 
 def preference_statistics(
@@ -113,5 +112,5 @@ def preference_statistics(
     logps = pair_log_probs(microbatch, sum_log_probs(microbatch, logps_N), reference)
     loss_B = loss(logps)
     sums = pair_statistics(loss_B, logps, beta=loss.beta)
-    sums["pairs"] = torch.tensor(float(microbatch.num_pairs), dtype=torch.float64, device=logps_N.device)
+    sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=logps_N.device)
     return loss_B.sum(), sums

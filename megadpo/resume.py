@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megadpo.checkpoint import TrainingState, find_checkpoint, list_checkpoints, read_training_state
+from megadpo.checkpoint import (
+    TrainingState,
+    find_checkpoint,
+    list_checkpoints,
+    read_training_state,
+    step_directory,
+)
 from megadpo.config.compose import config_to_dict
 from megadpo.config.schema import Config
 from megadpo.errors import CheckpointError
@@ -37,6 +43,16 @@ def find_starting_point(config: Config, run_dir: Path, *, num_pairs: int, data_d
         return StartingPoint(None, now)
     saved = read_training_state(checkpoint)
     _check_same_run(checkpoint, saved, now)
+    newer = [
+        path.name
+        for path in list_checkpoints(run_dir / "checkpoints")
+        if path > step_directory(path.parent, saved.step)
+    ]
+    if newer:
+        raise CheckpointError(
+            f"train.resume={config.train.resume}: {run_dir} also holds {', '.join(newer)}, which would be mixed up "
+            f"with the new branch's: remove them, or give another train.run_dir"
+        )
     return StartingPoint(checkpoint, replace(now, step=saved.step))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -21,7 +23,7 @@ from megadpo.assembly import (
     loop_settings,
     torch_dtype,
 )
-from megadpo.checkpoint import save_checkpoint
+from megadpo.checkpoint import save_checkpoint, write_durably
 from megadpo.config.compose import config_from_yaml, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
@@ -43,6 +45,8 @@ from megadpo.train_step import StepResult, train_step
 from megadpo.trainer import Trainer
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 # How long a rank waits in a collective for peers that may be tokenizing, loading or writing.
 _TIMEOUT_S = 1800.0
@@ -76,25 +80,27 @@ def _agree_on_config(config: Config) -> Config:
     def resolve() -> str:
         resolved = resolve_defaults(config, datetime.now())
         check_run_dir_is_fresh(resolved)
-        run_dir = Path(str(resolved.train.run_dir))
-        run_dir.mkdir(parents=True, exist_ok=True)
+        # A directory named by the clock is this run's alone: one that starts in the same second must not share it.
+        Path(str(resolved.train.run_dir)).mkdir(parents=True, exist_ok=config.train.run_dir is not None)
         return config_to_yaml(resolved)
 
     return config_from_yaml(_on_main(resolve))
 
 
-def _on_main(action: Callable[[], str]) -> str:
+def _on_main(action: Callable[[], T]) -> T:
     """The result of `action` on rank 0, on every rank; its MegaDPOError or OSError is raised on every rank too."""
-    result, failure = "", None
+    outcome: T | MegaDPOError | None = None
     if dist.get_rank() == 0:
         try:
-            result = action()
-        except (MegaDPOError, OSError) as error:
-            failure = str(error)
-    result, failure = broadcast_from_main((result, failure))
-    if failure is not None:
-        raise ConfigError(failure)
-    return result
+            outcome = action()
+        except MegaDPOError as error:
+            outcome = error
+        except OSError as error:
+            outcome = MegaDPOError(f"{error.filename}: {error.strerror}")
+    outcome = broadcast_from_main(outcome)
+    if isinstance(outcome, MegaDPOError):
+        raise outcome
+    return cast(T, outcome)
 
 
 def _log_layout(state: ParallelState, device: Device) -> None:
@@ -114,21 +120,28 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     arch = read_architecture(str(config.model.hf_path))
     datasets = load_datasets(config, arch)
     digests = datasets.digests
-    check_all_agree("data", str(digests))
+    check_all_agree("data or model configuration", f"{digests} {arch}")
     data = TrainingData(
         datasets.train,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         shuffle=config.train.shuffle,
         builder=BatchBuilder(
-            shape=batch_shape(config, state),
+            shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
             tokens_per_microbatch=config.data.tokens_per_microbatch,
             pad_token_id=datasets.pad_token_id,
         ),
     )
     total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch
-    start = find_starting_point(config, run_dir, num_pairs=len(datasets.train), data_digest=digests["train"])
-    if start.step >= total_steps and (run_dir / "hf").is_dir():
+    _check_steps(config, total_steps)
+    # Rank 0 decides for all: file systems may show other ranks another moment.
+    start, exported = _on_main(
+        lambda: (
+            find_starting_point(config, run_dir, num_pairs=len(datasets.train), data_digest=digests["train"]),
+            (run_dir / "hf").is_dir(),
+        )
+    )
+    if start.step >= total_steps and exported:
         logger.info("%s is finished: step %d of %d. Nothing to do.", run_dir, start.step, total_steps)
         return
     reference = build_reference(config, arch, state, device)
@@ -144,12 +157,24 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         card=model_card(
             name=config.model.name,
             loss=str(config.loss.name[0]),
-            steps=total_steps,
+            steps=max(start.step, total_steps),
             settings_yaml=config_to_yaml(config),
             metrics=metrics,
         ),
     )
     logger.info("exported the model to %s", run_dir / "hf")
+
+
+def _check_steps(config: Config, total_steps: int) -> None:
+    """Raises ConfigError for a warm-up that the run never ends; says which intervals it is too short for."""
+    if config.optimizer.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}: must be below the run's {total_steps} steps: "
+            "shorten the warm-up or train longer"
+        )
+    for key, interval in (("eval_every", config.train.eval_every), ("save_every", config.train.save_every)):
+        if interval is not None and interval > total_steps:
+            logger.warning("train.%s=%d has no effect: the run has %d steps", key, interval, total_steps)
 
 
 def _run_loop(
@@ -183,6 +208,8 @@ def _run_loop(
             policy.chunks,
             policy.optimizer,
             replace(start.state, step=step),
+            source=Path(str(config.model.hf_path)),
+            dtype=torch_dtype(config),
             keep_last=config.checkpoint.keep_last,
         )
         logger.info("saved %s", path)
@@ -190,7 +217,10 @@ def _run_loop(
     with ExitStack() as stack:
         trackers: list[Tracker] = []
         if state.is_main:
-            (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            write_durably(run_dir / "config.yaml", config_to_yaml(config))
+            if start.step < total_steps:
+                # Of an earlier, shorter run: once training goes on it is no longer the run's result.
+                shutil.rmtree(run_dir / "hf", ignore_errors=True)
             trackers = build_trackers([str(t) for t in config.trackers], run_dir, resume_step=start.step)
             for tracker in trackers:
                 stack.callback(tracker.close)

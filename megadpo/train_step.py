@@ -53,7 +53,7 @@ def train_step(
         index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         loss_sum, sums = preference_statistics(loss, microbatch, logps_N, reference_logps[index])
-        return loss_sum.float(), torch.tensor(microbatch.num_pairs, dtype=torch.int, device=logps_N.device), sums
+        return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=logps_N.device), sums
 
     for chunk in chunks:
         chunk.zero_grad_buffer()

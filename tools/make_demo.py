@@ -72,7 +72,7 @@ def train(root: Path, overrides: Sequence[str]) -> None:
     console.print(
         f"$ torchrun --standalone --nproc-per-node {RANKS} {' '.join(command[6:])}", highlight=False, soft_wrap=True
     )
-    # One thread a rank: four ranks on a laptop's few cores otherwise wait for one another's threads
+    # torchrun would set the same, with a warning.
     result = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if result.returncode:
         sys.exit(f"training failed with exit status {result.returncode}; its messages are above")

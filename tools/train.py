@@ -46,28 +46,39 @@ def main(arguments: list[str]) -> int:
 
 def check(config: Config) -> None:
     """Raises one ConfigError with all that keeps the configuration from running on this launch's ranks."""
-    world_size = launched_world_size()
-    if config.model.hf_path is None or not (Path(config.model.hf_path) / "config.json").is_file():
-        validate(config, world_size=world_size)  # says so
-        return
+    violations: list[str] = []
+    shapes = {}
+    for role, path in (("model", config.model.hf_path), ("reference", config.reference.hf_path)):
+        if path is not None and (Path(path) / "config.json").is_file():
+            try:
+                shapes[role] = _shape(path)
+            except ConversionError as error:
+                violations.append(str(error))
+    try:
+        validate(
+            config,
+            world_size=launched_world_size(),
+            shape=shapes.get("model"),
+            reference_shape=shapes.get("reference"),
+        )
+    except ConfigError as error:
+        violations += error.violations
+    if violations:
+        raise ConfigError(violations)
+
+
+def _shape(path: str) -> ModelShape:
+    """Sizes of the model in a Hugging Face directory; ConversionError where it is not supported."""
     from megadpo.models.hf_config import read_architecture  # transformers takes seconds to import
 
-    try:
-        arch = read_architecture(config.model.hf_path)
-    except ConversionError as error:
-        violations = [str(error)]
-        try:
-            validate(config, world_size=world_size)
-        except ConfigError as others:
-            violations += others.violations
-        raise ConfigError(violations) from error
-    shape = ModelShape(
+    arch = read_architecture(path)
+    return ModelShape(
         num_layers=arch.num_layers,
         num_attention_heads=arch.num_attention_heads,
         num_query_groups=arch.num_query_groups,
         ffn_hidden_size=arch.ffn_hidden_size,
+        vocab_size=arch.vocab_size,
     )
-    validate(config, world_size=world_size, shape=shape)
 
 
 if __name__ == "__main__":

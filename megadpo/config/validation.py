@@ -17,12 +17,13 @@ from megadpo.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Sizes of a model that limit the layouts it can be cut into."""
+    """Sizes of a model that limit the layouts it can be cut into, and the vocabulary, which a reference must share."""
 
     num_layers: int
     num_attention_heads: int
     num_query_groups: int
     ffn_hidden_size: int
+    vocab_size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,18 +69,22 @@ _RANGES = {
 }
 
 
-def validate(config: Config, *, world_size: int, shape: ModelShape | None = None) -> None:
+def validate(
+    config: Config, *, world_size: int, shape: ModelShape | None = None, reference_shape: ModelShape | None = None
+) -> None:
     """Raises one ConfigError with every rule that `config` breaks on `world_size` ranks; returns when there is none.
 
     Give the configuration as the user wrote it, before `resolve_defaults`. With `shape`, the layout is also checked
-    against the model's sizes.
+    against the model's sizes, and with `reference_shape` against those of a reference of its own.
     """
     violations = [
         *_check_ranges(config),
         *_check_model(config),
         *_check_data(config),
         *_check_layout(config, world_size),
-        *(_check_shape(config, shape) if shape is not None else []),
+        *(_check_shape(config, shape, "model") if shape is not None else []),
+        *(_check_shape(config, reference_shape, "reference") if reference_shape is not None else []),
+        *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
         *_check_loss(config),
         *_check_optimizer(config),
         *_check_run(config),
@@ -94,7 +99,14 @@ def check_run_dir_is_fresh(config: Config) -> None:
     For training only, on one rank, before it writes. Scoring or planning with the same configuration is fine.
     """
     run_dir, resume = config.train.run_dir, config.train.resume
-    if resume == "auto" or run_dir is None or not Path(run_dir).is_dir() or not any(Path(run_dir).iterdir()):
+    if run_dir is None or not Path(run_dir).is_dir() or not any(Path(run_dir).iterdir()):
+        return
+    if resume == "auto":
+        if not (Path(run_dir) / "config.yaml").is_file():
+            raise ConfigError(
+                f"train.run_dir={run_dir}: holds files but no config.yaml, so it is not the directory of a run: choose "
+                "another directory"
+            )
         return
     if resume == "never" or Path(run_dir).resolve() not in (Path(resume).resolve(), *Path(resume).resolve().parents):
         raise ConfigError(
@@ -182,20 +194,29 @@ def _check_layout(config: Config, world_size: int) -> list[str]:
     return violations
 
 
-def _check_shape(config: Config, shape: ModelShape) -> list[str]:
+def _check_reference(config: Config, shape: ModelShape, reference: ModelShape) -> list[str]:
+    if reference.vocab_size == shape.vocab_size:
+        return []
+    return [
+        f"reference.hf_path={config.reference.hf_path}: its vocabulary has {reference.vocab_size} entries, the "
+        f"policy's {shape.vocab_size}: the reference must share the policy's tokenizer: give one that does"
+    ]
+
+
+def _check_shape(config: Config, shape: ModelShape, what: str) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     chunks = config.parallel.virtual_pipeline or 1
     if min(tensor, pipeline, chunks) < 1:
         return []  # out of range, and reported as that
     violations = []
-    for what, size in (("attention heads", shape.num_attention_heads), ("MLP channels", shape.ffn_hidden_size)):
+    for part, size in (("attention heads", shape.num_attention_heads), ("MLP channels", shape.ffn_hidden_size)):
         if size % tensor:
             remedy = _use_divisor(size, tensor)
-            violations.append(f"parallel.tensor={tensor}: must divide the model's {size} {what}: {remedy}")
+            violations.append(f"parallel.tensor={tensor}: must divide the {what}'s {size} {part}: {remedy}")
     groups = shape.num_query_groups
     if groups % tensor and tensor % groups:
         violations.append(
-            f"parallel.tensor={tensor}: must divide the model's {groups} key-value heads or be a multiple of them: "
+            f"parallel.tensor={tensor}: must divide the {what}'s {groups} key-value heads or be a multiple of them: "
             f"{_use_divisor(groups, tensor)}"
         )
     if shape.num_layers % (pipeline * chunks):
@@ -203,7 +224,7 @@ def _check_shape(config: Config, shape: ModelShape) -> list[str]:
         if chunks > 1:
             key += f", parallel.virtual_pipeline={chunks}"
         violations.append(
-            f"{key}: {pipeline * chunks} equal parts cannot be cut from the model's {shape.num_layers} layers: "
+            f"{key}: {pipeline * chunks} equal parts cannot be cut from the {what}'s {shape.num_layers} layers: "
             f"use {'a product' if chunks > 1 else 'a number'} that divides {shape.num_layers}"
         )
     return violations
@@ -260,6 +281,11 @@ def _check_run(config: Config) -> list[str]:
         violations.append(
             f"train.eval_every={train.eval_every}: has no effect without a validation set: give data.validation_path "
             "or data.validation_fraction, or drop eval_every"
+        )
+    if train.save_every is not None and train.log_every >= 1 and train.save_every % train.log_every:
+        violations.append(
+            f"train.save_every={train.save_every}: must be a multiple of train.log_every={train.log_every}: a line of "
+            "metrics that spans a checkpoint could not be continued from it"
         )
     if train.run_dir is not None and Path(train.run_dir).exists() and not Path(train.run_dir).is_dir():
         violations.append(f"train.run_dir={train.run_dir}: must be a directory, it is a file: choose another path")

@@ -40,13 +40,13 @@ class PreferenceBatch:
     def to(self, device: torch.device) -> PreferenceBatch:
         """The same batch with its tensors on `device` ."""
         return PreferenceBatch(
-            tokens_1T=self.tokens_1T.to(device, non_blocking=True),
-            positions_T=self.positions_T.to(device, non_blocking=True),
+            tokens_1T=self.tokens_1T.to(device),
+            positions_T=self.positions_T.to(device),
             plan=self.plan,
-            response_rows_N=self.response_rows_N.to(device, non_blocking=True),
-            targets_N=self.targets_N.to(device, non_blocking=True),
-            sequence_index_N=self.sequence_index_N.to(device, non_blocking=True),
-            response_tokens_S=self.response_tokens_S.to(device, non_blocking=True),
+            response_rows_N=self.response_rows_N.to(device),
+            targets_N=self.targets_N.to(device),
+            sequence_index_N=self.sequence_index_N.to(device),
+            response_tokens_S=self.response_tokens_S.to(device),
             pair_indices=self.pair_indices,
         )
 

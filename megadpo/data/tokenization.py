@@ -105,15 +105,27 @@ def truncate_keep_start(pair: TokenizedPair, max_length: int) -> TokenizedPair |
     return replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
+_TRUNCATIONS = {"keep_start": truncate_keep_start}
+
+
 def tokenize_pairs(
-    pairs: Sequence[RawPair], tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: bool = False
+    pairs: Sequence[RawPair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation: str = "keep_start",
+    name: str = "preference",
+    progress: bool = False,
 ) -> TokenizedSet:
     """Tokenizes and truncates the pairs; logs what was cut, dropped and moved, and with `progress` every tenth.
+
+    `name` says in messages which set of pairs this is.
 
     Raises DataError where a pair cannot be tokenized, and where no pair is left.
     """
     if max_length < 2:
         raise ConfigError(f"data.max_length={max_length}: at least 2 tokens, one of the prompt and one of a response")
+    truncate = _TRUNCATIONS[truncation]
     kept: list[TokenizedPair] = []
     truncated_chosen = truncated_rejected = long_prompt = empty_response = merged = double_bos = 0
     for done, raw in enumerate(pairs, 1):
@@ -124,7 +136,7 @@ def tokenize_pairs(
             if merged == 0:
                 _warn_boundary(pair, encoded, tokenizer)
             merged += 1
-        cut = truncate_keep_start(pair, max_length)
+        cut = truncate(pair, max_length)
         if cut is None:
             long_prompt += 1
         elif not len(cut.chosen) or not len(cut.rejected):
@@ -134,7 +146,7 @@ def tokenize_pairs(
             truncated_rejected += len(cut.rejected) < len(pair.rejected)
             kept.append(cut)
         if progress and done * 10 // len(pairs) > (done - 1) * 10 // len(pairs):
-            logger.info("tokenized %d of %d pairs", done, len(pairs))
+            logger.info("tokenized %d of %d %s pairs", done, len(pairs), name)
     counts = TokenizationCounts(
         read=len(pairs),
         kept=len(kept),
@@ -145,10 +157,10 @@ def tokenize_pairs(
         boundary_merged=merged,
         double_bos=double_bos,
     )
-    _log_counts(counts, max_length)
+    _log_counts(counts, max_length, name)
     if not kept:
         raise DataError(
-            f"none of the {len(pairs)} pairs is left: the prompt alone reaches data.max_length={max_length} in "
+            f"none of the {len(pairs)} {name} pairs is left: the prompt alone reaches data.max_length={max_length} in "
             f"{counts.dropped_long_prompt}, and nothing of a response is left in {counts.dropped_empty_response}; "
             "raise data.max_length, or look at the data"
         )
@@ -296,8 +308,8 @@ def _warn_boundary(pair: TokenizedPair, encoded: _Encoded, tokenizer: PreTrained
     )
 
 
-def _log_counts(counts: TokenizationCounts, max_length: int) -> None:
-    logger.info("tokenized: %d pairs read, %d kept at max_length %d", counts.read, counts.kept, max_length)
+def _log_counts(counts: TokenizationCounts, max_length: int, name: str) -> None:
+    logger.info("%s pairs: %d read, %d kept at max_length %d", name, counts.read, counts.kept, max_length)
     told = {
         "responses cut at max_length: chosen": counts.truncated_chosen,
         "responses cut at max_length: rejected": counts.truncated_rejected,
@@ -308,4 +320,4 @@ def _log_counts(counts: TokenizationCounts, max_length: int) -> None:
     }
     for what, number in told.items():
         if number:
-            logger.warning("tokenized: %s: %d of %d", what, number, counts.read)
+            logger.warning("%s pairs: %s: %d of %d", name, what, number, counts.read)

@@ -89,10 +89,3 @@ def build_parallel_state(
         pipeline_group=mpu.get_pipeline_model_parallel_group(),
         data_group=mpu.get_data_parallel_group(),
     )
-
-
-def destroy_parallel_state() -> None:
-    """Forgets Megatron's groups, so that another layout can be built in the same process."""
-    from megatron.core import parallel_state as mpu
-
-    mpu.destroy_model_parallel()

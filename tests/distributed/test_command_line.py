@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,12 +40,10 @@ def command(cwd: Path, *words: str, ranks: int = 0) -> subprocess.CompletedProce
 
 
 def test_no_model_is_a_list_of_models(tmp_path: Path) -> None:
-    started = time.monotonic()
     result = command(tmp_path)
     assert result.returncode == 2
     assert "add +model=NAME, one of demo, hf" in result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - started < 20
 
 
 def test_all_mistakes_at_once_and_nothing_written(tmp_path: Path, files: tuple[Path, Path]) -> None:

@@ -24,6 +24,11 @@ LAYOUTS = {
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2_dp2": (4, ["parallel.tensor=2"]),
 }
+FURTHER_LAYOUTS = {
+    "tp4": (4, ["parallel.tensor=4"]),  # more ranks than key-value heads
+    "pp4": (4, ["parallel.pipeline=4"]),
+    "tp2_pp2_vpp2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+}
 
 
 def overrides(model: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -82,15 +87,15 @@ def test_same_trajectory_on_real_pairs(name: str, real_runs: tuple[list[str], Pa
 @pytest.fixture(scope="module")
 def generated_one(generated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     root = tmp_path_factory.mktemp("runs")
-    common = overrides(*generated, root / "one", "data.tokens_per_microbatch=256", "train.max_steps=3")
+    common = overrides(*generated, root / "one", "data.tokens_per_microbatch=600", "train.max_steps=3")
     launch(1, train, common)
     return common, root
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2_vpp2", "dp2", "tp2_pp2"])
+@pytest.mark.parametrize("name", [*LAYOUTS, *FURTHER_LAYOUTS])
 def test_same_trajectory_on_generated_pairs(name: str, generated_one: tuple[list[str], Path]) -> None:
     common, root = generated_one
-    world, layout = LAYOUTS[name]
+    world, layout = {**LAYOUTS, **FURTHER_LAYOUTS}[name]
     launch(world, train, [*common, f"train.run_dir={root / name}", *layout])
     assert_same_trajectory(root / "one", root / name, lr=LR)
 

@@ -10,17 +10,18 @@ import torch
 from megatron.core import dist_checkpointing
 
 import megadpo.assembly
+from megadpo.assembly import batch_shape
 from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
 from megadpo.data.dataset import read_pairs
-from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch
+from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
 from megadpo.device import megatron_device, select_device
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.models.builder import load_model
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture
-from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
+from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
 
@@ -30,18 +31,6 @@ def train(overrides: list[str]) -> str:
     config = compose_config(overrides)
     validate(config, world_size=int(os.environ["WORLD_SIZE"]))
     return str(run_training(config))
-
-
-def batch_builder(state: ParallelState, *, budget: int, pad_token_id: int) -> BatchBuilder:
-    """The builder that a run with sequence parallelism (tp > 1) on this layout uses."""
-    shape = BatchShape(
-        data_rank=state.data_rank,
-        data_size=state.data_size,
-        token_multiple=state.tensor_size,
-        fixed_streams=state.pipeline_size > 1,
-        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
-    )
-    return BatchBuilder(shape=shape, tokens_per_microbatch=budget, pad_token_id=pad_token_id)
 
 
 def score_and_export(
@@ -72,7 +61,12 @@ def score_and_export(
             chunks = load_model(arch, state, model, device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
             tokenizer = load_tokenizer(model)
             pairs = tokenize_pairs(read_pairs(data).pairs, tokenizer, max_length=max_length).pairs
-            batch = batch_builder(state, budget=budget, pad_token_id=int(tokenizer.pad_token_id)).build(pairs)
+            builder = BatchBuilder(
+                shape=batch_shape(state, sequence_parallel=state.tensor_size > 1),
+                tokens_per_microbatch=budget,
+                pad_token_id=int(tokenizer.pad_token_id),
+            )
+            batch = builder.build(pairs)
             results[model] = {}
             scores = score(chunks, batch, device=device.torch_device)
             for microbatch, logps in zip(batch.microbatches, scores, strict=False):

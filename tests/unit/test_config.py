@@ -25,7 +25,7 @@ from megadpo.config.validation import ModelShape, check_run_dir_is_fresh, valida
 from megadpo.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
-SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=64)
+SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=64, vocab_size=401)
 
 # key -> (override, value it gives, a value that is refused, what the refusal says)
 KEYS = {
@@ -504,6 +504,9 @@ def test_a_used_run_dir_needs_resuming(tmp_path: Path, files: dict[str, str]) ->
     validate(config, world_size=1)
     with pytest.raises(ConfigError, match=r"must be empty with train.resume=never: continue its own run with"):
         check_run_dir_is_fresh(config)
+    with pytest.raises(ConfigError, match=r"no config.yaml, so it is not the directory of a run"):
+        check_run_dir_is_fresh(build(files, f"train.run_dir={run}", "train.resume=auto"))
+    (run / "config.yaml").write_text("")
     check_run_dir_is_fresh(build(files, f"train.run_dir={run}", "train.resume=auto"))
     (run / "checkpoints" / "step_00000003").mkdir(parents=True)
     check_run_dir_is_fresh(build(files, f"train.run_dir={run}", f"train.resume={run}/checkpoints/step_00000003"))
@@ -549,3 +552,19 @@ def test_wrong_types_and_broken_rules_come_together(files: dict[str, str]) -> No
     assert len(caught.value.violations) == 3, text
     for expected in ("data.train_pth=x: unknown", "optimizer.lr=abc: must be a number", "loss.beta=-1.0: must be"):
         assert expected in text
+
+
+def test_a_checkpoint_inside_an_interval_of_metrics_is_refused(files: dict[str, str]) -> None:
+    (text,) = violations(files, "train.log_every=3", "train.save_every=4")
+    assert text.startswith("train.save_every=4: must be a multiple of train.log_every=3")
+    validate(build(files, "train.log_every=3", "train.save_every=6"), world_size=1)
+
+
+def test_a_reference_must_fit_the_layout_and_share_the_vocabulary(files: dict[str, str]) -> None:
+    other = ModelShape(num_layers=8, num_attention_heads=3, num_query_groups=1, ffn_hidden_size=64, vocab_size=500)
+    config = build(files, "parallel.tensor=2", "parallel.pipeline=2")
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=4, shape=SHAPE, reference_shape=other)
+    heads, vocabulary = caught.value.violations
+    assert "must divide the reference's 3 attention heads" in heads
+    assert "its vocabulary has 500 entries, the policy's 401" in vocabulary

@@ -168,21 +168,21 @@ def test_counts_and_order_of_what_is_kept(caplog: pytest.LogCaptureFixture) -> N
     assert (counts.read, counts.kept, counts.dropped_long_prompt, counts.dropped_empty_response) == (4, 3, 1, 0)
     assert (counts.truncated_chosen, counts.truncated_rejected) == (2, 1)
     assert tokens(tokenizer, result.pairs[2].rejected) == ["r"]
-    assert "4 pairs read, 3 kept at max_length 8" in caplog.text
+    assert "preference pairs: 4 read, 3 kept at max_length 8" in caplog.text
     assert "the prompt alone reaches max_length: 1 of 4" in caplog.text
     assert "cut at max_length: chosen: 2 of 4" in caplog.text
-    assert "tokenized 4 of 4 pairs" in caplog.text
+    assert "tokenized 4 of 4 preference pairs" in caplog.text
 
 
 def test_progress_is_told_every_tenth(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="megadpo")
     pairs = [plain("p", "c", "r", i) for i in range(25)]
     tokenize_pairs(pairs, byte_tokenizer(), max_length=8, progress=True)
-    told = [record.getMessage() for record in caplog.records if " of 25 pairs" in record.getMessage()]
-    assert len(told) == 10 and told[-1] == "tokenized 25 of 25 pairs"
+    told = [record.getMessage() for record in caplog.records if " of 25 preference pairs" in record.getMessage()]
+    assert len(told) == 10 and told[-1] == "tokenized 25 of 25 preference pairs"
     caplog.clear()
     tokenize_pairs(pairs, byte_tokenizer(), max_length=8)
-    assert " of 25 pairs" not in caplog.text
+    assert " of 25 preference pairs" not in caplog.text
 
 
 def test_a_response_without_tokens_after_the_boundary_is_dropped_and_counted() -> None:
@@ -193,7 +193,9 @@ def test_a_response_without_tokens_after_the_boundary_is_dropped_and_counted() -
 
 
 def test_nothing_left_is_an_error_that_says_why() -> None:
-    with pytest.raises(DataError, match=r"none of the 1 pairs is left: .*max_length=3 in 1, .* raise data.max_length"):
+    with pytest.raises(
+        DataError, match=r"none of the 1 preference pairs is left: .*max_length=3 in 1, .* raise data.max_length"
+    ):
         tokenize_pairs([plain("ppp", "c", "r")], byte_tokenizer(), max_length=3)
     with pytest.raises(ConfigError, match=r"data\.max_length=1"):
         tokenize_pairs([plain("p", "c", "r")], byte_tokenizer(), max_length=1)

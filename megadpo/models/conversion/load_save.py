@@ -222,7 +222,10 @@ def _gather(plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelStat
     if shards is None:
         return None
     if plans[0].replicated and not all(torch.equal(shards[0], other) for other in shards[1:]):
-        _log.error("%s differs between tensor-parallel ranks; rank 0's is exported", plans[0].megatron_name)
+        raise ConversionError(
+            f"{plans[0].megatron_name} differs between tensor-parallel ranks, which must hold the same: training has "
+            "gone wrong, and there is no one model to export"
+        )
     return merge_shards(plans, shards)
 
 
