@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing
 import megadpo.assembly
 from megadpo.assembly import batch_shape
 from megadpo.config.compose import compose_config
+from megadpo.config.schema import ReferenceMode
 from megadpo.config.validation import validate
 from megadpo.data.dataset import read_pairs
 from megadpo.data.loader import BatchBuilder, GlobalBatch
@@ -101,5 +102,5 @@ class _SkewedReference(ResidentReference):
 
 def train_with_a_skewed_reference(overrides: list[str]) -> str:
     """`train`, with a reference that is not quite the starting policy although it should be."""
-    with mock.patch.object(megadpo.assembly, "ResidentReference", _SkewedReference):
+    with mock.patch.dict(megadpo.assembly._REFERENCES, {ReferenceMode.resident: _SkewedReference}):
         return train(overrides)
