@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.load_save import copy_hf_side_files
@@ -156,10 +157,13 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
     }
     try:
         loaded = dist_checkpointing.load(content, str(directory), strict="raise_all")
-    except (CheckpointingException, OSError, KeyError, ValueError) as error:
-        # Megatron's own errors name neither the directory nor what to do.
+    except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
+        # Neither Megatron's errors nor torch's (a BaseException with every rank's traceback) say what to do.
+        causes = [str(cause) for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        reason = "; ".join(dict.fromkeys(causes)) or error
         raise CheckpointError(
-            f"checkpoint {directory} can't be loaded: {error}. It is damaged, or of a model of another shape."
+            f"checkpoint {directory} can't be loaded: {reason}. It is damaged, or of a model of another shape; name "
+            "another one with train.resume=DIR"
         ) from error
     for index, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])

@@ -115,6 +115,26 @@ def test_resumes_on_another_layout(name: str, world: int, layout: list[str], who
     assert_same_trajectory(root / "whole", root / name, lr=LR)
 
 
+def test_a_run_killed_before_its_export_is_exported(whole: tuple[Path, list[str]]) -> None:
+    """Nothing is left to train: the checkpoint is loaded, in another layout here, and exported as it is."""
+    root, common = whole
+    interrupt_at(root / "whole", root / "unexported", 6)
+    launch(2, train, [*common, "parallel.tensor=2", f"train.run_dir={root / 'unexported'}", "train.resume=auto"])
+    before, after = exported_weights(root / "whole"), exported_weights(root / "unexported")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert numbers(root / "unexported") == numbers(root / "whole")
+    assert "Trained for 6 steps" in (root / "unexported" / "hf" / "README.md").read_text()
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named(whole: tuple[Path, list[str]]) -> None:
+    root, common = whole
+    interrupt_at(root / "whole", root / "torn", 3)
+    next((root / "torn" / "checkpoints" / "step_00000003").glob("*.distcp")).unlink()
+    said = r"CheckpointError: checkpoint .*step_00000003 can't be loaded: .*No such file.*damaged"
+    with pytest.raises(RuntimeError, match=said):
+        launch(1, train, [*common, f"train.run_dir={root / 'torn'}", "train.resume=auto"])
+
+
 def test_resuming_a_finished_run_changes_nothing(whole: tuple[Path, list[str]]) -> None:
     root, common = whole
 
