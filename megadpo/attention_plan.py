@@ -22,11 +22,6 @@ class Segment:
     stop: int
     key_ranges: tuple[Range, ...]
 
-    @property
-    def num_keys(self) -> int:
-        """Number of keys that the segment's last query sees."""
-        return sum(stop - start for start, stop in self.key_ranges)
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:

@@ -66,11 +66,6 @@ class PairSource:
     pairs: list[RawPair]
     files: tuple[SourceFile, ...]
 
-    @property
-    def layout(self) -> str:
-        """The layouts found, each once, in the order of the files, joined by a comma."""
-        return ", ".join(dict.fromkeys(file.layout for file in self.files))
-
 
 def read_pairs(
     paths: str | Path | Sequence[str | Path],

@@ -26,7 +26,6 @@ class GlobalBatch:
 
     microbatches: tuple[PreferenceBatch, ...]
     pair_indices: tuple[int, ...]
-    num_pairs: int
     logical_tokens: int
     computed_tokens: int
     stream_tokens: int
@@ -74,7 +73,6 @@ class BatchBuilder:
                 for members, width in zip(own_bins, widths[shape.data_rank], strict=True)
             ),
             pair_indices=tuple(pair.index for pair in pairs),
-            num_pairs=len(pairs),
             logical_tokens=sum(lengths),
             computed_tokens=sum(map(sum, widths)),
             stream_tokens=max(map(max, widths)),

@@ -24,11 +24,6 @@ class StepSchedule:
     bins_by_rank: tuple[tuple[Bin, ...], ...]
     stream_tokens: int
 
-    @property
-    def num_microbatches(self) -> int:
-        """Microbatches of each data-parallel rank."""
-        return len(self.bins_by_rank[0])
-
 
 def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
     """Positions 0…n−1 in bins of at most `budget` tokens: first fit, longest first, ties by position.

@@ -29,7 +29,6 @@ class ParallelState:
     data_size: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -87,5 +86,4 @@ def build_parallel_state(
         data_size=mpu.get_data_parallel_world_size(),
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_group=mpu.get_pipeline_model_parallel_group(),
-        data_group=mpu.get_data_parallel_group(),
     )

@@ -416,7 +416,6 @@ def layout_state(rank: int, tensor: int, pipeline: int, virtual: int) -> Paralle
         data_size=data,
         tensor_group=group_of(grid.reshape(-1, tensor)),
         pipeline_group=group_of(grid.permute(1, 2, 0).reshape(-1, pipeline)),
-        data_group=group_of(grid.permute(0, 2, 1).reshape(-1, data)),
     )
 
 

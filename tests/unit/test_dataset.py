@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadpo.data.dataset import read_pairs, split_validation
+from megadpo.data.dataset import PairSource, read_pairs, split_validation
 from megadpo.errors import ConfigError, DataError
 
 STANDARD = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -35,6 +35,11 @@ LAYOUTS = {
     "ROLL instruction": ROLL,
     "ShareGPT": SHAREGPT,
 }
+
+
+def layouts(source: PairSource) -> list[str]:
+    """The layout found in each file."""
+    return [file.layout for file in source.files]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -61,7 +66,7 @@ def test_each_layout_from_array_and_lines(tmp_path: Path, name: str, suffix: str
     rows = [LAYOUTS[name]] * 2
     path = tmp_path / f"data{suffix}"
     source = read_pairs([jsonl(path, *rows) if suffix == ".jsonl" else write(path, json.dumps(rows, indent=1))])
-    assert source.layout == name
+    assert layouts(source) == [name]
     first, second = source.pairs
     assert (first.index, second.index) == (0, 1)
     expected = ("p", "c", "r") if name == "TRL standard" else ([USER], [GOOD], [BAD])
@@ -91,7 +96,7 @@ def test_files_are_concatenated_and_keep_their_layouts(tmp_path: Path, caplog: p
         ("TRL standard", 3, ("id", "system")),
         ("ShareGPT", 1, ()),
     ]
-    assert source.layout == "TRL standard, ShareGPT"
+    assert layouts(source) == ["TRL standard", "ShareGPT"]
     messages = [record.getMessage() for record in caplog.records]
     assert f"{first}: 3 pairs, layout TRL standard" in messages
     assert f"{first}: columns ignored: id, system" in messages
@@ -105,14 +110,14 @@ def test_own_column_names(tmp_path: Path) -> None:
     (pair,) = read_pairs([path], prompt_key="q", chosen_key="good", rejected_key="bad").pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ("p", "c", "r")
     path = jsonl(tmp_path / "roll.jsonl", {"instruction": "p", "good": "c", "bad": "r"})
-    assert read_pairs([path], chosen_key="good", rejected_key="bad").layout == "ROLL instruction"
+    assert layouts(read_pairs([path], chosen_key="good", rejected_key="bad")) == ["ROLL instruction"]
     with pytest.raises(ConfigError, match="three different columns"):
         read_pairs([path], chosen_key="good", rejected_key="good")
 
 
 def test_the_prompt_column_wins_over_other_layouts(tmp_path: Path) -> None:
     source = read_pairs([jsonl(tmp_path / "data.jsonl", {**STANDARD, "instruction": "not read"})])
-    assert source.layout == "TRL standard"
+    assert layouts(source) == ["TRL standard"]
     assert source.pairs[0].prompt == "p"
     assert source.files[0].ignored_columns == ("instruction",)
 
@@ -330,7 +335,7 @@ def test_real_preferences_are_read() -> None:
         pytest.skip("MEGADPO_TEST_DATA does not name a directory with dpo_en_demo.json")
     path = Path(directory) / "dpo_en_demo.json"
     source = read_pairs([path])
-    assert (len(source.pairs), source.layout, source.files[0].ignored_columns) == (300, "ShareGPT", ())
+    assert (len(source.pairs), layouts(source), source.files[0].ignored_columns) == (300, ["ShareGPT"], ())
     rows = json.loads(path.read_text(encoding="utf-8"))
     lines = path.read_text(encoding="utf-8").split("\n")
     for pair, row in zip(source.pairs, rows, strict=True):

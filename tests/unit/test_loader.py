@@ -71,7 +71,7 @@ def test_an_epoch_visits_every_pair_once_in_its_order() -> None:
     assert data.steps_per_epoch == 3
     for epoch in (0, 1):
         batches = [data.batch_after(3 * epoch + step) for step in range(3)]
-        assert [batch.num_pairs for batch in batches] == [4, 4, 2]
+        assert [len(batch.pair_indices) for batch in batches] == [4, 4, 2]
         visited = [index for batch in batches for index in batch.pair_indices]
         assert visited == [100 + int(i) for i in epoch_order(10, seed=0, epoch=epoch, shuffle=True)]
 
@@ -109,7 +109,7 @@ def test_the_layout_changes_no_pair_and_no_token(name: str) -> None:
     computed = sum(sum(widths(batch)) for batch in batches)
     for batch in batches:
         assert batch.pair_indices == expected.pair_indices
-        assert batch.num_pairs == 9
+        assert len(batch.pair_indices) == 9
         assert batch.logical_tokens == expected.logical_tokens == logical
         assert batch.computed_tokens == computed
         assert batch.stream_tokens == max(width for other in batches for width in widths(other))
@@ -158,5 +158,5 @@ def test_padding_takes_the_pad_token() -> None:
 def test_evaluation_visits_every_pair_once_in_file_order() -> None:
     pairs = make_pairs(10)
     batches = list(evaluation_batches(pairs, group_size=4, builder=builder()))
-    assert [batch.num_pairs for batch in batches] == [4, 4, 2]
+    assert [len(batch.pair_indices) for batch in batches] == [4, 4, 2]
     assert [index for batch in batches for index in batch.pair_indices] == [pair.index for pair in pairs]
