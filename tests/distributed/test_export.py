@@ -11,7 +11,7 @@ import torch
 
 from megadpo.data.dataset import read_pairs
 from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
-from tests.helpers.jobs import train
+from tests.helpers.jobs import export_with_ranks_apart, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import load_hf, pair_logps
 from tests.helpers.pairs import make_pairs
@@ -115,3 +115,9 @@ def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]
         *("tokens/computed", "time/step_s", "time/reference_s", "throughput/pairs_per_s", "throughput/tokens_per_s"),
         "memory/peak_gib",
     }
+
+
+def test_ranks_that_have_drifted_apart_are_not_exported(run: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"decoder.final_layernorm.weight differs between tensor-parallel ranks"):
+        launch(2, export_with_ranks_apart, str(run[0]), str(tmp_path / "hf"))
+    assert not list(tmp_path.glob("hf/*.safetensors"))

@@ -151,3 +151,8 @@ def test_precision_of_the_export(run: Callable[..., Path]) -> None:
 def test_trackers(run: Callable[..., Path]) -> None:
     assert not (run() / "tensorboard").exists()
     assert any((run("trackers=[jsonl,tensorboard]") / "tensorboard").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_pairs(run: Callable[..., Path]) -> None:
+    with pytest.raises(RuntimeError, match=r"step \d: the gradient norm is (nan|inf), .* rows \d+, \d+, \d+, \d+ of"):
+        run("optimizer.lr=1e30", "optimizer.clip_grad=0")

@@ -104,3 +104,15 @@ def train_with_a_skewed_reference(overrides: list[str]) -> str:
     """`train`, with a reference that is not quite the starting policy although it should be."""
     with mock.patch.dict(megadpo.assembly._REFERENCES, {ReferenceMode.resident: _SkewedReference}):
         return train(overrides)
+
+
+def export_with_ranks_apart(model: str, out_dir: str) -> None:
+    """Exports at tp2 after the final norm of tensor rank 1 has drifted from rank 0's."""
+    device = select_device("cpu")
+    with megatron_device(device), distributed(device, timeout_s=60):
+        state = build_parallel_state(tensor=2, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
+        arch = read_architecture(model)
+        chunks = load_model(arch, state, model, device=device, dtype=torch.float32, sequence_parallel=True)
+        with torch.no_grad():
+            chunks[0].decoder.final_layernorm.weight.add_(1e-3 * state.tensor_rank)
+        export_hf_weights(chunks, arch, out_dir, state=state)

@@ -213,3 +213,12 @@ def test_without_a_launcher_the_users_number_of_threads_stands(monkeypatch: pyte
 def test_peak_memory_is_in_bytes() -> None:
     """A process with torch in it takes between 50 MiB and 50 GiB."""
     assert 50 * 2**20 < CPU.peak_memory_bytes() < 50 * 2**30
+
+
+def test_cpu_is_refused_where_megatron_has_bound_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", True)
+    before = attributes()
+    said = r"device.kind=cpu: Transformer Engine or apex is installed"
+    with pytest.raises(ConfigError, match=said), megatron_device(CPU):
+        pytest.fail("the context was entered")
+    assert_untouched(before)
