@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -63,40 +65,56 @@ class Architecture:
         return embeddings + self.num_layers * layer + self.hidden_size
 
 
-_RotaryClass = type[LlamaRotaryEmbedding | Qwen2RotaryEmbedding | Qwen3RotaryEmbedding]
+_RotaryClass = type[LlamaRotaryEmbedding | MistralRotaryEmbedding | Qwen2RotaryEmbedding | Qwen3RotaryEmbedding]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Family:
-    """A supported model class of transformers, and what its weights hold besides the common ones."""
+    """A supported model class of transformers, and what its weights hold besides the common ones.
+
+    `window_everywhere`: every layer attends through a sliding window where `sliding_window` is a number.
+    """
 
     name: str
     config_class: type[PreTrainedConfig]
     rotary_class: _RotaryClass
-    qkv_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window_everywhere: bool = False
     own_fields: frozenset[str] = frozenset()
 
 
-# How transformers decides which layers attend through a sliding window; it resolves them to `layer_types`.
-_WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
+# How transformers decides which layers of a Qwen attend through a sliding window; it resolves them to `layer_types`.
+_QWEN_WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 
 _FAMILIES = {
-    "LlamaForCausalLM": _Family("llama", LlamaConfig, LlamaRotaryEmbedding, qkv_bias=False, qk_norm=False),
+    "LlamaForCausalLM": _Family(name="llama", config_class=LlamaConfig, rotary_class=LlamaRotaryEmbedding),
+    "MistralForCausalLM": _Family(
+        name="mistral",
+        config_class=MistralConfig,
+        rotary_class=MistralRotaryEmbedding,
+        window_everywhere=True,
+        own_fields=frozenset({"sliding_window"}),
+    ),
     "Qwen2ForCausalLM": _Family(
-        "qwen2", Qwen2Config, Qwen2RotaryEmbedding, qkv_bias=True, qk_norm=False, own_fields=_WINDOW_FIELDS
+        name="qwen2",
+        config_class=Qwen2Config,
+        rotary_class=Qwen2RotaryEmbedding,
+        qkv_bias=True,
+        own_fields=_QWEN_WINDOW,
     ),
     "Qwen3ForCausalLM": _Family(
-        "qwen3", Qwen3Config, Qwen3RotaryEmbedding, qkv_bias=False, qk_norm=True, own_fields=_WINDOW_FIELDS
+        name="qwen3", config_class=Qwen3Config, rotary_class=Qwen3RotaryEmbedding, qk_norm=True, own_fields=_QWEN_WINDOW
     ),
 }
 
-# Fields that end up in Architecture.
-_MAPPED = frozenset(
-    {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-    | {"num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
-    | {"max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
+# Fields that end up in Architecture; the sizes among them count something.
+_SIZES = frozenset(
+    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    | {"num_key_value_heads", "head_dim", "max_position_embeddings"}
 )
+_MAPPED = _SIZES | {"architectures", "model_type", "rms_norm_eps", "tie_word_embeddings"}
+_MAPPED |= {"rope_theta", "rope_scaling", "rope_parameters"}
 
 # Fields without influence on a forward pass that is trained, and why.
 _IRRELEVANT: dict[str, str] = {
@@ -160,9 +178,11 @@ def read_architecture(hf_dir: Path | str) -> Architecture:
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist; name a directory saved by save_pretrained") from None
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        raise ConversionError(f"{path}:{error.lineno}: not JSON ({error.msg}); download it again") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConversionError(f"{path} cannot be read ({error}); download it again") from None
     if not isinstance(fields, dict):
-        raise ConversionError(f"{path} holds a {type(fields).__name__}, it must hold an object of fields")
+        raise ConversionError(f"{path} holds a {type(fields).__name__}, it must hold an object: download it again")
     return parse_architecture(fields, source=str(path))
 
 
@@ -174,9 +194,14 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
     """
     family = _family(fields, source)
     problems = _unknown_fields(fields, family)
+    problems += [
+        f"{name} = {value} must be at least 1"
+        for name, value in fields.items()
+        if name in _SIZES and type(value) is int and value < 1
+    ]
     try:
         config = family.config_class.from_dict(copy.deepcopy(dict(fields)))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         problems.append(f"transformers refuses it: {error}")
         raise _refusal(source, problems) from error
     resolved = config.to_dict()
@@ -185,13 +210,16 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         for name, (accepts, requirement) in _FIXED.items()
         if not accepts(value := resolved.get(name, fields.get(name)))
     ]
+    problems += _window_problems(resolved) if family.window_everywhere else []
     problems += _rope_problems(resolved["rope_parameters"])
     heads, groups = resolved["num_attention_heads"], resolved["num_key_value_heads"]
-    if heads % groups:
+    if groups >= 1 and heads % groups:
         problems.append(f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {groups}")
+    if not 0 < (epsilon := resolved["rms_norm_eps"]) < math.inf:
+        problems.append(f"rms_norm_eps = {epsilon} must be a finite number > 0")
     if problems:
         raise _refusal(source, problems)
-    inv_freq, attention_scaling = _rope(family, config)
+    inv_freq, attention_scaling = _rope(family, config, source)
     return Architecture(
         family=family.name,
         num_layers=resolved["num_hidden_layers"],
@@ -201,7 +229,7 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         num_query_groups=groups,
         head_dim=resolved.get("head_dim") or resolved["hidden_size"] // heads,
         vocab_size=resolved["vocab_size"],
-        norm_epsilon=resolved["rms_norm_eps"],
+        norm_epsilon=epsilon,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tied_embeddings=resolved["tie_word_embeddings"],
@@ -211,9 +239,32 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
     )
 
 
+def differences(found: Architecture, expected: Architecture) -> list[str]:
+    """One line with both values for each property that two architectures differ in; [] when their weights may swap.
+
+    How many positions a model was made for is left out: base models and their chat versions disagree about it, and no
+    number depends on it.
+    """
+    lines = [
+        f"{field.name} is {_short(getattr(found, field.name))} instead of {_short(getattr(expected, field.name))}"
+        for field in dataclasses.fields(Architecture)
+        if field.name not in ("inv_freq", "max_position_embeddings")
+        and getattr(found, field.name) != getattr(expected, field.name)
+    ]
+    # Another head_dim is named above; the frequencies are then as many as that.
+    if found.head_dim == expected.head_dim:
+        apart = [pair for pair in zip(found.inv_freq, expected.inv_freq, strict=True) if pair[0] != pair[1]]
+        if apart:
+            lines.append(
+                f"inv_freq (rope_theta and rope_scaling) differs in {len(apart)} of {len(found.inv_freq)} rotary "
+                f"frequencies, the first is {apart[0][0]:.6g} instead of {apart[0][1]:.6g}"
+            )
+    return lines
+
+
 def _family(fields: Mapping[str, Any], source: str) -> _Family:
     architectures = fields.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _FAMILIES:
+    if architectures not in [[name] for name in _FAMILIES]:
         raise ConversionError(
             f"{source}: architectures = {_short(architectures)} is not supported; it must name one of "
             + ", ".join(_FAMILIES)
@@ -237,9 +288,20 @@ def _unknown_fields(fields: Mapping[str, Any], family: _Family) -> list[str]:
     ]
 
 
+def _window_problems(resolved: Mapping[str, Any]) -> list[str]:
+    window, positions = resolved["sliding_window"], resolved["max_position_embeddings"]
+    if window is None or window >= positions:
+        return []
+    return [
+        f"sliding_window = {window} must be null, or at least max_position_embeddings = {positions}: sliding windows "
+        "are not supported. If no sequence is longer than the window (data.max_length), the model computes the same "
+        f'without it: write "sliding_window": null into the file and keep data.max_length <= {window}'
+    ]
+
+
 def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
     rope_type = rope["rope_type"]
-    if rope_type not in _ROPE_KEYS:
+    if rope_type not in list(_ROPE_KEYS):
         return [f"rope type {_short(rope_type)} is not supported; it must be one of {', '.join(_ROPE_KEYS)}"]
     problems = [
         f"rope {name} = {_short(value)} has no meaning for rope type {rope_type}"
@@ -252,11 +314,19 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _rope(family: _Family, config: PreTrainedConfig) -> tuple[tuple[float, ...], float]:
-    # The model's own module, so that every static rope type has transformers' frequencies to the last bit.
-    with torch.device("cpu"):
-        rotary = family.rotary_class(config)
-    return tuple(rotary.get_buffer("inv_freq").tolist()), float(rotary.attention_scaling)
+def _rope(family: _Family, config: PreTrainedConfig, source: str) -> tuple[tuple[float, ...], float]:
+    try:
+        # The model's own module, so that every static rope type has transformers' frequencies to the last bit.
+        with torch.device("cpu"):
+            rotary = family.rotary_class(config)
+        frequencies, scaling = rotary.get_buffer("inv_freq").tolist(), float(rotary.attention_scaling)
+        if all(0 < number < math.inf for number in (*frequencies, scaling)):
+            return tuple(frequencies), scaling
+        reason = "with these they are not"
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error)
+    rope = _short(config.to_dict()["rope_parameters"])
+    raise _refusal(source, [f"rope_parameters = {rope} must give finite rotary frequencies above 0: {reason}"])
 
 
 def _refusal(source: str, problems: list[str]) -> ConversionError:

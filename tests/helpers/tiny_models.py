@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -27,6 +29,7 @@ CHAT_TEMPLATE = (
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
@@ -71,6 +74,8 @@ def write_tiny_model(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        # The class's default is a window.
+        **({"sliding_window": None} if family == "mistral" else {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

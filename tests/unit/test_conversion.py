@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from megadpo.errors import ConversionError
-from megadpo.models.conversion.load_save import copy_hf_side_files, export_hf_weights, load_hf_weights
+from megadpo.models.conversion.load_save import (
+    check_hf_weights,
+    copy_hf_side_files,
+    export_hf_weights,
+    load_hf_weights,
+)
 from megadpo.models.conversion.mapping import (
     ShardPlan,
     exported_names,
@@ -25,7 +28,7 @@ from megadpo.models.conversion.mapping import (
     merge_shards,
     shard_plans,
 )
-from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter
+from megadpo.models.conversion.safetensors_io import ShardedWriter
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.parallel.state import ParallelState
 from tests.helpers.tiny_models import FAMILIES, write_tiny_model
@@ -47,6 +50,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for family in FAMILIES
     }
+
+
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """Process groups of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def read_all(directory: Path) -> dict[str, torch.Tensor]:
@@ -188,118 +199,6 @@ def test_fill_shard_names_a_wrong_shape(models: dict[str, Path]) -> None:
         fill_shard(plan, lambda *_: torch.zeros(256, 64), torch.zeros(512, 64))
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def test_reader_reads_headers_and_slices(models: dict[str, Path]) -> None:
-    for family, files in (("llama", 1), ("qwen2", 5)):
-        hf = read_all(models[family])
-        with SafetensorsReader(models[family]) as reader:
-            assert {name: header.shape for name, header in reader.headers.items()} == {
-                name: tuple(tensor.shape) for name, tensor in hf.items()
-            }
-            assert len({header.file for header in reader.headers.values()}) >= files
-            name = "model.layers.1.mlp.down_proj.weight"
-            assert torch.equal(reader.read(name), hf[name])
-            assert torch.equal(reader.read(name, (slice(3, 9),)), hf[name][3:9])
-            assert torch.equal(reader.read(name, (slice(None), slice(5, 70))), hf[name][:, 5:70])
-
-
-def write_sharded(directory: Path, weight_map: dict[str, str] | None = None) -> None:
-    directory.mkdir(exist_ok=True)
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, directory / "one.safetensors")
-    save_file({"c": torch.ones(2)}, directory / "two.safetensors")
-    index = {"weight_map": weight_map or {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def test_reader_names_what_is_wrong(tmp_path: Path) -> None:
-    write_sharded(tmp_path / "good")
-    assert set(SafetensorsReader(tmp_path / "good").headers) == {"a", "b", "c"}
-    cases: list[tuple[str, Any, str]] = [
-        ("missing", lambda d: (d / "two.safetensors").unlink(), "two.safetensors does not exist"),
-        ("truncated", lambda d: (d / "two.safetensors").write_bytes(b"\x10\0\0"), "two.safetensors cannot be read"),
-        (
-            "lying",
-            lambda d: write_sharded(d, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}),
-            "b is in one.safetensors, the index says two.safetensors",
-        ),
-        (
-            "inventing",
-            lambda d: write_sharded(d, dict.fromkeys("abd", "one.safetensors") | {"c": "two.safetensors"}),
-            "d is not in one.safetensors",
-        ),
-        (
-            "forgetting",
-            lambda d: write_sharded(d, {"a": "one.safetensors", "c": "two.safetensors"}),
-            "b in one.safetensors is not in the index",
-        ),
-        (
-            "twice",
-            lambda d: save_file({"c": torch.ones(2), "a": torch.ones(2)}, d / "two.safetensors"),
-            "a lies in both one.safetensors and two.safetensors",
-        ),
-        ("both", lambda d: save_file({"a": torch.ones(2)}, d / "model.safetensors"), "remove the one that is stale"),
-        ("broken", lambda d: (d / "model.safetensors.index.json").write_text("{\n!"), ":2: not JSON"),
-        ("mapless", lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
-    ]
-    for name, spoil, message in cases:
-        write_sharded(tmp_path / name)
-        spoil(tmp_path / name)
-        with pytest.raises(ConversionError) as caught:
-            SafetensorsReader(tmp_path / name)
-        assert message in str(caught.value)
-    (tmp_path / "old").mkdir()
-    with pytest.raises(ConversionError, match="holds neither"):
-        SafetensorsReader(tmp_path / "old")
-    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConversionError, match=r"\.bin weights only.*\n.*save_pretrained"):
-        SafetensorsReader(tmp_path / "old")
-
-
-def test_writer_splits_and_transformers_reads(tmp_path: Path, models: dict[str, Path]) -> None:
-    hf = read_all(models["llama"])
-    for name, limit, files in (("one", 10**9, ["model.safetensors"]), ("many", 110_000, None)):
-        out = tmp_path / name
-        with ShardedWriter(out, max_shard_bytes=limit) as writer:
-            for tensor_name, tensor in hf.items():
-                writer.add(tensor_name, tensor)
-            assert not list(out.glob("*.safetensors*"))
-        copy_hf_side_files(models["llama"], out, dtype=torch.float32)
-        names = sorted(path.name for path in out.glob("*.safetensors"))
-        assert not list(out.glob(".*"))
-        assert files is None or names == files
-        if files is None:
-            assert names[0] == f"model-00001-of-{len(names):05d}.safetensors" and len(names) > 3
-            assert all(sum(t.nbytes for t in load_file(out / n).values()) <= limit for n in names)
-        state = AutoModelForCausalLM.from_pretrained(out).state_dict()
-        assert all(torch.equal(state[tensor_name], tensor) for tensor_name, tensor in hf.items())
-        with pytest.raises(ConversionError, match="already holds model"):
-            ShardedWriter(out)
-
-
-def write_and_fail(directory: Path) -> None:
-    with ShardedWriter(directory, max_shard_bytes=8) as writer:
-        for name in "abc":
-            writer.add(name, torch.ones(2))
-        raise KeyboardInterrupt
-
-
-def test_killed_export_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail(tmp_path)
-    assert not list(tmp_path.iterdir())
-    killed = ShardedWriter(tmp_path, max_shard_bytes=8)
-    killed.add("a", torch.ones(2))
-    killed.add("b", torch.ones(2))
-    assert not list(tmp_path.glob("*.safetensors*"))
-    with ShardedWriter(tmp_path) as writer:
-        writer.add("c", torch.ones(2))
-        with pytest.raises(ConversionError, match="c was written twice"):
-            writer.add("c", torch.ones(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
-
 def test_side_files_are_copied_byte_for_byte(tmp_path: Path, models: dict[str, Path]) -> None:
     copy_hf_side_files(models["llama"], tmp_path / "same", dtype=torch.float32)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -313,9 +212,6 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path, models: dict[str, P
     assert changed == original.replace('"dtype": "float32"', '"dtype": "bfloat16"') != original
     with pytest.raises(ConversionError, match=r"config\.json does not exist"):
         copy_hf_side_files(tmp_path, tmp_path / "x", dtype=torch.float32)
-
-
-# ----------------------------------------------------------------------------------------------------------- the model
 
 
 def one_rank_chunk(arch: Architecture) -> StandIn:
@@ -346,8 +242,11 @@ def test_all_unfitting_weights_are_named_at_once(tmp_path: Path, models: dict[st
         },
     )
     with pytest.raises(ConversionError) as caught:
-        load_hf_weights([one_rank_chunk(arch)], arch, spoiled, tp_rank=0, tp_size=1)
+        check_hf_weights(arch, spoiled)
     message = str(caught.value)
+    with pytest.raises(ConversionError) as on_loading:
+        load_hf_weights([one_rank_chunk(arch)], arch, spoiled, tp_rank=0, tp_size=1)
+    assert str(on_loading.value) == message
     assert "5 weights" in message
     for text in (
         "layers.1.self_attn.k_proj.weight is missing",
@@ -359,6 +258,37 @@ def test_all_unfitting_weights_are_named_at_once(tmp_path: Path, models: dict[st
         assert text in message
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_by_headers_passes_whole_models(family: str, models: dict[str, Path]) -> None:
+    check_hf_weights(read_architecture(models[family]), models[family])
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_several_files_of_mixed_dtypes_load_and_rounding_is_told(
+    tmp_path: Path, models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    arch, weights = read_architecture(models["llama"]), read_all(models["llama"])
+    stored = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    mixed = {name: tensor.to(stored[number % 4]) for number, (name, tensor) in enumerate(weights.items())}
+    with ShardedWriter(tmp_path / "mixed", max_shard_bytes=60_000) as writer:
+        for name, tensor in mixed.items():
+            writer.add(name, tensor)
+    assert len(list((tmp_path / "mixed").glob("*.safetensors"))) > 5
+    plans = shard_plans(arch, tp_rank=0, tp_size=1)
+    for dtype, rounded, formats in ((torch.float32, [3], "F64"), (torch.bfloat16, [0, 2, 3], "F16, F32, F64")):
+        caplog.clear()
+        chunk = StandIn(plans, range(LAYERS), dtype=dtype)
+        with caplog.at_level(logging.WARNING):
+            load_hf_weights([chunk], arch, tmp_path / "mixed", tp_rank=0, tp_size=1)
+        for name, expected in (("output_layer", "lm_head"), ("decoder.final_layernorm", "model.norm")):
+            assert torch.equal(chunk.get_parameter(f"{name}.weight")[:64], mixed[f"{expected}.weight"][:64].to(dtype))
+        count = sum(number % 4 in rounded for number in range(len(mixed)))
+        (line,) = [record.getMessage() for record in caplog.records]
+        told = f"{count} of {len(mixed)} tensors are stored as {formats} and are rounded to {dtype}"
+        assert line == f"{tmp_path / 'mixed'}: {told.replace('torch.', '')}"
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, models: dict[str, Path]) -> None:
     arch, buffer = read_architecture(models["llama"]), torch.zeros(12)
     old = write_changed(models["llama"], tmp_path / "old", {"model.layers.3.self_attn.rotary_emb.inv_freq": buffer})
@@ -367,6 +297,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, models: d
     assert not any(parameter.isnan().any() for parameter in chunk.parameters())
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_head_beside_tied_embeddings_must_be_equal(tmp_path: Path, models: dict[str, Path]) -> None:
     arch = read_architecture(models["qwen2"])
     head = read_all(models["qwen2"])["model.embed_tokens.weight"].clone()
@@ -445,6 +376,13 @@ def round_trips(rank: int, root: Path, models: dict[str, Path]) -> None:
 def refusals(root: Path, directory: Path, state: ParallelState) -> None:
     arch = read_architecture(directory)
     chunks = stand_in_chunks(arch, state)
+    with pytest.raises(ConversionError) as caught:
+        load_hf_weights(chunks, arch, root / "poisoned", tp_rank=state.tensor_rank, tp_size=state.tensor_size)
+    # Each lies in the slice of one rank; every rank names both.
+    assert sorted(str(caught.value).splitlines()[1:]) == [
+        "  model.embed_tokens.weight holds NaN or infinite values",
+        "  model.layers.3.mlp.down_proj.weight holds NaN or infinite values",
+    ]
     load_hf_weights(chunks, arch, directory, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     export_hf_weights(chunks, arch, root / "half", state=state, dtype=torch.float16)
     with pytest.raises(ConversionError, match="already holds model"):
@@ -456,6 +394,10 @@ def refusals(root: Path, directory: Path, state: ParallelState) -> None:
 
 
 def test_hf_to_megatron_to_hf_is_bit_equal_in_every_layout(tmp_path: Path, models: dict[str, Path]) -> None:
+    poisoned = read_all(models["llama"])
+    poisoned["model.layers.3.mlp.down_proj.weight"][5, -1] = float("inf")
+    poisoned["model.embed_tokens.weight"][0, 0] = float("nan")
+    write_changed(models["llama"], tmp_path / "poisoned", poisoned)
     # Forked from a process that has imported the slow things once.
     slow = ["megadpo.models.conversion.load_save", "tests.helpers.tiny_models", "pytest", "transformers.models.auto"]
     mp.get_context("forkserver").set_forkserver_preload(slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -15,75 +16,22 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megadpo.errors import ConversionError
 from megadpo.models import hf_config
 from megadpo.models.conversion.mapping import hf_shapes
-from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
+from megadpo.models.hf_config import Architecture, differences, parse_architecture, read_architecture
+from tests.helpers.published import (
+    LLAMA_2_7B,
+    LLAMA_3_1_8B,
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    MISTRAL_7B_V01,
+    MISTRAL_7B_V03,
+    PUBLISHED,
+    QWEN_2_5_7B,
+    QWEN_2_5_7B_INSTRUCT,
+    QWEN_2_5_HALF_B,
+    QWEN_3_0_6B,
+)
 from tests.helpers.tiny_models import FAMILIES, write_tiny_model
 
-LLAMA_3_70B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "initializer_range": 0.02,
-    "intermediate_size": 28672,
-    "max_position_embeddings": 8192,
-    "model_type": "llama",
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.0.dev0",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-QWEN_2_5_HALF_B: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 24,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN_3_0_6B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 28,
-    "model_type": "qwen3",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": {
@@ -97,29 +45,35 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name}
+
+
 def parse(fields: dict[str, Any], **changes: Any) -> Architecture:
     return parse_architecture({**fields, **changes}, source="config.json")
 
 
-def test_published_shapes() -> None:
-    big, qwen2, qwen3 = parse(LLAMA_3_70B), parse(QWEN_2_5_HALF_B), parse(QWEN_3_0_6B)
-    assert big.num_parameters == 70_553_706_496
-    assert qwen2.num_parameters == 494_032_768
-    assert qwen3.num_parameters == 596_049_920
-    assert (big.family, big.num_query_groups, big.head_dim, big.norm_epsilon) == ("llama", 8, 128, 1e-5)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_that_transformers_counts(name: str) -> None:
+    fields, parameters = PUBLISHED[name]
+    arch = parse(fields)
+    assert arch.num_parameters == parameters
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(fields)))
+    theirs = {parameter: tuple(value.shape) for parameter, value in model.named_parameters()}
+    assert hf_shapes(arch) == theirs
+    assert sum(value.numel() for value in model.parameters()) == parameters
+
+
+def test_published_properties() -> None:
+    llama2, llama3, mistral = parse(LLAMA_2_7B), parse(LLAMA_3_70B), parse(MISTRAL_7B_V03)
+    qwen2, qwen3 = parse(QWEN_2_5_HALF_B), parse(QWEN_3_0_6B)
+    assert (llama2.num_query_groups, llama2.tied_embeddings, llama2.vocab_size) == (32, False, 32000)
+    assert llama2.inv_freq[-1] == pytest.approx(10000 ** (-126 / 128))
+    assert (llama3.family, llama3.num_query_groups, llama3.head_dim, llama3.norm_epsilon) == ("llama", 8, 128, 1e-5)
+    assert (mistral.family, mistral.num_query_groups, mistral.qkv_bias, mistral.qk_norm) == ("mistral", 8, False, False)
     assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.tied_embeddings, qwen2.head_dim) == (True, False, True, 64)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tied_embeddings, qwen3.head_dim) == (False, True, True, 128)
-
-
-@pytest.mark.parametrize("fields", [LLAMA_3_70B, QWEN_2_5_HALF_B, QWEN_3_0_6B], ids=["llama", "qwen2", "qwen3"])
-def test_parameters_are_those_of_the_transformers_model(fields: dict[str, Any]) -> None:
-    config = AutoConfig.for_model(**{**fields, "num_hidden_layers": 2})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    arch = parse(fields, num_hidden_layers=2)
-    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert hf_shapes(arch) == theirs
-    assert arch.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,8 +126,13 @@ def test_default_rope_follows_its_formula() -> None:
         ),
         (LLAMA_3_70B, {"rope_scaling": {**ROPES["linear"], "beta_fast": 3}}, ["beta_fast = 3"]),
         (LLAMA_3_70B, {"num_key_value_heads": 7}, ["num_key_value_heads = 7"]),
+        (LLAMA_3_70B, {"num_key_value_heads": 0}, ["num_key_value_heads = 0 must be at least 1"]),
+        (LLAMA_3_70B, {"num_attention_heads": 0}, ["num_attention_heads = 0 must be at least 1"]),
+        (MISTRAL_7B_V01, {}, ["sliding_window = 4096 must be null", "32768", "data.max_length <= 4096"]),
+        (without(MISTRAL_7B_V01, "sliding_window"), {}, ["sliding_window = 4096 must be null"]),
+        (MISTRAL_7B_V03, {"attention_bias": True}, ["attention_bias = true"]),
         (LLAMA_3_70B, {"hidden_size": "8192"}, ["hidden_size"]),
-        (LLAMA_3_70B, {"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "LlamaForCausalLM"]),
+        (LLAMA_3_70B, {"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "LlamaForCausalLM"]),
         (LLAMA_3_70B, {"model_type": "qwen2"}, ["model_type", "llama"]),
     ],
 )
@@ -191,6 +150,23 @@ def test_unknown_field_passes_with_its_class_default_only(monkeypatch: pytest.Mo
     parse(LLAMA_3_70B, initializer_range=0.02)
     with pytest.raises(ConversionError, match=r"initializer_range = 0\.03 is not understood"):
         parse(LLAMA_3_70B, initializer_range=0.03)
+
+
+@pytest.mark.parametrize("window", [None, 32768, 65536])
+def test_a_window_as_wide_as_the_positions_has_no_effect(window: int | None) -> None:
+    assert parse(MISTRAL_7B_V03, sliding_window=window) == parse(MISTRAL_7B_V03)
+
+
+def test_differences_name_every_property_with_both_values() -> None:
+    llama3, small = parse(LLAMA_3_8B), parse(LLAMA_3_8B, num_hidden_layers=2, vocab_size=128257)
+    assert differences(small, llama3) == ["num_layers is 2 instead of 32", "vocab_size is 128257 instead of 128256"]
+    assert differences(parse(QWEN_2_5_7B_INSTRUCT), parse(QWEN_2_5_7B)) == []
+    (line,) = differences(parse(LLAMA_3_1_8B), llama3)
+    assert line.startswith(
+        "inv_freq (rope_theta and rope_scaling) differs in 35 of 64 rotary frequencies, the first is "
+    )
+    wide = differences(parse(LLAMA_3_8B, head_dim=64), llama3)
+    assert wide == ["head_dim is 64 instead of 128"]
 
 
 @pytest.mark.parametrize(("text", "named"), [(None, "does not exist"), ('{"a": 1,\n', ":2: not JSON"), ("[]", "list")])

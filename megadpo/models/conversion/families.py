@@ -152,10 +152,11 @@ _AFTER_LAYERS = (
 # Buffers of rotary frequencies that old versions of transformers saved; they follow from the configuration.
 _ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
+_PLAIN = Family((*_BEFORE_LAYERS, _INPUT_NORM, _QKV_WEIGHT, _ATTENTION_OUT, *_MLP, *_AFTER_LAYERS), _ROTARY_BUFFERS)
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        (*_BEFORE_LAYERS, _INPUT_NORM, _QKV_WEIGHT, _ATTENTION_OUT, *_MLP, *_AFTER_LAYERS), _ROTARY_BUFFERS
-    ),
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
     "qwen2": Family(
         (*_BEFORE_LAYERS, _INPUT_NORM, _QKV_WEIGHT, _QKV_BIAS, _ATTENTION_OUT, *_MLP, *_AFTER_LAYERS), _ROTARY_BUFFERS
     ),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -19,11 +22,12 @@ from megadpo.models.conversion.mapping import (
     ShardPlan,
     exported_names,
     fill_shard,
+    hf_shapes,
     merge_shards,
     shard_plans,
     weight_problems,
 )
-from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter
+from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter, TensorHeader
 from megadpo.models.hf_config import Architecture
 from megadpo.parallel.collectives import broadcast_from_main
 from megadpo.parallel.state import ParallelState
@@ -32,7 +36,8 @@ from megadpo.rank_logging import get_logger
 _log = get_logger(__name__)
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+# Formats as safetensors spells them.
+_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Files beside the weights that say how to use them.
 _SIDE_FILES = (
@@ -55,32 +60,39 @@ class _NumberedLayer(Protocol):
     layer_number: int
 
 
+def check_hf_weights(arch: Architecture, hf_dir: Path | str) -> None:
+    """Raises ConversionError unless the files in `hf_dir` hold exactly the weights of `arch`, by their headers alone.
+
+    Names all that is missing, unexpected, wrongly shaped or quantized; a damaged file or index on its own. Opens every
+    file and reads no weights: call it on one rank before anything that takes long.
+    """
+    with SafetensorsReader(hf_dir) as reader:
+        _check_headers(arch, reader.headers, hf_dir)
+
+
 def load_hf_weights(
     model_chunks: Sequence[torch.nn.Module], arch: Architecture, hf_dir: Path | str, *, tp_rank: int, tp_size: int
 ) -> None:
     """Overwrites every parameter of this rank's (unwrapped) GPTModel chunks with the weights in `hf_dir`.
 
     Values are cast from the file's dtype to the parameter's; vocabulary padding becomes zero. Reads the headers of all
-    files and the data of this rank's slices only. Every rank checks the whole model's names and shapes, and raises
-    the same ConversionError that lists all that is missing, unexpected, wrongly shaped or quantized. A head that
-    differs from tied embeddings raises on the first stage only, which reads both. No communication.
+    files and the data of this rank's slices only. Every rank raises the same ConversionError: for what
+    `check_hf_weights` finds, for weights that are NaN or infinite, and for a head that differs from tied embeddings.
+    Every rank of the world must call it: one all-gather of what each has found.
     """
     plans = shard_plans(arch, tp_rank=tp_rank, tp_size=tp_size)
     with SafetensorsReader(hf_dir) as reader, torch.no_grad():
-        problems = weight_problems(arch, {name: header.shape for name, header in reader.headers.items()})
-        problems += [
-            f"{name} has dtype {header.dtype}; quantized weights are not supported, dequantize them first"
-            for name, header in reader.headers.items()
-            if header.dtype not in _FLOAT_DTYPES
-        ]
-        if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
-            raise ConversionError(f"{hf_dir}: {len(problems)} weights don't fit its config.json:\n{listed}")
-        for name, parameter in _global_parameters(model_chunks):
+        _check_headers(arch, reader.headers, hf_dir)
+        _warn_of_rounding(
+            arch, reader.headers, next(p.dtype for chunk in model_chunks for p in chunk.parameters()), hf_dir
+        )
+        problems: list[str] = []
+        for name, parameter in global_parameters(model_chunks):
             plan = _plan(plans, name, arch)
-            fill_shard(plan, reader.read, parameter)
+            fill_shard(plan, partial(_read_finite, reader, problems), parameter)
             if arch.tied_embeddings and LM_HEAD.name in reader.headers and name == "embedding.word_embeddings.weight":
-                _check_equal_head(plan, reader, hf_dir)
+                problems += _unequal_head(plan, reader)
+    _raise_on_all(problems, hf_dir)
 
 
 def export_hf_weights(
@@ -99,7 +111,7 @@ def export_hf_weights(
     memory: one parameter twice (its shards and their merger) on tensor rank 0 of each stage, and one output file on the
     main rank. `out_dir` must hold no weights yet. Returns on all ranks when the files are complete.
     """
-    mine = dict(_global_parameters(model_chunks))
+    mine = dict(global_parameters(model_chunks))
     plans = [shard_plans(arch, tp_rank=rank, tp_size=state.tensor_size) for rank in range(state.tensor_size)]
     stages = _stage_of_each(arch, mine, plans[0], state, dtype)
     with ExitStack() as stack:
@@ -147,7 +159,7 @@ def _with_dtype(config: bytes, dtype: str) -> bytes:
     return config
 
 
-def _global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Every parameter of the chunks, with layers counted over the whole model instead of over the chunk."""
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
@@ -164,15 +176,66 @@ def _plan(plans: dict[str, ShardPlan], name: str, arch: Architecture) -> ShardPl
     return plans[name]
 
 
-def _check_equal_head(plan: ShardPlan, reader: SafetensorsReader, hf_dir: Path | str) -> None:
-    """Raises unless the output head that a tied checkpoint holds besides equals the embedding, on this rank's rows."""
-    for piece in plan.pieces:
-        slices = plan.slices(piece)
-        if not torch.equal(reader.read(piece.hf_name, slices), reader.read(LM_HEAD.name, slices)):
-            raise ConversionError(
-                f"{hf_dir}: {LM_HEAD.name} differs from {piece.hf_name} in rows {piece.start}:{piece.stop}, but "
-                "config.json ties them; set tie_word_embeddings to false, or remove the tensor that is not used"
-            )
+def _check_headers(arch: Architecture, headers: Mapping[str, TensorHeader], hf_dir: Path | str) -> None:
+    problems = weight_problems(arch, {name: header.shape for name, header in headers.items()})
+    problems += [
+        f"{name} has dtype {header.dtype}; quantized weights are not supported, dequantize them first"
+        for name, header in headers.items()
+        if header.dtype not in _FLOAT_DTYPES
+    ]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConversionError(
+            f"{hf_dir}: {len(problems)} weights don't fit its config.json; download the model again, or bring the "
+            f"config.json that its weights were saved with:\n{listed}"
+        )
+
+
+def _warn_of_rounding(
+    arch: Architecture, headers: Mapping[str, TensorHeader], dtype: torch.dtype, hf_dir: Path | str
+) -> None:
+    stored = [headers[name].dtype for name in hf_shapes(arch)]
+    rounded = Counter(name for name in stored if torch.promote_types(_FLOAT_DTYPES[name], dtype) is not dtype)
+    if rounded:
+        _log.warning(
+            "%s: %d of %d tensors are stored as %s and are rounded to %s",
+            hf_dir,
+            rounded.total(),
+            len(stored),
+            ", ".join(sorted(rounded)),
+            str(dtype).removeprefix("torch."),
+        )
+
+
+def _read_finite(reader: SafetensorsReader, problems: list[str], name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+    """The piece of a tensor; adds a line to `problems` where a value is NaN or infinite."""
+    piece = reader.read(name, slices)
+    # The extremes are NaN where any value is; isfinite would take several times the piece in memory and 50 x as long.
+    if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(piece)):
+        problems.append(f"{name} holds NaN or infinite values")
+    return piece
+
+
+def _unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
+    """A line where the head that a tied checkpoint holds besides differs from the embedding in this rank's rows."""
+    return [
+        f"{LM_HEAD.name} differs from {piece.hf_name} in rows {piece.start}:{piece.stop}, but config.json ties them; "
+        "set tie_word_embeddings to false, or remove the tensor that is not used"
+        for piece in plan.pieces
+        if not torch.equal(
+            reader.read(piece.hf_name, plan.slices(piece)), reader.read(LM_HEAD.name, plan.slices(piece))
+        )
+    ]
+
+
+def _raise_on_all(problems: Sequence[str], hf_dir: Path | str) -> None:
+    """Raises one ConversionError on every rank where any rank has found a problem; one all-gather over the world."""
+    found: list[Sequence[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, problems)
+    every = dict.fromkeys(line for lines in found for line in lines)
+    if every:
+        listed = "\n".join(f"  {line}" for line in every)
+        raise ConversionError(f"{hf_dir}: these weights cannot be trained; give other ones:\n{listed}")
 
 
 def _stage_of_each(

@@ -35,8 +35,8 @@ class TensorHeader:
 class SafetensorsReader:
     """Tensors of a Hugging Face directory: headers at once, data only in the slices that are asked for.
 
-    A context manager that keeps the files mapped. A missing file, an index that contradicts the files, and a
-    directory without safetensors are ConversionErrors.
+    A context manager that keeps the files mapped. A missing or damaged file, an index that contradicts the files or
+    leads out of the directory, and a directory without safetensors are ConversionErrors.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -75,7 +75,8 @@ class SafetensorsReader:
         except FileNotFoundError:
             raise ConversionError(f"{path} does not exist, but {INDEX_FILE} names it; complete the download") from None
         except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} cannot be read ({error}); download or export it again") from error
+            reason = _damage(path) or f"{error}; download or export it again"
+            raise ConversionError(f"{path} cannot be read: {reason}") from error
 
 
 def _read_weight_map(directory: Path) -> dict[str, str] | None:
@@ -90,11 +91,44 @@ def _read_weight_map(directory: Path) -> dict[str, str] | None:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{index}:{error.lineno}: not JSON ({error.msg})") from None
+        raise ConversionError(f"{index}:{error.lineno}: not JSON ({error.msg}); download it again") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConversionError(f"{index} cannot be read ({error}); download it again") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index} has no weight_map from tensor names to files; download it again")
+    outside = [f"{name}: {file!r}" for name, file in weight_map.items() if not _is_file_name(file)]
+    if outside:
+        listed = "\n".join(f"  {line}" for line in outside)
+        raise ConversionError(
+            f"{index} names files that don't lie beside it; each must be the bare name of a .safetensors file in the "
+            f"same directory. Don't trust this download:\n{listed}"
+        )
     return weight_map
+
+
+def _is_file_name(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file and "\\" not in file and file.endswith(".safetensors")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that safetensors refuses, and the remedy; None where its header is whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            return "it is the pointer of Git LFS, not the weights; fetch them with git lfs pull"
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if 8 + length <= size else b""
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + length + max(entry["data_offsets"][1] for entry in tensors)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return f"none of its {size} bytes make a safetensors header; download or export it again"
+    if size == expected:
+        return None
+    what = "the download was cut off" if size < expected else "something was added to it"
+    return f"it has {size} bytes and its header describes {expected}, so {what}; download or export it again"
 
 
 def _nothing_to_read(directory: Path) -> str:
