@@ -26,14 +26,17 @@ setup(
     packages=find_packages(include=["megadpo", "megadpo.*"]),
     python_requires=">=3.10",
     install_requires=[
+        "datasets>=4.7",
         "huggingface-hub>=1",
         "hydra-core>=1.3,<2",
         "jinja2>=3.1",  # chat templates
+        "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.17",  # the device layer for CPU is tried with these versions only
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
         "packaging>=24",
         "psutil>=5.9",
+        "pyarrow>=17",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
@@ -48,7 +51,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         "test": [
             "accelerate>=1.10",
-            "datasets>=4.7",
             "hypothesis>=6",
             "mypy>=1.11",
             "pytest>=8",

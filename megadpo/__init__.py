@@ -4,12 +4,14 @@ The map of the house, in the order in which a preference pair walks through it. 
 
     errors, rank_logging    the errors a user can act on; loggers that speak on rank 0
     config/                 schema (every key, its unit, range and default), validation, compose (Hydra and YAML)
+    checkpoint_files        which checkpoint a path means, and what it says about itself
+    model_source            where a run's starting weights come from: Hugging Face, or a checkpoint
     device                  the one file that says torch.cuda; lets Megatron-Core run on CPU
     parallel/               process groups of a layout, and the collectives of this project
     attention_plan          which key ranges each segment of a packed stream attends to
     logprobs, losses        fused log-probabilities of response tokens; the loss of a pair
     metrics                 values and the reduction that each declares
-    data/                   files -> token pairs -> microbatches -> packed batches
+    data/                   sources -> pairs -> token ids on disk -> microbatches -> packed batches
     models/                 Hugging Face configuration and weights <-> Megatron-Core model that returns log-probs
     forward_step            the one forward path of training, evaluation and reference
     optimizer, checkpoint   AdamW and its schedule; what a run needs to go on
@@ -19,7 +21,11 @@ The map of the house, in the order in which a preference pair walks through it. 
     trackers, progress      where metrics are written; what a person sees of them
     trainer                 the loop: step, log, evaluate, save, stop
     assembly, resume        a Config turned into all of the above; the checkpoint that a run goes on from
+    datasets                the pairs of a run: tokenized once by rank 0, mapped by every rank
+    command_line, session   what the tools share: checks, exit statuses; a launch turned into groups and one Config
     run                     a whole run, from its configuration to the exported model
+    scoring, score_files    every pair's log-probs under one model, and the files that let a killed scoring go on
+    convert, verification   Hugging Face <-> checkpoints that stand alone, and the proof that both are one model
 
 The command-line tools in tools/ stand on top of all of it.
 """

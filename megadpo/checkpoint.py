@@ -1,7 +1,8 @@
-"""Training checkpoints in Megatron's distributed format: written atomically, resharded on load.
+"""Checkpoints in Megatron's distributed format: written atomically, resharded on load.
 
-A checkpoint directory `step_00000010` holds the weights, the optimizer's state and `training.json`, which says what run
-it belongs to. It appears under its name only when it is complete; `latest` names the newest one.
+A run's `step_00000010` holds the weights, the optimizer's state and `training.json`, which says what run it belongs to;
+an imported checkpoint holds weights and `imported.json`. A directory appears under its name only when it is complete;
+`latest` names the newest one of a run.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,66 +26,31 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
+from megadpo.checkpoint_files import (
+    HF_DIRECTORY,
+    IMPORTED,
+    LATEST,
+    TRAINED,
+    ImportedModel,
+    TrainingState,
+    list_checkpoints,
+    step_directory,
+)
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.load_save import copy_hf_side_files
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-_STEP_DIRECTORY = re.compile(r"^step_(\d{8})$")
-_DESCRIPTION = "training.json"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """What a checkpoint says about its run besides weights: everything else follows from the step.
-
-    `data_digest` is a hash of the retained pairs' token ids; `settings` the configuration as a flat mapping.
-    """
-
-    step: int
-    num_pairs: int
-    data_digest: str
-    settings: dict[str, Any]
-
-
-def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives under the run's checkpoint directory."""
-    return root / f"step_{step:08d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, oldest first."""
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if _STEP_DIRECTORY.match(p.name) and (p / _DESCRIPTION).is_file())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: a step directory itself, or the newest of a run or checkpoint directory."""
-    if (path / _DESCRIPTION).is_file():
-        return path
-    for root in (path, path / "checkpoints"):
-        found = list_checkpoints(root)
-        if found:
-            return found[-1]
-    raise CheckpointError(f"{path} holds no complete checkpoint (a step_XXXXXXXX directory with {_DESCRIPTION} inside)")
-
-
-def read_training_state(directory: Path) -> TrainingState:
-    """The description that was saved with a checkpoint."""
-    try:
-        return TrainingState(**json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / _DESCRIPTION} can't be read: {error}") from error
-
-
-def _model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+def _model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
     """Sharded state of this rank's chunks; the tensors carry global names, so the layout is not part of the format."""
-    return {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": module.sharded_state_dict(metadata=dict(_METADATA)) for i, module in enumerate(modules)}
 
 
 def save_checkpoint(
@@ -105,30 +71,53 @@ def save_checkpoint(
     """
     final = step_directory(root, state.step)
     partial = root / f".{final.name}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main:
+    if dist.get_rank() == 0:
         for leftover in root.glob(".step_*"):  # of saves and removals that were killed
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    model_state = _model_state(chunks)
+    model_state = _model_state([chunk.module for chunk in chunks])
     content = {**model_state, "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))}
-    # Megatron hands the writers' results over through a queue of a spawned manager process, which re-imports the main
-    # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
-    with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
-        dist_checkpointing.save(content, str(partial), content_metadata=dict(_METADATA))
-    dist.barrier()
-    if is_main:
-        copy_hf_side_files(source, partial / "hf", dtype=dtype)
-        write_durably(partial / _DESCRIPTION, json.dumps(asdict(state), indent=1))
+    _write_content(partial, content)
+    if dist.get_rank() == 0:
+        copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
+        write_durably(partial / TRAINED, json.dumps(asdict(state), indent=1))
         if final.exists():
             _remove(final)
         partial.rename(final)
-        write_durably(root / "latest", final.name + "\n")
+        write_durably(root / LATEST, final.name + "\n")
         for old in list_checkpoints(root)[:-keep_last]:
             _remove(old)
     dist.barrier()
     return final
+
+
+def save_imported(
+    directory: Path, modules: Sequence[MegatronModule], description: ImportedModel, *, source: Path, dtype: torch.dtype
+) -> None:
+    """Writes the weights of a model as a checkpoint that stands alone, with `source`'s side files inside as `hf/`.
+
+    Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+    _write_content(partial, _model_state(modules))
+    if dist.get_rank() == 0:
+        copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
+        write_durably(partial / IMPORTED, json.dumps(asdict(description), indent=1))
+        partial.rename(directory)
+    dist.barrier()
+
+
+def _write_content(directory: Path, content: dict[str, Any]) -> None:
+    """Makes `directory` and writes all ranks' sharded state into it; returns on each when every rank is done."""
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    # Megatron hands the writers' results over through a queue of a spawned manager process, which re-imports the main
+    # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
+    with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
+        dist_checkpointing.save(content, str(directory), content_metadata=dict(_METADATA))
+    dist.barrier()
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -150,26 +139,56 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
     """Fills weights, main weights and moments from a checkpoint of any layout. Collective over all ranks."""
     inner = _distributed_optimizers(optimizer)
     _allocate_moments(inner)
-    model_state = _model_state(chunks)
+    model_state = _model_state([chunk.module for chunk in chunks])
     content = {
         **model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA)),
     }
-    try:
+    with _readable(directory, "train.resume=DIR"):
         loaded = dist_checkpointing.load(content, str(directory), strict="raise_all")
+    for index, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(loaded[f"model{index}"])
+    states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())
+    for member, member_state in zip(inner, states, strict=True):
+        _load_optimizer(member, member_state)
+
+
+def load_weights(directory: Path, modules: Sequence[MegatronModule]) -> None:
+    """Overwrites the modules' weights with a checkpoint's, of any layout and cast to theirs; its optimizer is not read.
+
+    Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model.
+    Collective over all ranks.
+    """
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.zero_()  # padding that the checkpoint's layout did not have
+    with _readable(directory, "model.checkpoint=DIR (--checkpoint DIR)"):
+        loaded, left_over, missing = dist_checkpointing.load(_model_state(modules), str(directory), strict="return_all")
+    problems = [f"{name} is missing" for name in sorted(missing)]
+    problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.startswith("optimizer.")]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(
+            f"{directory}: {len(problems)} weights don't fit its {HF_DIRECTORY}/config.json:\n{listed}"
+        )
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded[f"model{index}"])
+
+
+@contextmanager
+def _readable(directory: Path, remedy: str) -> Iterator[None]:
+    """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy."""
+    try:
+        yield
     except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
         # Neither Megatron's errors nor torch's (a BaseException with every rank's traceback) say what to do.
         causes = [str(cause) for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
         reason = "; ".join(dict.fromkeys(causes)) or error
         raise CheckpointError(
             f"checkpoint {directory} can't be loaded: {reason}. It is damaged, or of a model of another shape; name "
-            "another one with train.resume=DIR"
+            f"another one with {remedy}"
         ) from error
-    for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[f"model{index}"])
-    states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())
-    for member, member_state in zip(inner, states, strict=True):
-        _load_optimizer(member, member_state)
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:

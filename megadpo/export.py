@@ -65,12 +65,7 @@ def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics:
     )
     titles = ["training", *(f"validation {p.removeprefix('eval/').removesuffix('/')}".strip() for p in prefixes)]
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [dpo, preference-optimization, megadpo]",
-        "---",
-        "",
+        *_front_matter("dpo, preference-optimization, megadpo"),
         f"# {name}, aligned to preferences",
         "",
         f"Trained for {steps} steps on preference pairs with the {loss} loss, by megadpo {__version__}.",
@@ -84,3 +79,19 @@ def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics:
                 lines.append(f"| `{key}` | {' | '.join(cells)} |")
         lines += ["", "Training values are of the last line of metrics.jsonl, computed before its update.", ""]
     return "\n".join([*lines, "## Settings", "", "```yaml", settings_yaml.rstrip(), "```", ""])
+
+
+def conversion_card(*, name: str, checkpoint: str, origin: str) -> str:
+    """Markdown with YAML front matter for converted weights: from which checkpoint, and where that comes from."""
+    lines = [
+        *_front_matter("megadpo"),
+        f"# {name}",
+        "",
+        f"Converted from the Megatron checkpoint {checkpoint} by megadpo {__version__}. {origin}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(tags: str) -> list[str]:
+    return ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{tags}]", "---", ""]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,25 +15,33 @@ from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
+Bar = TypeVar("Bar", bound="ProgressBar")
 
-class TrainingProgress:
-    """Reports logged steps; draws a bar while it is entered, where stderr is a terminal."""
 
-    def __init__(self, steps_done: int, total_steps: int, *, visible: bool) -> None:
-        self._total = total_steps
+# Without a terminal, how often a line tells that long work moves.
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressBar:
+    """A bar with a title and a note while it is entered, where stderr is a terminal and it is `visible`."""
+
+    def __init__(self, title: str, *, total: int, done: int = 0, visible: bool) -> None:
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(file=sys.stderr),
             disable=not (visible and sys.stderr.isatty()),
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=steps_done, loss="", accuracy="")
+        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+        self._title = title
+        self._silent = not visible
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self: Bar) -> Bar:
         self._bar.start()
         return self
 
@@ -40,15 +50,30 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
+    def move(self, done: int, note: str) -> None:
+        """Moves the bar to `done`."""
+        self._bar.update(self._task, completed=done, note=note)
+
+    def tell(self, done: int, note: str) -> None:
+        """Moves the bar to `done`; without a terminal, logs a line now and then instead."""
+        self.move(done, note)
+        now = time.monotonic()
+        if not self._silent and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            logger.info("%s: %s", self._title, note)
+
+
+class TrainingProgress(ProgressBar):
+    """Reports logged steps of a training."""
+
+    def __init__(self, steps_done: int, total_steps: int, *, visible: bool) -> None:
+        super().__init__("training", total=total_steps, done=steps_done, visible=visible)
+        self._total = total_steps
+
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Moves the bar to `step` and logs a line of the numbers that a person follows."""
         if "loss" in metrics:
-            self._bar.update(
-                self._task,
-                completed=step,
-                loss=f"{metrics['loss']:.4f}",
-                accuracy=f"{metrics['rewards/accuracies']:.2f}",
-            )
+            self.move(step, f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}")
             logger.info(
                 "step %d/%d  loss %.5f  accuracy %.3f  margin %+.4f  grad norm %.3f  lr %.2e  %.2f s/step",
                 step,

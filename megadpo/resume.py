@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megadpo.checkpoint import (
+from megadpo.checkpoint_files import (
     TrainingState,
     find_checkpoint,
+    is_trained,
     list_checkpoints,
     read_training_state,
     step_directory,
@@ -24,7 +25,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StartingPoint:
-    """Where a run begins: the checkpoint that it continues (None: the Hugging Face weights), and what a save says."""
+    """Where a run begins: the checkpoint that it continues (None: the starting weights), and what a save says."""
 
     checkpoint: Path | None
     state: TrainingState
@@ -56,13 +57,33 @@ def find_starting_point(config: Config, run_dir: Path, *, num_pairs: int, data_d
     return StartingPoint(checkpoint, replace(now, step=saved.step))
 
 
+def keep_template_date(config: Config) -> Config:
+    """A copy with the date that chat templates were told in the run that is continued, unless a date is given."""
+    if config.data.template_date is not None:
+        return config
+    checkpoint = _checkpoint_to_resume(config, Path(str(config.train.run_dir)))
+    if checkpoint is None:
+        return config
+    template_date = read_training_state(checkpoint).settings.get("data.template_date")
+    return replace(config, data=replace(config.data, template_date=template_date))
+
+
 def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     if config.train.resume == "never":
         return None
     if config.train.resume == "auto":
         found = list_checkpoints(run_dir / "checkpoints")
         return found[-1] if found else None
-    return find_checkpoint(Path(config.train.resume))
+    try:
+        named = find_checkpoint(Path(config.train.resume))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.resume={config.train.resume}: {error}") from None
+    if not is_trained(named):
+        raise CheckpointError(
+            f"train.resume={config.train.resume}: an imported checkpoint holds weights and no training to go on with: "
+            f"start a run from it with model.checkpoint={named}"
+        )
+    return named
 
 
 # Settings that decide which pairs a step sees: with other values the step number would mean another place in the data.
@@ -81,6 +102,8 @@ _FREE = (
     "data.tokens_per_microbatch",
     "data.train_path",
     "data.validation_path",
+    "data.cache_dir",
+    "data.workers",
 )
 
 

@@ -1,12 +1,29 @@
-"""Where metrics go: one JSON object a line, and TensorBoard. Only global rank 0 owns trackers."""
+"""Where metrics go: one JSON object a line, TensorBoard, Weights & Biases. Only global rank 0 owns trackers.
+
+A tracker that fails is reported and never stops the run: a full disk or a lost connection costs lines of metrics, not
+the training. What Weights & Biases would gather of the machine, the command line and the console is switched off, since
+any of it may carry a password; it is given the metrics and the configuration.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol
+
+from megadpo.errors import ConfigError, MegaDPOError
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+# How long Weights & Biases may go on uploading after the run, in seconds, where the user names no time.
+_WANDB_FINISH_TIMEOUT_S = 300.0
 
 
 class Tracker(Protocol):
@@ -16,9 +33,79 @@ class Tracker(Protocol):
         """Writes one step's metrics."""
         ...
 
-    def close(self) -> None:
-        """Flushes and lets go of files."""
+    def close(self, *, failed: bool) -> None:
+        """Flushes and lets go of files; `failed` says that the run ends by an error."""
         ...
+
+
+@contextmanager
+def open_trackers(
+    names: Sequence[str], run_dir: Path, *, resume_step: int, settings: Mapping[str, Any]
+) -> Iterator[list[Tracker]]:
+    """The trackers of a run that goes on from `resume_step` (0: a fresh start), by name; closed at the end.
+
+    `settings` is the run's configuration as plain values, for the trackers that show it. What a tracker raises is
+    logged as a warning and costs that tracker's lines only.
+    """
+    openers: dict[str, Callable[[], Tracker]] = {
+        "jsonl": lambda: JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step),
+        "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step=resume_step),
+        "wandb": lambda: WandbTracker(run_dir, resume_step=resume_step, settings=settings),
+    }
+    with ExitStack() as stack:
+        yield [stack.enter_context(GuardedTracker(name, openers[name])) for name in names]
+
+
+class GuardedTracker:
+    """A tracker whose failures are warnings: each distinct one is told once, and at the end how many lines it cost."""
+
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._open = open_tracker
+        self._tracker: Tracker | None = None
+        self._told: set[str] = set()
+        self._lines = 0
+        self._lost = 0
+
+    def __enter__(self) -> GuardedTracker:
+        try:
+            self._tracker = self._open()
+        except Exception as error:
+            self._warn(error, "the run goes on without it")
+        return self
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands one step's metrics on, or counts them as lost."""
+        self._lines += 1
+        if self._tracker is None:
+            self._lost += 1
+            return
+        try:
+            self._tracker.log(step, metrics)
+        except Exception as error:
+            self._lost += 1
+            self._warn(error, f"the metrics of step {step} are lost there; the run goes on")
+
+    def close(self, *, failed: bool) -> None:
+        """Closes the tracker and says what was lost."""
+        try:
+            if self._tracker is not None:
+                self._tracker.close(failed=failed)
+        except Exception as error:
+            self._warn(error, "the last metrics may be missing there")
+        if self._lost:
+            logger.warning("tracker %s: %d of %d lines of metrics are lost", self._name, self._lost, self._lines)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _warn(self, error: Exception, consequence: str) -> None:
+        text = str(error) if isinstance(error, MegaDPOError) else f"{type(error).__name__}: {error}"
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("tracker %s failed: %s (%s)", self._name, text, consequence)
 
 
 class JsonlTracker:
@@ -30,20 +117,34 @@ class JsonlTracker:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         kept = _lines_up_to(path, resume_step) if resume_step > 0 and path.exists() else []
-        temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        _replace(path, "".join(kept))
+        self._file = path.open("ab", buffering=0)  # with a buffer, a line that failed would come back torn or late
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line, `step` first, and flushes it; a number that is not finite becomes null, which JSON has."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        """Appends one line, `step` first; a number that is not finite becomes null, which JSON has.
 
-    def close(self) -> None:
+        Raises OSError where the line can't be written whole; nothing of it is left then.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        rest = memoryview((json.dumps({"step": step, **finite}) + "\n").encode())
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def close(self, *, failed: bool) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[str]:
@@ -73,15 +174,86 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Closes the event file."""
         self._writer.close()
 
 
-def build_trackers(names: Sequence[str], run_dir: Path, *, resume_step: int) -> list[Tracker]:
-    """The trackers of a run, by name."""
-    builders: dict[str, Callable[[], Tracker]] = {
-        "jsonl": lambda: JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step),
-        "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step=resume_step),
-    }
-    return [builders[name]() for name in names]
+class WandbTracker:
+    """A Weights & Biases run, one row per step; online or offline as its environment variables (WANDB_MODE, ...) say.
+
+    A training and its continuations are one W&B run: `RUN_DIR/wandb/resume.json` keeps its id and the last step that
+    W&B has whole. W&B takes steps in rising order only, so a continuation adds what follows that step, and what was
+    logged between the checkpoint and the interruption stays as it was.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._state = run_dir / "wandb" / "resume.json"
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        # Without its informational messages W&B never asks for a key on the terminal; its warnings stay.
+        own = wandb.setup(settings=wandb.Settings(show_info=False)).settings
+        known = json.loads(self._state.read_text(encoding="utf-8")) if self._state.exists() else {}
+        try:
+            self._run = wandb.init(
+                project=own.project or "megadpo",
+                name=own.run_name or run_dir.name,
+                id=known.get("id") or own.run_id or uuid.uuid4().hex[:8],
+                dir=os.environ.get("WANDB_DIR") or run_dir,
+                resume="allow",
+                config=dict(settings),
+                settings=_reticent_settings(finish_timeout=own.finish_timeout or _WANDB_FINISH_TIMEOUT_S),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"trackers=wandb: {error}: log in once with `wandb login` (or set WANDB_API_KEY), or set "
+                "WANDB_MODE=offline and upload the run later with `wandb sync`"
+            ) from error
+        self._done = self._latest = max(known.get("step", -1), self._run.starting_step - 1)
+        self._remember(self._done)
+        logger.info("W&B run %s: %s", self._run.id, self._run.dir if self._run.offline else self._run.url)
+        if self._done > resume_step:
+            logger.info("W&B keeps what it was given of steps %d to %d before", resume_step + 1, self._done)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the row of `step`; an evaluation joins the row of the update that it follows."""
+        if step <= self._done:
+            return
+        self._run.log(dict(metrics), step=step)
+        if step > self._latest:
+            self._remember(self._latest)
+            self._latest = step
+
+    def close(self, *, failed: bool) -> None:
+        """Uploads what is left and ends the W&B run, as failed (exit code 1) or finished, and W&B's own process."""
+        import wandb
+
+        self._remember(self._latest)
+        try:
+            self._run.finish(exit_code=int(failed))
+        finally:
+            wandb.teardown()  # its files are whole when that process is gone
+
+    def _remember(self, step: int) -> None:
+        """Writes down the last step whose row is whole."""
+        _replace(self._state, json.dumps({"id": self._run.id, "step": step}) + "\n")
+
+
+def _reticent_settings(*, finish_timeout: float) -> Any:
+    """Settings of a W&B run that gathers nothing by itself that could hold a secret, and ends in bounded time."""
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        save_code=False,
+        disable_code=True,
+        disable_git=True,  # remotes may be written with a password, and a diff holds whatever lies around
+        disable_job_creation=True,
+        x_disable_meta=True,  # command line, user, paths
+        x_disable_machine_info=True,
+        x_save_requirements=False,  # packages installed from a URL are listed with it
+        symlink=False,  # a copied run directory would hold the last W&B directory twice
+        finish_timeout=finish_timeout,
+        finish_timeout_raises=True,
+    )

@@ -101,8 +101,14 @@ def resolve_defaults(config: Config, now: datetime) -> Config:
     sequence_parallel = config.parallel.sequence_parallel
     if sequence_parallel is None:
         sequence_parallel = config.parallel.tensor > 1
+    data = replace(
+        config.data,
+        cache_dir=config.data.cache_dir or f"{run_dir}/tokens",
+        template_date=config.data.template_date or f"{now:%Y-%m-%d}",
+    )
     return replace(
         config,
+        data=data,
         train=replace(config.train, run_dir=run_dir),
         parallel=replace(config.parallel, sequence_parallel=sequence_parallel),
     )
@@ -317,6 +323,8 @@ def _required(item: Field[Any]) -> bool:
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; a bare value becomes a list of one. Raises ValueError when it is not one."""
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin in (Union, UnionType):
         for option in inner:
             try:
@@ -350,7 +358,7 @@ def _describe(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(inner)}, each {_describe(inner[0])}"
     if origin is dict:
-        return f"a mapping of names to {_describe(inner[1])}"
+        return f"a mapping of names to {'values' if inner[1] is Any else _describe(inner[1])}"
     if issubclass(hint, Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}

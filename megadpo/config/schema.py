@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Choice(str, Enum):
@@ -22,6 +23,16 @@ class Truncation(Choice):
     """What happens to a pair longer than `data.max_length`."""
 
     keep_start = "keep_start"  # responses are cut at the end; a prompt that fills max_length alone drops its pair
+    keep_end = "keep_end"  # the prompt loses its beginning, once per pair, by what the longer response needs
+    drop = "drop"  # the pair is dropped and counted
+    error = "error"  # the run stops at the first one
+
+
+class OnError(Choice):
+    """What happens to a row of the data that cannot be used."""
+
+    error = "error"  # the run stops and names it
+    skip = "skip"  # it is counted and left out
 
 
 class LossName(Choice):
@@ -56,7 +67,8 @@ class Tracker(Choice):
     """Where metrics are written."""
 
     jsonl = "jsonl"  # RUN_DIR/metrics.jsonl
-    tensorboard = "tensorboard"
+    tensorboard = "tensorboard"  # RUN_DIR/tensorboard/
+    wandb = "wandb"  # Weights & Biases, online or offline (WANDB_MODE); its files lie in RUN_DIR/wandb/
 
 
 class DeviceKind(Choice):
@@ -77,16 +89,25 @@ class ModelConfig:
     hf_path: str | None = None
     """Hugging Face directory (config.json, tokenizer, safetensors) of the starting weights. Has no sensible default."""
 
+    checkpoint: str | None = None
+    """Megatron checkpoint to start from instead: an imported one, one step of a run, or a run (its latest step)."""
+
+    shape: dict[str, Any] | None = None
+    """Fields of config.json that fix the architecture, set by named models; the weights must have it. Null: any."""
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The preference pairs."""
 
     train_path: list[str]
-    """Training file, or several that are concatenated in this order."""
+    """Source of pairs, or several that are concatenated in this order.
+
+    A .json, .jsonl, .parquet or .csv file, DIR:SPLIT of a saved dataset, or hf://OWNER/NAME:SPLIT; see docs/data.md.
+    """
 
     validation_path: str | dict[str, str] | None = None
-    """Validation file, or NAME: file for several sets, logged as eval/NAME/*. Null: no validation file."""
+    """Validation source, or NAME: source for several sets, logged as eval/NAME/*. Null: no validation source."""
 
     validation_fraction: float = 0.0
     """Share of the training pairs held out for validation instead, in [0, 1); the split is deterministic. 0: none."""
@@ -105,6 +126,18 @@ class DataConfig:
 
     truncation: Truncation = Truncation.keep_start
     """What happens to longer pairs. The default is TRL's rule, so that runs compare."""
+
+    on_error: OnError = OnError.error
+    """What happens to rows that cannot be used. Stopping is the default: a mistake in the data is seldom alone."""
+
+    template_date: str | None = None
+    """YYYY-MM-DD that chat templates are told as today's date. Null: the day the run first starts, kept on resuming."""
+
+    cache_dir: str | None = None
+    """Directory of tokenized pairs, found again by content; all ranks must see it. Null: RUN_DIR/tokens."""
+
+    workers: int | None = None
+    """Processes that tokenize large sets, >= 1. Null: one for each CPU of rank 0's machine, at most 32."""
 
     tokens_per_microbatch: int = 8192
     """Token budget of one packed stream, >= 1. More fills the device better and takes more activation memory."""

@@ -7,11 +7,15 @@ no effect is a violation like any other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
 from megadpo.config.schema import Config, LossName, Schedule, Tracker, show
+from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
 
 
@@ -47,6 +51,7 @@ _RANGES = {
     "data.validation_fraction": _Range(low=0, high=1),
     "data.max_length": _Range(low=2),
     "data.tokens_per_microbatch": _Range(low=1),
+    "data.workers": _Range(low=1),
     "parallel.tensor": _Range(low=1),
     "parallel.pipeline": _Range(low=1),
     "parallel.virtual_pipeline": _Range(low=2),
@@ -88,9 +93,10 @@ def validate(
         *_check_loss(config),
         *_check_optimizer(config),
         *_check_run(config),
+        *_check_secrets(config),
     ]
     if violations:
-        raise ConfigError(violations)
+        raise ConfigError([_CREDENTIALS.sub(r"\1***@", text) for text in violations])
 
 
 def check_run_dir_is_fresh(config: Config) -> None:
@@ -99,7 +105,10 @@ def check_run_dir_is_fresh(config: Config) -> None:
     For training only, on one rank, before it writes. Scoring or planning with the same configuration is fine.
     """
     run_dir, resume = config.train.run_dir, config.train.resume
-    if run_dir is None or not Path(run_dir).is_dir() or not any(Path(run_dir).iterdir()):
+    if run_dir is None or not Path(run_dir).is_dir():
+        return
+    # What a refused start may have left behind is of use to the next one.
+    if {path.name for path in Path(run_dir).iterdir()} <= {"tokens"}:
         return
     if resume == "auto":
         if not (Path(run_dir) / "config.yaml").is_file():
@@ -130,8 +139,23 @@ def _check_ranges(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     violations = []
-    if config.model.hf_path is None and config.model.name:  # a missing name is the mistake to mend first
-        violations.append("model.hf_path=null: weights must come from somewhere: give model.hf_path=DIR")
+    hf_path, checkpoint = config.model.hf_path, config.model.checkpoint
+    if hf_path is None and checkpoint is None and config.model.name:  # a missing name is the mistake to mend first
+        named = f"{config.model.name} is known by its shape, and " if config.model.shape is not None else ""
+        violations.append(
+            f"model.hf_path=null: {named}weights must come from somewhere: give model.hf_path=DIR or "
+            "model.checkpoint=DIR"
+        )
+    if checkpoint is not None and hf_path is not None:
+        violations.append(
+            f"model.checkpoint={checkpoint}: must be the only source of weights, model.hf_path={hf_path} is another: "
+            "drop one of the two (model.hf_path=null where the chosen model sets it)"
+        )
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        violations.append(
+            f"model.checkpoint={checkpoint}: must be the directory of a checkpoint or a run: check the path, or make "
+            "one with tools/convert.py import"
+        )
     for key, path in (("model.hf_path", config.model.hf_path), ("reference.hf_path", config.reference.hf_path)):
         if path is not None and not (Path(path) / "config.json").is_file():
             remedy = _demo_remedy(path) or "download the model to a local directory and give its path"
@@ -146,16 +170,27 @@ def _check_data(config: Config) -> list[str]:
         violations.append("data.train_path=[]: must name at least one file, as in data.train_path=pairs.jsonl")
     if data.validation_path == {}:
         violations.append("data.validation_path={}: must name at least one file, or be null for no validation")
+    for name in data.validation_files() if isinstance(data.validation_path, dict) else ():
+        if not _SET_NAME.fullmatch(name):
+            violations.append(
+                f"data.validation_path={show(data.validation_path)}: the name {name!r} must be made of letters, digits, "
+                "'_', '-' and '.', as it becomes part of metrics' names: choose another name"
+            )
     named = [("data.train_path", path) for path in data.train_path]
     named += [("data.validation_path", path) for path in data.validation_files().values()]
     for key, path in named:
-        if not Path(path).is_file():
-            remedy = _demo_remedy(path) or "check the path; relative ones start from the working directory"
-            violations.append(f"{key}={path}: must be an existing file: {remedy}")
+        problem = check_source(path)
+        if problem is not None:
+            remedy = _demo_remedy(path)
+            violations.append(f"{key}={path}: {f'must be an existing file: {remedy}' if remedy else problem}")
     if data.validation_path is not None and data.validation_fraction:
         violations.append(
             f"data.validation_fraction={show(data.validation_fraction)}: must be 0 when data.validation_path is given: "
             "drop one of the two"
+        )
+    if data.template_date is not None and not _is_date(data.template_date):
+        violations.append(
+            f"data.template_date={data.template_date}: must be a day, as in data.template_date=2025-01-31"
         )
     keys = [data.prompt_key, data.chosen_key, data.rejected_key]
     if len(set(keys)) < len(keys):
@@ -164,6 +199,16 @@ def _check_data(config: Config) -> list[str]:
             "different fields: name the ones your records have"
         )
     return violations
+
+
+_SET_NAME = re.compile(r"[\w.-]+")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _demo_remedy(path: str) -> str:
@@ -306,3 +351,31 @@ def _check_run(config: Config) -> list[str]:
     if len(set(config.trackers)) < len(config.trackers):
         violations.append(f"trackers={show(config.trackers)}: must name each tracker once: drop the repetition")
     return violations
+
+
+# User name, password or token of a URL.
+_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^/\s]+@")
+
+
+def _check_secrets(config: Config) -> list[str]:
+    return [
+        f"{key}={text}: must not hold the credentials of a URL, since the configuration is copied into the run "
+        "directory and the model card: leave them to ~/.netrc or the environment, or give a local path"
+        for key, text in _texts(config, "")
+        if _CREDENTIALS.search(text)
+    ]
+
+
+def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a configuration."""
+    if is_dataclass(value):
+        for item in fields(value):
+            yield from _texts(attrgetter(item.name)(value), f"{key}.{item.name}".lstrip("."))
+    elif isinstance(value, str):
+        yield key, value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}")

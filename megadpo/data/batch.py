@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megadpo.attention_plan import AttentionPlan, packed_plan
 from megadpo.data.tokenization import TokenizedPair
+
+Number = TypeVar("Number", int, npt.NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,14 @@ class PreferenceBatch:
         )
 
 
+def stream_tokens(prompt: Number, chosen: Number, rejected: Number) -> Number:
+    """Tokens that a pair of such lengths takes in a stream: prompt · chosen, then prompt · rejected."""
+    return 2 * prompt + chosen + rejected
+
+
 def stream_length(pair: TokenizedPair) -> int:
-    """Tokens that a pair takes in a stream: prompt · chosen and prompt · rejected, one after the other."""
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    """Tokens that a pair takes in a stream."""
+    return stream_tokens(len(pair.prompt), len(pair.chosen), len(pair.rejected))
 
 
 def build_batch(pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int) -> PreferenceBatch:

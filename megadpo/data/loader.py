@@ -112,6 +112,7 @@ class TrainingData:
         self.seed = seed
         self.shuffle = shuffle
         self.builder = builder
+        self._order = (-1, np.empty(0, np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,9 +122,16 @@ class TrainingData:
     def batch_after(self, steps_done: int) -> GlobalBatch:
         """The global batch of the step that follows `steps_done` finished ones."""
         epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
-        order = epoch_order(len(self.pairs), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        order = self._order_of(epoch)
         start = step_in_epoch * self.global_batch_size
         return self.builder.build([self.pairs[int(i)] for i in order[start : start + self.global_batch_size]])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """`epoch_order`, made once an epoch: a million pairs take as long as a small step."""
+        if self._order[0] != epoch:
+            order = epoch_order(len(self.pairs), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+            self._order = (epoch, order)
+        return self._order[1]
 
     def epochs_after(self, steps_done: int) -> float:
         """Passes over the data that `steps_done` finished steps have made."""
@@ -132,8 +140,8 @@ class TrainingData:
 
 
 def evaluation_batches(
-    pairs: Sequence[TokenizedPair], *, group_size: int, builder: BatchBuilder
+    pairs: Sequence[TokenizedPair], *, group_size: int, builder: BatchBuilder, first: int = 0
 ) -> Iterator[GlobalBatch]:
-    """The pairs in file order as global batches of `group_size`; each pair comes exactly once."""
-    for start in range(0, len(pairs), group_size):
+    """The pairs from `first` on, in file order, as global batches of `group_size`; each pair comes exactly once."""
+    for start in range(first, len(pairs), group_size):
         yield builder.build(pairs[start : start + group_size])

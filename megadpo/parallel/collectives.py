@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from megadpo.errors import ConfigError
+from megadpo.errors import ConfigError, MegaDPOError
 
 T = TypeVar("T")
 
 
-def broadcast_from_main(value: T) -> T:
-    """Rank 0's picklable `value`, on every rank. One object broadcast over the world."""
+def broadcast_from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's picklable `value`, on every rank. One object broadcast over the world, or a `group` of all ranks."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def on_main(action: Callable[[], T], *, patience_s: float | None = None) -> T:
+    """The result of `action` on rank 0, on every rank; its MegaDPOError or OSError is raised on every rank too.
+
+    The other ranks wait as long as in any collective, or `patience_s` seconds in a group made for this call.
+    """
+    if patience_s is not None:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+        try:
+            return _on_main(action, patient)
+        finally:
+            dist.destroy_process_group(patient)
+    return _on_main(action, None)
+
+
+def _on_main(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    outcome: T | MegaDPOError | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = action()
+        except MegaDPOError as error:
+            outcome = error
+        except OSError as error:
+            outcome = MegaDPOError(f"{error.filename}: {error.strerror}")
+    outcome = broadcast_from_main(outcome, group)
+    if isinstance(outcome, MegaDPOError):
+        raise outcome
+    return cast(T, outcome)
 
 
 def check_all_agree(what: str, content: str) -> None:

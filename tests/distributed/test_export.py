@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.data.dataset import read_pairs
-from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
 from tests.helpers.jobs import export_with_ranks_apart, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import load_hf, pair_logps
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import metrics, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
+from tests.helpers.tokenized import tokenized_pairs
 
 BETA = 0.3
 
@@ -55,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Path]) -> None:
     model, validation, run_dir = run
-    pairs = tokenize_pairs(read_pairs(validation).pairs, load_tokenizer(model), max_length=2048).pairs
+    pairs = tokenized_pairs(validation, model, max_length=2048)
     reference, policy = pair_logps(model, pairs), pair_logps(run_dir / "hf", pairs)
 
     lines = [line for line in metrics(run_dir) if "eval/held_out/loss" in line]
@@ -105,7 +104,8 @@ def test_side_files_are_the_source_s_own(run: tuple[Path, Path, Path]) -> None:
 
 def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]) -> None:
     run_dir = run[2]
-    assert {p.name for p in run_dir.iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
+    names = {"config.yaml", "data.json", "tokens", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
+    assert {p.name for p in run_dir.iterdir()} == names
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_00000004"
     assert any("tfevents" in name for name in os.listdir(run_dir / "tensorboard"))
     keys = set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1]))

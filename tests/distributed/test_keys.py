@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ def test_lengths_and_intervals(run: Callable[..., Path]) -> None:
         f"step_{step:08d}" for step in sorted(saved)[-2:]
     }
     assert max(line["tokens"] / line["pairs"] for line in trained) <= 2 * 200
+
+
+def test_what_became_of_the_data_is_written_and_truncation_reaches_the_run(run: Callable[..., Path]) -> None:
+    cuts = {}
+    for mode in ("keep_start", "keep_end"):
+        directory = run("data.max_length=200", f"data.truncation={mode}")
+        counts = json.loads((directory / "data.json").read_text())["sets"]["train"]
+        assert counts["read"] == 16
+        cuts[mode] = [line["tokens"] for line in training_lines(directory)]
+        assert counts["truncated_prompt" if mode == "keep_end" else "truncated_chosen"] > 0
+    assert cuts["keep_start"] != cuts["keep_end"]
 
 
 def test_columns_of_other_names(run: Callable[..., Path]) -> None:

@@ -14,9 +14,8 @@ from megadpo.assembly import batch_shape
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import ReferenceMode
 from megadpo.config.validation import validate
-from megadpo.data.dataset import read_pairs
 from megadpo.data.loader import BatchBuilder, GlobalBatch
-from megadpo.data.tokenization import load_tokenizer, tokenize_pairs
+from megadpo.data.tokenization import load_tokenizer
 from megadpo.device import megatron_device, select_device
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.models.builder import load_model
@@ -25,6 +24,7 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
+from tests.helpers.tokenized import tokenized_pairs
 
 
 def train(overrides: list[str]) -> str:
@@ -32,6 +32,12 @@ def train(overrides: list[str]) -> str:
     config = compose_config(overrides)
     validate(config, world_size=int(os.environ["WORLD_SIZE"]))
     return str(run_training(config))
+
+
+def train_in_environment(overrides: list[str], environment: dict[str, str]) -> str:
+    """`train`, with further environment variables."""
+    os.environ.update(environment)
+    return train(overrides)
 
 
 def score_and_export(
@@ -61,7 +67,7 @@ def score_and_export(
             arch = read_architecture(model)
             chunks = load_model(arch, state, model, device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
             tokenizer = load_tokenizer(model)
-            pairs = tokenize_pairs(read_pairs(data).pairs, tokenizer, max_length=max_length).pairs
+            pairs = tokenized_pairs(data, model, max_length=max_length)
             builder = BatchBuilder(
                 shape=batch_shape(state, sequence_parallel=state.tensor_size > 1),
                 tokens_per_microbatch=budget,

@@ -1,9 +1,13 @@
-"""Preference pairs of widely varying lengths, made from a seed: some longer than a test's `max_length`."""
+"""Preference pairs of widely varying lengths, made from a seed, and the pairs that files hold, all in memory."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from megadpo.data.dataset import Keys, RawPair, iter_rows, parse_row
 
 _NOUNS = "river stone lamp garden engine window teacher valley copper signal harbour pencil".split()
 _VERBS = "finds keeps moves paints breaks carries opens counts".split()
@@ -29,6 +33,13 @@ def make_pairs(n: int, seed: int, *, conversational: bool = False) -> list[dict[
         else:
             pairs.append({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected})
     return pairs
+
+
+def read_pairs(paths: str | Path | Sequence[str | Path], **names: str) -> list[RawPair]:
+    """All pairs of the concatenated sources; `names` are those of `Keys`. Raises DataError at the first bad row."""
+    sources = [paths] if isinstance(paths, str | Path) else paths
+    keys = Keys(**names)
+    return [parse_row(row, keys) for row in iter_rows([str(path) for path in sources], keys)]
 
 
 def _text(rng: random.Random, sentences: int) -> str:

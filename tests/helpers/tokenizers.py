@@ -18,6 +18,35 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# What the templates of published models do beside joining messages; each of these does one thing of it.
+DEFAULT_SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}{% endif %}"
+) + CHATML_TEMPLATE
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+) + BOS_TEMPLATE
+TRIMMING_TEMPLATE = BOS_TEMPLATE.replace("m['content']", "(m['content'] | trim)")
+DATE_TEMPLATE = (
+    "{{ bos_token + '<|system|>Today: ' + strftime_now('%d %b %Y') + '<|end|>' }}"
+) + BOS_TEMPLATE.removeprefix("{{ bos_token }}")
+# Shows the thoughts of the last answer only, as Qwen3 does; `enable_thinking=false` opens the answer with an empty one.
+REWRITING_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+    "{% elif m['role'] == 'assistant' and m['reasoning_content'] %}"
+    "{{ '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' + m['content'] }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['name'] %}{{ m['name'] + ':' }}{% endif %}"
+    "{{ m['content'] }}{% for call in m['tool_calls'] or [] %}{{ call | tojson }}{% endfor %}"
+    "{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
 
 def byte_tokenizer(
     *,

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
     {"errors", "rank_logging"},
-    {"config"},
+    {"checkpoint_files", "config"},
+    {"model_source"},
     {"device"},
     {"parallel"},
     {"attention_plan", "logprobs", "losses", "metrics"},
@@ -27,7 +28,8 @@ FLOORS = [
     {"reference"},
     {"train_step", "evaluation", "trackers", "progress", "health"},
     {"trainer"},
-    {"assembly", "resume", "run"},
+    {"command_line", "assembly", "datasets", "resume", "session"},
+    {"run", "score_files", "scoring", "convert", "verification"},
     {"tools"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -37,7 +39,10 @@ STRANGERS = [("data", "models"), ("models", "data")]
 HOMES = {
     "hydra": ["megadpo.config.compose", "tools"],
     "omegaconf": ["megadpo.config.compose", "tools"],
-    "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "tools"],
+    "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "megadpo.verification", "tools"],
+    "datasets": ["megadpo.data.sources"],
+    "pyarrow": ["megadpo.data.sources"],
+    "matplotlib": ["tools.inspection"],
     "wandb": ["megadpo.trackers"],
     "tensorboard": ["megadpo.trackers"],
     "torch.utils.tensorboard": ["megadpo.trackers"],

@@ -25,12 +25,20 @@ from megadpo.config.validation import ModelShape, check_run_dir_is_fresh, valida
 from megadpo.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
+MODELS = "demo, hf, llama3_8b, llama70b, qwen2_5_7b, qwen3_8b"
 SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=64, vocab_size=401)
 
 # key -> (override, value it gives, a value that is refused, what the refusal says)
 KEYS = {
     "model.name": ("tiny", "tiny", "7", "must be text"),
     "model.hf_path": ("some/dir", "some/dir", "true", "must be text or null"),
+    "model.checkpoint": ("some/dir", "some/dir", "3", "must be text or null"),
+    "model.shape": (
+        "{architectures: [LlamaForCausalLM], hidden_size: 64}",
+        {"architectures": ["LlamaForCausalLM"], "hidden_size": 64},
+        "7",
+        "must be a mapping of names to values or null",
+    ),
     "data.train_path": ("[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"], "3", "must be text, or a list of that"),
     "data.validation_path": ("{easy: e.jsonl}", {"easy": "e.jsonl"}, "[x]", "must be text or a mapping of names"),
     "data.validation_fraction": ("0.25", 0.25, "1", "must be in [0, 1)"),
@@ -38,7 +46,11 @@ KEYS = {
     "data.chosen_key": ("good", "good", "null", "must be text, as in data.chosen_key=chosen"),
     "data.rejected_key": ("bad", "bad", "[a]", "must be text, as in data.rejected_key=rejected"),
     "data.max_length": ("64", 64, "1", "must be a finite number >= 2"),
-    "data.truncation": ("keep_start", "keep_start", "keep_end", "must be one of keep_start"),
+    "data.truncation": ("keep_end", "keep_end", "keep", "must be one of keep_start, keep_end, drop, error"),
+    "data.on_error": ("skip", "skip", "ignore", "must be one of error, skip"),
+    "data.template_date": ("2025-01-31", "2025-01-31", "31.1.2025", "must be a day, as in data.template_date="),
+    "data.cache_dir": ("some/dir", "some/dir", "3", "must be text or null"),
+    "data.workers": ("4", 4, "0", "must be a finite number >= 1"),
     "data.tokens_per_microbatch": ("512", 512, "0", "must be a finite number >= 1"),
     "parallel.tensor": ("2", 2, "0", "must be a finite number >= 1"),
     "parallel.pipeline": ("2", 2, "two", "must be a whole number"),
@@ -70,7 +82,7 @@ KEYS = {
     "train.run_dir": ("out/run", "out/run", "5", "must be text or null"),
     "train.resume": ("auto", "auto", "null", "must be text, as in train.resume=never"),
     "checkpoint.keep_last": ("1", 1, "0", "must be a finite number >= 1"),
-    "trackers": ("jsonl", ["jsonl"], "wandb", "must be one of jsonl, tensorboard"),
+    "trackers": ("[jsonl,wandb]", ["jsonl", "wandb"], "mlflow", "must be one of jsonl, tensorboard, wandb"),
     "device.kind": ("cpu", "cpu", "tpu", "must be one of auto, cuda, cpu"),
 }
 
@@ -149,12 +161,13 @@ def test_every_number_has_a_range() -> None:
     config = compose_config(["+model=demo", "data.train_path=x", "train.max_steps=1", "train.save_every=1"])
     defaults = {key: attrgetter(key)(config) for key in known_keys()}
     numbers = {key for key, value in defaults.items() if type(value) in (int, float)}
-    assert numbers | {"parallel.virtual_pipeline", "train.eval_every"} == set(validation._RANGES)
+    nullable = {"parallel.virtual_pipeline", "train.eval_every", "data.workers"}
+    assert numbers | nullable == set(validation._RANGES)
 
 
 def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
     assert config_to_dict(build(files)) == {
-        "model": {"name": "hf", "hf_path": files["model.hf_path"]},
+        "model": {"name": "hf", "hf_path": files["model.hf_path"], "checkpoint": None, "shape": None},
         "data": {
             "train_path": [files["data.train_path"]],
             "validation_path": None,
@@ -164,6 +177,10 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "rejected_key": "rejected",
             "max_length": 2048,
             "truncation": "keep_start",
+            "on_error": "error",
+            "template_date": None,
+            "cache_dir": None,
+            "workers": None,
             "tokens_per_microbatch": 8192,
         },
         "parallel": {"tensor": 1, "pipeline": 1, "virtual_pipeline": None, "sequence_parallel": None},
@@ -248,18 +265,18 @@ def test_interpolations_resolve_and_dead_ones_are_named() -> None:
 
 def test_no_model_lists_the_models() -> None:
     first, second = compose_violations()
-    assert first.startswith("no model named: add +model=NAME, one of demo, hf ")
+    assert first.startswith(f"no model named: add +model=NAME, one of {MODELS} ")
     assert second == "data.train_path is required: add data.train_path=VALUE"
 
 
 @pytest.mark.parametrize("word", ["+model=nosuch", "model=nosuch"])
 def test_an_unknown_model_lists_the_models(word: str) -> None:
-    assert compose_violations(word, "data.train_path=x") == ["model=nosuch: no such model: one of demo, hf"]
+    assert compose_violations(word, "data.train_path=x") == [f"model=nosuch: no such model: one of {MODELS}"]
 
 
-def test_hf_without_a_path_says_that_one_is_required() -> None:
-    expected = "model.hf_path is required with +model=hf: add model.hf_path=VALUE"
-    assert compose_violations("+model=hf", "data.train_path=x") == [expected]
+def test_hf_without_weights_says_where_they_may_come_from(files: dict[str, str]) -> None:
+    (line,) = violations(files, "model.hf_path=null")
+    assert line.endswith("weights must come from somewhere: give model.hf_path=DIR or model.checkpoint=DIR")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +314,6 @@ def test_all_wrong_words_are_reported_at_once() -> None:
         "~train:",
         "parallel=2:",
         "lr=1:",
-        "model.hf_path",
         "data.train_path",
         "optimizer.eps=tiny:",
     ]
@@ -416,7 +432,14 @@ def test_sensible_configurations_pass(overrides: list[str], world_size: int, fil
         ("trackers=tensorboard", "trackers=[tensorboard]: must include jsonl, which reports and resuming read: "),
         ("trackers=[]", "trackers=[]: must include jsonl"),
         ("trackers=[jsonl,jsonl]", "trackers=[jsonl, jsonl]: must name each tracker once"),
-        ("model.hf_path=null", "model.hf_path=null: weights must come from somewhere: give model.hf_path=DIR"),
+        (
+            "model.checkpoint=/",
+            "model.checkpoint=/: must be the only source of weights, model.hf_path=",
+        ),
+        (
+            "model.hf_path=null model.checkpoint=no/such",
+            "model.checkpoint=no/such: must be the directory of a checkpoint or a run: check the path",
+        ),
         (
             "model.hf_path=no/such",
             "model.hf_path=no/such: must be a Hugging Face directory with a config.json: download",
@@ -568,3 +591,16 @@ def test_a_reference_must_fit_the_layout_and_share_the_vocabulary(files: dict[st
     heads, vocabulary = caught.value.violations
     assert "must divide the reference's 3 attention heads" in heads
     assert "its vocabulary has 500 entries, the policy's 401" in vocabulary
+
+
+def test_credentials_of_a_url_are_refused_and_never_repeated(files: dict[str, str]) -> None:
+    found = violations(
+        files,
+        "data.train_path=['https://me:pa@ss@host/a.jsonl']",
+        "data.validation_path={easy: 'ssh://token@host/b.jsonl'}",
+        "train.run_dir='s3://key:secret@bucket/run'",
+    )
+    told = [text.partition(":")[0] for text in found if "credentials of a URL" in text]
+    assert told == ["data.train_path=https", "data.validation_path.easy=ssh", "train.run_dir=s3"]
+    assert "train.run_dir=s3://***@bucket/run: must not hold the credentials of a URL" in "\n".join(found)
+    assert not any(secret in text for text in found for secret in ("me:pa", "ss@", "token", "key:", "secret"))

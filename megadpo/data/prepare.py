@@ -1,0 +1,271 @@
+"""From sources to a store of tokenized pairs: in worker processes, in bounded memory, once for the same content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache, partial
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row
+from megadpo.data.sources import Source, open_source
+from megadpo.data.store import (
+    BAD,
+    BOUNDARY_MERGED,
+    DOUBLE_BOS,
+    EQUAL,
+    ROW,
+    TOKEN,
+    About,
+    PairStore,
+    StoreWriter,
+)
+from megadpo.data.tokenization import TokenIds, Tokenization, Tokenizer, load_tokenizer, tokenize_pair
+from megadpo.errors import DataError, MegaDPOError
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+# Enters the name of a store; to be raised when the same rows come to other token ids or records than before.
+_FORMAT = 1
+_CHUNK_ROWS = 128
+# Starting worker processes takes seconds: fewer rows than these are tokenized sooner without.
+_CHUNKS_BEFORE_WORKERS = 16
+_MOST_WORKERS = 32
+# Skipped rows that are told in words; all are counted.
+_PROBLEMS_KEPT = 100
+_SECONDS_BEFORE_LEFTOVERS_GO = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that token ids depend on besides the sources: columns, tokenizer, the date that templates are told."""
+
+    keys: Keys
+    tokenizer_dir: Path
+    template_date: date
+    skip_bad_rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Consecutive rows as records and token ids, ready for the store."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    progress: float
+    """share of the sources that is read"""
+    problems: list[str]
+    moved_boundary: str
+    """the first pair whose responses start before the end of its prompt, in words"""
+
+
+def prepare_store(
+    specs: Sequence[str],
+    recipe: Recipe,
+    *,
+    cache_dir: Path,
+    workers: int,
+    report: Callable[[float, int], None],
+) -> Path:
+    """The directory of the sources' token store under `cache_dir`: found there by content, or made now.
+
+    `report` is called with the share of the sources that is read and the number of rows done. With `workers` > 1,
+    large sets are tokenized in that many processes. At any moment a few chunks of rows are in memory. Raises DataError
+    at the first row that can't be used, unless the recipe skips such rows. For one process of the whole run.
+    """
+    sources = [open_source(spec) for spec in specs]
+    directory = cache_dir / _content_key(sources, recipe)
+    if directory.is_dir():
+        logger.info("tokenized pairs found in %s", directory)
+        return directory
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(cache_dir)
+        with StoreWriter(directory) as writer:
+            _fill(writer, specs, recipe, workers, report)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={cache_dir}: can't be written ({error.strerror}): make room, or choose another directory"
+        ) from error
+    return directory
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, but no more workers than one reading process can feed."""
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+
+
+def open_store(directory: Path, specs: Sequence[str]) -> PairStore:
+    """The store that `prepare_store` returned for these sources; any process."""
+    return PairStore(directory, [open_source(spec).place for spec in specs])
+
+
+def _fill(
+    writer: StoreWriter, specs: Sequence[str], recipe: Recipe, workers: int, report: Callable[[float, int], None]
+) -> None:
+    started = time.monotonic()
+    chunks = _chunks(iter_rows(specs, recipe.keys))
+    head = list(islice(chunks, _CHUNKS_BEFORE_WORKERS))
+    results: Iterator[_Chunk]
+    if workers == 1 or len(head) < _CHUNKS_BEFORE_WORKERS:
+        workers = 1
+        results = map(partial(_tokenize_rows, recipe=recipe), chain(head, chunks))
+    else:
+        results = _in_worker_processes(chain(head, chunks), recipe, workers)
+    done, moved_boundary = 0, ""
+    problems: list[str] = []
+    for chunk in results:
+        writer.append(chunk.rows, chunk.tokens)
+        done += len(chunk.rows)
+        problems += chunk.problems[: _PROBLEMS_KEPT - len(problems)]
+        moved_boundary = moved_boundary or chunk.moved_boundary
+        report(chunk.progress, done)
+    writer.finish(About(problems, moved_boundary))
+    seconds = time.monotonic() - started
+    logger.info(
+        "tokenized %d pairs in %.1f s: %.0f pairs/s in %d process%s",
+        done,
+        seconds,
+        done / seconds,
+        workers,
+        "es" if workers > 1 else "",
+    )
+
+
+def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
+    """Lists of consecutive rows; an error of the reader comes behind the rows before it, which may have their own."""
+    while True:
+        chunk: list[RawRow] = []
+        try:
+            for row in islice(rows, _CHUNK_ROWS):
+                chunk.append(row)
+        except MegaDPOError as error:
+            if chunk:
+                yield chunk
+            yield error
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+def _in_worker_processes(
+    chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
+) -> Iterator[_Chunk]:
+    """What `_tokenize_rows` makes of each chunk, in order, with a few chunks per worker on their way at a time."""
+    # Fresh processes: this one may have threads of communication libraries, which do not survive a fork.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    waiting: deque[Future[_Chunk]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_tokenize_rows, chunk, recipe))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise MegaDPOError(
+            f"a worker process that tokenizes was killed (out of memory?); lower data.workers={workers}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenize_rows(rows: list[RawRow] | MegaDPOError, recipe: Recipe) -> _Chunk:
+    """The records and token ids of some rows; raises the error that stands in their place."""
+    if isinstance(rows, MegaDPOError):
+        raise rows
+    tokenizer = _tokenizer(recipe.tokenizer_dir)
+    records = np.zeros(len(rows), ROW)
+    tokens: list[TokenIds] = []
+    problems: list[str] = []
+    moved_boundary, start = "", 0
+    for record, row in zip(records, rows, strict=True):
+        record["start"], record["file"], record["line"] = start, row.file, row.line
+        try:
+            result = tokenize_pair(parse_row(row, recipe.keys), tokenizer, template_date=recipe.template_date)
+        except DataError as error:
+            if not recipe.skip_bad_rows:
+                raise DataError(f"{error}; data.on_error=skip leaves such rows out and counts them") from None
+            record["flags"] = BAD
+            problems.append(str(error))
+            continue
+        _describe(result, record)
+        pair = result.pair
+        tokens += [pair.prompt, pair.chosen, pair.rejected]
+        start += len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+        if len(result.left_out) and not moved_boundary:
+            moved_boundary = f"{pair.where}: before {tokenizer.decode(result.left_out.tolist())!r}"
+    flat = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
+    return _Chunk(records, flat, rows[-1].progress, problems, moved_boundary)
+
+
+def _describe(result: Tokenization, record: np.void) -> None:
+    """Fills the record of a pair with its lengths, flags and hash."""
+    pair = result.pair
+    parts = (pair.prompt, pair.chosen, pair.rejected)
+    record["prompt"], record["chosen"], record["rejected"] = map(len, parts)
+    record["largest"] = max(int(ids.max(initial=-1)) for ids in parts)
+    record["flags"] = (
+        BOUNDARY_MERGED * (len(result.left_out) > 0)
+        | DOUBLE_BOS * result.double_bos
+        | EQUAL * np.array_equal(pair.chosen, pair.rejected)
+    )
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in parts:
+        digest.update(len(ids).to_bytes(4, "little"))
+        digest.update(ids.astype(TOKEN, copy=False).tobytes())
+    record["digest"] = digest.digest()
+
+
+@cache
+def _tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer, loaded once a process."""
+    return load_tokenizer(directory)
+
+
+def _content_key(sources: Sequence[Source], recipe: Recipe) -> str:
+    """A name for the token ids: a hash of everything that they depend on."""
+    tokenizer_files = _tokenizer_files(recipe.tokenizer_dir)
+    asks_for_date = any(b"strftime_now" in content for content in tokenizer_files.values())
+    parts = {
+        "format": _FORMAT,
+        "sources": [source.digest() for source in sources],
+        "keys": asdict(recipe.keys),
+        "skip_bad_rows": recipe.skip_bad_rows,
+        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer_files.items()},
+        "template_date": str(recipe.template_date) if asks_for_date else None,
+        "libraries": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """Content of the files that a tokenizer is made of, by name."""
+    patterns = "config.json tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt".split()
+    patterns += ["chat_template*", "additional_chat_templates/*", "*.model", "*.tiktoken"]
+    paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(paths)}
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Removes what killed runs began to write; what is younger than a day may still be growing."""
+    for partial_store in cache_dir.glob(".*.partial"):
+        newest = max(path.stat().st_mtime for path in (partial_store, *partial_store.iterdir()))
+        if time.time() - newest > _SECONDS_BEFORE_LEFTOVERS_GO:
+            shutil.rmtree(partial_store)

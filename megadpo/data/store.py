@@ -1,0 +1,298 @@
+"""Tokenized pairs on disk: written once, mapped into memory by every rank, cut to length when they are looked at.
+
+A store holds every row that was read, in order and whole, so that limits and splits can change without tokenizing
+again. Its directory has `tokens.bin` (all token ids, int32), `rows.npy` (one record a row) and `store.json`.
+
+Legend: n pairs of a view.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.data.batch import stream_tokens
+from megadpo.data.tokenization import TokenizedPair
+from megadpo.data.truncation import Cut, Lengths, Outcome, cut_to_length
+from megadpo.errors import DataError
+
+TOKEN = np.dtype("<i4")
+ROW = np.dtype(
+    [
+        ("start", "<i8"),  # of the row's prompt · chosen · rejected among all token ids
+        ("prompt", "<i4"),  # numbers of tokens
+        ("chosen", "<i4"),
+        ("rejected", "<i4"),
+        ("largest", "<i4"),  # token id
+        ("file", "<i4"),
+        ("line", "<i8"),
+        ("flags", "u1"),
+        ("digest", "V16"),  # of the three lists of token ids
+    ]
+)
+BAD, BOUNDARY_MERGED, DOUBLE_BOS, EQUAL = 1, 2, 4, 8
+
+RowNumbers = npt.NDArray[np.int64]
+
+_TOKENS, _ROWS, _ABOUT = "tokens.bin", "rows.npy", "store.json"
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What was found while tokenizing, in words: the first rows that were skipped, and where a boundary moved first."""
+
+    problems: list[str]
+    moved_boundary: str
+
+
+class StoreWriter:
+    """Fills a store chunk by chunk; a context manager. The store has its name only when `finish` was called."""
+
+    def __init__(self, directory: Path) -> None:
+        self._final = directory
+        self._partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        self._partial.mkdir(parents=True)
+        self._tokens = (self._partial / _TOKENS).open("wb")
+        self._rows: list[np.ndarray] = []
+        self._num_tokens = 0
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        shutil.rmtree(self._partial, ignore_errors=True)  # gone already when the store is finished
+
+    def append(self, rows: np.ndarray, tokens: npt.NDArray[np.int32]) -> None:
+        """Adds records whose `start` counts from the beginning of `tokens`."""
+        rows = rows.copy()
+        rows["start"] += self._num_tokens
+        self._rows.append(rows)
+        self._tokens.write(tokens.astype(TOKEN, copy=False).tobytes())
+        self._num_tokens += len(tokens)
+
+    def finish(self, about: About) -> None:
+        """Puts everything on disk and the store in its place; another writer of the same store may have been faster."""
+        self._tokens.flush()
+        os.fsync(self._tokens.fileno())
+        np.save(self._partial / _ROWS, np.concatenate(self._rows) if self._rows else np.empty(0, ROW))
+        (self._partial / _ABOUT).write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
+        try:
+            self._partial.rename(self._final)
+        except OSError:
+            if not self._final.is_dir():
+                raise
+
+
+class PairStore:
+    """The rows of a store, mapped into memory. `places[file]` is what stands before a row's line number in messages."""
+
+    def __init__(self, directory: Path, places: Sequence[str]) -> None:
+        try:
+            self.rows: np.ndarray = np.load(directory / _ROWS, mmap_mode="r")
+            self.about = About(**json.loads((directory / _ABOUT).read_text(encoding="utf-8")))
+            size = (directory / _TOKENS).stat().st_size
+            if size != TOKEN.itemsize * _num_tokens(self.rows):
+                raise ValueError(f"{_TOKENS} has {size} bytes, {_ROWS} describes {_num_tokens(self.rows)} tokens")
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{directory}: tokenized pairs can't be read ({error}); data.cache_dir must be on a file system that "
+                "all ranks share. Remove the directory if it is damaged"
+            ) from error
+        # An empty file can't be mapped.
+        self.tokens = np.empty(0, TOKEN) if size == 0 else np.memmap(directory / _TOKENS, dtype=TOKEN, mode="r")
+        self.places = tuple(places)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, row: int) -> str:
+        """FILE:LINE of a row."""
+        record = self.rows[row]
+        return f"{self.places[record['file']]}{record['line']}"
+
+
+def _num_tokens(rows: np.ndarray) -> int:
+    """Token ids of all rows, going by the last one."""
+    last = rows[-1:]
+    return int((last["start"] + last["prompt"] + last["chosen"] + last["rejected"]).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCounts:
+    """What became of the rows of a data set: read = kept + skipped + everything dropped.
+
+    What follows `kept` up to `duplicate` counts kept pairs; a duplicate has the token ids of an earlier kept pair.
+    """
+
+    read: int
+    kept: int
+    truncated_prompt: int
+    truncated_chosen: int
+    truncated_rejected: int
+    boundary_merged: int
+    double_bos: int
+    equal_responses: int
+    duplicate: int
+    skipped: int
+    dropped_long_prompt: int
+    dropped_long_response: int
+    dropped_too_long: int
+    dropped_empty_response: int
+
+
+class PairView(Sequence[TokenizedPair]):
+    """The pairs of a store that are kept at a length limit, in the order of the data.
+
+    `counts` says what became of all rows, `digest` is a hash of the kept token ids. The lengths with `full_` are those
+    before truncation.
+    """
+
+    def __init__(self, store: PairStore, rows_n: RowNumbers, cut: Cut, counts: PairCounts) -> None:
+        self._store = store
+        self._skip_n = cut.prompt_skip_n
+        self.rows_n = rows_n
+        self.counts = counts
+        self.full_prompt_lengths: Lengths = store.rows["prompt"][rows_n]
+        self.full_chosen_lengths: Lengths = store.rows["chosen"][rows_n]
+        self.full_rejected_lengths: Lengths = store.rows["rejected"][rows_n]
+        self.prompt_lengths: Lengths = self.full_prompt_lengths - cut.prompt_skip_n
+        self.chosen_lengths = cut.chosen_n
+        self.rejected_lengths = cut.rejected_n
+        self.digest = self._hash()
+
+    def __len__(self) -> int:
+        return len(self.rows_n)
+
+    @overload
+    def __getitem__(self, item: int) -> TokenizedPair: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> list[TokenizedPair]: ...
+
+    def __getitem__(self, item: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        if isinstance(item, slice):
+            return [self[i] for i in range(*item.indices(len(self)))]
+        row = int(self.rows_n[item])
+        start = int(self._store.rows["start"][row])
+        chosen_start = start + int(self.full_prompt_lengths[item])
+        rejected_start = chosen_start + int(self.full_chosen_lengths[item])
+        tokens = self._store.tokens
+        return TokenizedPair(
+            index=row,
+            prompt=np.asarray(tokens[start + int(self._skip_n[item]) : chosen_start]),
+            chosen=np.asarray(tokens[chosen_start : chosen_start + int(self.chosen_lengths[item])]),
+            rejected=np.asarray(tokens[rejected_start : rejected_start + int(self.rejected_lengths[item])]),
+            where=self._store.where(row),
+        )
+
+    @property
+    def stream_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens that each pair takes in a stream."""
+        lengths = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
+        prompt, chosen, rejected = (part.astype(np.int64) for part in lengths)
+        return stream_tokens(prompt, chosen, rejected)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt + response."""
+        return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises DataError at the first pair with a token id that a vocabulary of `vocab_size` does not have."""
+        largest_n = self._store.rows["largest"][self.rows_n]
+        beyond = np.flatnonzero(largest_n >= vocab_size)
+        if beyond.size:
+            row = int(self.rows_n[beyond[0]])
+            raise DataError(
+                f"{self._store.where(row)}: pair {row} has token id {largest_n[beyond[0]]}, the model's vocabulary has "
+                f"{vocab_size} entries: the tokenizer belongs to another model, or tokens were added to it without "
+                f"resizing the embeddings ({beyond.size} such pairs)"
+            )
+
+    def _hash(self) -> str:
+        """Hash of the kept token ids: of the rows' own hashes and of what is kept of each."""
+        sha = hashlib.sha256(self._store.rows["digest"][self.rows_n].tobytes())
+        for lengths_n in (self._skip_n, self.chosen_lengths, self.rejected_lengths):
+            sha.update(np.ascontiguousarray(lengths_n, dtype=TOKEN).tobytes())
+        return sha.hexdigest()
+
+
+def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncation: str, name: str) -> PairView:
+    """The pairs among these rows of a store that are kept at `max_length`; see `cut_to_length` for `truncation`.
+
+    Raises DataError when none is left, saying why, and with `truncation` error at the first pair that is too long.
+    `name` says in messages which set it is.
+    """
+    records = store.rows[rows]
+    good = (records["flags"] & BAD) == 0
+    read, rows, records = len(rows), rows[good], records[good]
+    cut = cut_to_length(
+        records["prompt"], records["chosen"], records["rejected"], max_length=max_length, mode=truncation
+    )
+    too_long = cut.outcome_n == Outcome.TOO_LONG
+    if truncation == "error" and too_long.any():
+        first = int(np.flatnonzero(too_long)[0])
+        longest = int(records["prompt"][first] + max(records["chosen"][first], records["rejected"][first]))
+        raise DataError(
+            f"{store.where(int(rows[first]))}: the pair has {longest} tokens, data.max_length={max_length} and "
+            f"data.truncation=error ({int(too_long.sum())} such {name} pairs): raise data.max_length, or choose "
+            "keep_start, keep_end or drop"
+        )
+    kept = cut.outcome_n == Outcome.KEPT
+    counts = _count(records, cut, kept, read)
+    if not kept.any():
+        raise DataError(_nothing_left(counts, max_length, name, store.about.problems))
+    own = Cut(cut.outcome_n[kept], cut.prompt_skip_n[kept], cut.chosen_n[kept], cut.rejected_n[kept])
+    return PairView(store, rows[kept], own, counts)
+
+
+def _count(records: np.ndarray, cut: Cut, kept: npt.NDArray[np.bool_], read: int) -> PairCounts:
+    def flagged(flag: int) -> int:
+        return int(((records["flags"] & flag) != 0)[kept].sum())
+
+    dropped = np.bincount(cut.outcome_n, minlength=len(Outcome))
+    num_kept = int(kept.sum())
+    return PairCounts(
+        read=read,
+        kept=num_kept,
+        truncated_prompt=int((cut.prompt_skip_n > 0)[kept].sum()),
+        truncated_chosen=int((cut.chosen_n < records["chosen"])[kept].sum()),
+        truncated_rejected=int((cut.rejected_n < records["rejected"])[kept].sum()),
+        boundary_merged=flagged(BOUNDARY_MERGED),
+        double_bos=flagged(DOUBLE_BOS),
+        equal_responses=flagged(EQUAL),
+        duplicate=num_kept - len(np.unique(np.ascontiguousarray(records["digest"][kept]))),
+        skipped=read - len(records),
+        dropped_long_prompt=int(dropped[Outcome.LONG_PROMPT]),
+        dropped_long_response=int(dropped[Outcome.LONG_RESPONSE]),
+        dropped_too_long=int(dropped[Outcome.TOO_LONG]),
+        dropped_empty_response=int(dropped[Outcome.EMPTY_RESPONSE]),
+    )
+
+
+def _nothing_left(counts: PairCounts, max_length: int, name: str, problems: Sequence[str]) -> str:
+    reasons: dict[str, Any] = {
+        "the prompt alone reaches the limit": counts.dropped_long_prompt,
+        "a response alone reaches the limit": counts.dropped_long_response,
+        "prompt and response exceed the limit": counts.dropped_too_long,
+        "nothing of a response is there to score": counts.dropped_empty_response,
+        "the row can't be used and was skipped": counts.skipped,
+    }
+    told = "; ".join(f"{reason}: {number}" for reason, number in reasons.items() if number)
+    too_long = counts.dropped_long_prompt + counts.dropped_long_response + counts.dropped_too_long
+    remedy = "raise data.max_length, or look at the data" if too_long else "look at the data and the chat template"
+    first = f"; the first that was skipped: {problems[0]}" if problems else ""
+    return f"none of the {counts.read} {name} pairs is left at data.max_length={max_length} ({told}): {remedy}{first}"

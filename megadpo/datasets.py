@@ -1,0 +1,208 @@
+"""The pairs of a run: sources of the configuration, tokenized once by rank 0 and mapped into memory by every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadpo.config.schema import Config, OnError
+from megadpo.data.dataset import Keys, validation_rows
+from megadpo.data.prepare import Recipe, available_cpus, open_store, prepare_store
+from megadpo.data.store import About, PairCounts, PairView, select_pairs
+from megadpo.data.tokenization import describe_pair, load_tokenizer
+from megadpo.parallel.collectives import on_main
+from megadpo.progress import ProgressBar
+from megadpo.rank_logging import get_logger, global_rank
+
+logger = get_logger(__name__)
+
+# Rank 0 may tokenize for hours while the others have nothing to do; should it die, the launcher ends them.
+_PATIENCE_S = 7 * 86_400.0
+_TRAIN, _VALIDATION = "training", "validation"
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStores:
+    """Where the token stores of a run's sets are, by name (`training`, `validation NAME`), and the pad token."""
+
+    directories: Mapping[str, Path]
+    pad_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Datasets:
+    """Retained pairs for training and for each validation set, and the pad token."""
+
+    train: PairView
+    validation: dict[str, PairView]
+    pad_token_id: int
+    skipped_rows: tuple[str, ...]
+    """the first rows that were skipped, with the reasons"""
+
+    @property
+    def views(self) -> dict[str, PairView]:
+        """Every set, under `train` and `eval/NAME`."""
+        return {"train": self.train, **{f"eval/{name}".rstrip("/"): view for name, view in self.validation.items()}}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Hash of each set's token ids."""
+        return {name: view.digest for name, view in self.views.items()}
+
+    def report(self) -> dict[str, Any]:
+        """What became of the rows of each set, in plain values."""
+        return {
+            "sets": {
+                name: {
+                    **asdict(view.counts),
+                    "tokens": int(view.stream_lengths.sum()),
+                    "longest_sequence": view.longest_sequence,
+                    "digest": view.digest,
+                }
+                for name, view in self.views.items()
+            },
+            "skipped_rows": list(self.skipped_rows),
+        }
+
+
+def load_datasets(config: Config, tokenizer_dir: Path, vocab_size: int) -> Datasets:
+    """Every set of a run on every rank; rank 0 reads and tokenizes what is not in data.cache_dir yet.
+
+    Collective over all ranks, which wait for rank 0 without a time limit. The configuration is resolved. Raises
+    DataError or ConfigError, the same on every rank.
+    """
+    prepared = on_main(lambda: prepare_stores(config, tokenizer_dir), patience_s=_PATIENCE_S)
+    return open_datasets(config, prepared, tokenizer_dir, vocab_size)
+
+
+def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
+    """Tokenizes every set that data.cache_dir does not hold yet; for one process, no collectives."""
+    data = config.data
+    tokenizer = load_tokenizer(tokenizer_dir)
+    recipe = Recipe(
+        keys=Keys(data.prompt_key, data.chosen_key, data.rejected_key),
+        tokenizer_dir=tokenizer_dir,
+        template_date=date.fromisoformat(str(data.template_date)),
+        skip_bad_rows=data.on_error == OnError.skip,
+    )
+    directories = {}
+    for name, specs in _sources(config).items():
+        with ProgressBar(f"tokenizing {name} pairs", total=100, visible=True) as bar:
+
+            def report(share: float, pairs: int, bar: ProgressBar = bar) -> None:
+                bar.tell(round(100 * share), f"{pairs} pairs, {share:.0%} of the data read")
+
+            directories[name] = prepare_store(
+                specs,
+                recipe,
+                cache_dir=Path(str(data.cache_dir)),
+                workers=data.workers or available_cpus(),
+                report=report,
+            )
+    return PreparedStores(directories, int(tokenizer.pad_token_id))
+
+
+def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path, vocab_size: int) -> Datasets:
+    """The pairs of prepared stores that are kept, logged with what became of the others; any rank, no collectives.
+
+    Raises DataError where a set has no pair left, or token ids that a vocabulary of `vocab_size` does not have.
+    """
+    data = config.data
+    stores = {name: open_store(prepared.directories[name], specs) for name, specs in _sources(config).items()}
+    selections = {name: (store, np.arange(len(store))) for name, store in stores.items()}
+    if data.validation_fraction > 0:
+        store, rows = selections[_TRAIN]
+        held_out = validation_rows(len(rows), data.validation_fraction, config.train.seed)
+        selections[_TRAIN] = (store, np.setdiff1d(rows, held_out))
+        selections[_VALIDATION] = (store, held_out)
+    views = {
+        name: select_pairs(store, rows, max_length=data.max_length, truncation=str(data.truncation), name=name)
+        for name, (store, rows) in selections.items()
+    }
+    for name, view in views.items():
+        view.check_vocabulary(vocab_size)
+        _log_counts(view.counts, name, data.max_length)
+    for store in stores.values():
+        _log_findings(store.about)
+    train = views.pop(_TRAIN)
+    _warn_oversized(train, data.tokens_per_microbatch)
+    if global_rank() == 0:
+        logger.info(
+            "the first training pair as the model sees it:\n%s", describe_pair(train[0], load_tokenizer(tokenizer_dir))
+        )
+    return Datasets(
+        train=train,
+        validation={name.removeprefix(_VALIDATION).strip(): view for name, view in views.items()},
+        pad_token_id=_pad_token_id(prepared.pad_token_id, vocab_size),
+        skipped_rows=tuple(problem for store in stores.values() for problem in store.about.problems),
+    )
+
+
+def _sources(config: Config) -> dict[str, list[str]]:
+    """What each set is read from, by the name it has in messages."""
+    validation = {f"{_VALIDATION} {name}".strip(): [path] for name, path in config.data.validation_files().items()}
+    return {_TRAIN: list(config.data.train_path), **validation}
+
+
+def _pad_token_id(wanted: int, vocab_size: int) -> int:
+    """The tokenizer's pad token where the model knows it; nothing sees padding, so that any other does as well."""
+    if wanted < vocab_size:
+        return wanted
+    logger.warning(
+        "the tokenizer's pad token has id %d, the model's vocabulary has %d entries: token 0 pads instead; the exported "
+        "tokenizer keeps its own",
+        wanted,
+        vocab_size,
+    )
+    return 0
+
+
+def _log_counts(counts: PairCounts, name: str, max_length: int) -> None:
+    logger.info("%s pairs: %d read, %d kept at max_length %d", name, counts.read, counts.kept, max_length)
+    told = {
+        "prompts that lost their beginning": counts.truncated_prompt,
+        "responses cut at max_length: chosen": counts.truncated_chosen,
+        "responses cut at max_length: rejected": counts.truncated_rejected,
+        "rows skipped, they can't be used": counts.skipped,
+        "pairs dropped, the prompt alone reaches max_length": counts.dropped_long_prompt,
+        "pairs dropped, a response alone reaches max_length": counts.dropped_long_response,
+        "pairs dropped, longer than max_length": counts.dropped_too_long,
+        "pairs dropped, nothing of a response is left to score": counts.dropped_empty_response,
+        "pairs whose responses start before the end of the prompt": counts.boundary_merged,
+        "pairs with a second BOS at the start, removed": counts.double_bos,
+        "pairs with equal responses, kept": counts.equal_responses,
+        "pairs that repeat an earlier one, kept": counts.duplicate,
+    }
+    for what, number in told.items():
+        if number:
+            logger.warning("%s pairs: %s: %d of %d", name, what, number, counts.read)
+
+
+def _log_findings(about: About) -> None:
+    for problem in about.problems[:_PROBLEMS_SHOWN]:
+        logger.warning("skipped: %s", problem)
+    if about.moved_boundary:
+        logger.warning(
+            "the tokenized prompt is not a prefix of the tokenized prompt with its responses (tokens merge across the "
+            "boundary, or the chat template renders the prompt alone differently): the responses start where they "
+            "part; the first such pair: %s",
+            about.moved_boundary,
+        )
+
+
+def _warn_oversized(train: PairView, budget: int) -> None:
+    oversized = int((train.stream_lengths > budget).sum())
+    if oversized:
+        logger.warning(
+            "%d of %d pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
+            "takes more memory than the budget says",
+            oversized,
+            len(train),
+            budget,
+        )

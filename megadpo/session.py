@@ -1,0 +1,74 @@
+"""A launch turned into a working world: device, process groups, and one configuration that all ranks agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megadpo.config.compose import config_from_yaml, config_to_yaml
+from megadpo.config.schema import Config
+from megadpo.device import Device, megatron_device, select_device
+from megadpo.parallel.collectives import check_all_agree, on_main
+from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+# How long a rank waits in a collective for peers that may be tokenizing, loading or writing.
+_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What every rank of a launch works with."""
+
+    config: Config
+    state: ParallelState
+    device: Device
+
+
+@contextmanager
+def open_session(config: Config, resolve: Callable[[Config], Config]) -> Iterator[Session]:
+    """Device and groups of a validated configuration for the duration of the context, on all ranks of the launch.
+
+    `resolve` fills in on rank 0, for all, what depends on clock and disk. ConfigError on every rank where one was
+    started with another configuration; what `resolve` raises is raised on every rank too.
+    """
+    device = select_device(str(config.device.kind))
+    with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
+        check_all_agree("configuration", config_to_yaml(config))
+        config = config_from_yaml(on_main(lambda: config_to_yaml(resolve(config))))
+        yield Session(config, _build_state(config, device), device)
+
+
+@contextmanager
+def open_pipeline(stages: int, device_kind: str) -> Iterator[tuple[ParallelState, Device]]:
+    """The launch's ranks as so many pipeline stages, for work on a model's weights that needs no configuration."""
+    device = select_device(device_kind)
+    with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
+        yield (
+            build_parallel_state(tensor=1, pipeline=stages, virtual_pipeline=None, seed=0, timeout_s=_TIMEOUT_S),
+            device,
+        )
+
+
+def _build_state(config: Config, device: Device) -> ParallelState:
+    state = build_parallel_state(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        virtual_pipeline=config.parallel.virtual_pipeline,
+        seed=config.train.seed,
+        timeout_s=_TIMEOUT_S,
+    )
+    virtual = f" x {state.virtual_pipeline_size} chunks" if state.virtual_pipeline_size > 1 else ""
+    logger.info(
+        "%d ranks on %s: tensor %d, pipeline %d%s, data %d",
+        state.tensor_size * state.pipeline_size * state.data_size,
+        device.kind,
+        state.tensor_size,
+        state.pipeline_size,
+        virtual,
+        state.data_size,
+    )
+    return state

@@ -1,0 +1,81 @@
+"""Which checkpoint a path means, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megadpo.checkpoint_files import ImportedModel, TrainingState, find_checkpoint, list_checkpoints, stored_dtype
+from megadpo.config.compose import config_from_yaml
+from megadpo.errors import CheckpointError
+from megadpo.model_source import model_source, resolve_checkpoint
+
+
+def trained(directory: Path, *, dtype: str = "bf16") -> Path:
+    directory.mkdir(parents=True)
+    state = TrainingState(step=1, num_pairs=2, data_digest="", settings={"precision.dtype": dtype})
+    (directory / "training.json").write_text(json.dumps(asdict(state)))
+    return directory
+
+
+def imported(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    description = ImportedModel(source="model", dtype="fp32", megadpo_version="0")
+    (directory / "imported.json").write_text(json.dumps(asdict(description)))
+    return directory
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with two checkpoints and one that was never finished; `latest` names the older one."""
+    for step in (1, 2):
+        trained(tmp_path / "checkpoints" / f"step_0000000{step}")
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000001\n")
+    return tmp_path
+
+
+def test_a_path_means_itself_or_what_latest_names(run_dir: Path) -> None:
+    root = run_dir / "checkpoints"
+    assert [path.name for path in list_checkpoints(root)] == ["step_00000001", "step_00000002"]
+    for path in (run_dir, root, root / "step_00000001"):
+        assert find_checkpoint(path) == root / "step_00000001"
+    assert find_checkpoint(root / "step_00000002") == root / "step_00000002"
+    (root / "latest").unlink()
+    assert find_checkpoint(run_dir) == root / "step_00000002"
+
+
+def test_latest_may_name_an_imported_checkpoint(tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path / "mine")
+    assert find_checkpoint(checkpoint) == checkpoint
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("mine")
+    assert find_checkpoint(tmp_path) == checkpoint
+
+
+@pytest.mark.parametrize("name", ["step_00000007", "step_00000003", ""])
+def test_latest_that_names_no_checkpoint_is_an_error(name: str, run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "latest").write_text(name)
+    with pytest.raises(CheckpointError, match=rf"latest names '{name}', .*\(step_00000001, step_00000002\)"):
+        find_checkpoint(run_dir)
+
+
+def test_a_checkpoint_says_the_format_of_its_weights(tmp_path: Path) -> None:
+    assert stored_dtype(trained(tmp_path / "a", dtype="bf16")) == "bf16"
+    assert stored_dtype(imported(tmp_path / "b")) == "fp32"
+    (tmp_path / "b" / "imported.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"imported\.json can't be read"):
+        stored_dtype(tmp_path / "b")
+
+
+def test_the_source_of_a_configuration(run_dir: Path) -> None:
+    yaml = "{{model: {{name: hf, {}}}, data: {{train_path: x}}}}"
+    source = model_source(resolve_checkpoint(config_from_yaml(yaml.format("hf_path: some/dir"))).model)
+    assert (source.hf_dir, source.checkpoint) == (Path("some/dir"), None)
+    source = model_source(resolve_checkpoint(config_from_yaml(yaml.format(f"checkpoint: {run_dir}"))).model)
+    step = run_dir / "checkpoints" / "step_00000001"
+    assert (source.hf_dir, source.checkpoint) == (step / "hf", step)
