@@ -1,0 +1,158 @@
+"""The files of a scoring: what is written while it runs, what it leaves behind, and what it may go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megadpo.checkpoint import write_durably
+from megadpo.errors import ConfigError, MegaDPOError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreFiles:
+    """OUT.jsonl, OUT.summary.json, and OUT.jsonl.partial/ while the scoring runs. Methods are for one process."""
+
+    output: Path
+
+    @property
+    def partial(self) -> Path:
+        """Directory of an unfinished scoring."""
+        return self.output.with_name(f"{self.output.name}.partial")
+
+    @property
+    def scores(self) -> Path:
+        """The lines so far."""
+        return self.partial / "scores.jsonl"
+
+    @property
+    def tokens(self) -> Path:
+        """Tokenized pairs, unless data.cache_dir says where."""
+        return self.partial / "tokens"
+
+    @property
+    def summary(self) -> Path:
+        """Mean log-probs, counts, and the identity of model and data."""
+        return self.output.with_suffix(".summary.json")
+
+    @property
+    def _identity(self) -> Path:
+        return self.partial / "identity.json"
+
+    def check_output(self) -> None:
+        """Raises ConfigError where `output` is there and no scoring is known to have written it."""
+        if self.output.is_dir():
+            raise ConfigError(f"output={self.output}: must be a file to write, it is a directory: name one in it")
+        if self.output.exists() and not self.summary.is_file():
+            raise ConfigError(f"output={self.output}: the file is there already: remove it, or give another output")
+
+    def known_identity(self) -> dict[str, Any]:
+        """Identity of the scoring that is unfinished or finished here, {} where there is none."""
+        if self.output.exists():
+            return dict(_read(self.summary).get("identity", {}))
+        return _read(self._identity) if self._identity.is_file() else {}
+
+    def begin(self, identity: Mapping[str, Any], group_size: int) -> int | None:
+        """Number of pairs that have lines already, None where all is finished; raises for another identity.
+
+        Lines beyond the last whole group of `group_size` are cut off, torn ones with them, so that the groups that
+        follow are those of an uninterrupted scoring.
+        """
+        finished, known = self.output.exists(), self.known_identity()
+        if finished:
+            # Tokens of this start, or what a kill at the very end left behind.
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if finished or known:
+            self._check_identity(known, identity)
+        if finished:
+            return None
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_durably(self._identity, json.dumps(identity, indent=1))
+        return _cut_to_groups(self.scores, group_size)
+
+    def _check_identity(self, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        different = list(_differences(known, identity))
+        if not different:
+            return
+        there = self.output if self.output.exists() else self.partial
+        listed = "\n".join(f"  {line}" for line in different)
+        raise MegaDPOError(
+            f"{there} holds scores of another model or other data: remove it, or give another output. What differs:\n"
+            f"{listed}"
+        )
+
+    def read_scores(self) -> Iterator[dict[str, Any]]:
+        """The lines so far as objects."""
+        with self.scores.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary and gives the scores their name: from then on the scoring is complete."""
+        write_durably(self.summary, json.dumps(summary, indent=1) + "\n")
+        self.scores.rename(self.output)
+        # Other ranks have the tokens mapped: some network file systems keep names of such files until they let go.
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class ScoreWriter:
+    """Appends lines, on disk before the next group is scored; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> ScoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Adds one line for each object."""
+        try:
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
+        except OSError as error:
+            raise MegaDPOError(f"{self._path}: {error.strerror}: make room and start again; it goes on here") from error
+
+
+def _differences(known: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each leaf of two nested mappings that differs."""
+    for name in sorted({*known, *now}):
+        before, after = known.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{name}: ")
+        elif before != after:
+            yield f"{prefix}{name}: {before} then, {after} now"
+
+
+def _cut_to_groups(path: Path, group_size: int) -> int:
+    """Cuts a file of lines to whole groups; the number of lines left."""
+    path.touch()
+    with path.open("r+b") as file:
+        count, end, group_end = 0, 0, 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            count, end = count + 1, end + len(line)
+            if count % group_size == 0:
+                group_end = end
+        file.truncate(group_end)
+    return count - count % group_size
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MegaDPOError(
+            f"{path} can't be read ({error}): remove it, and what it belongs to, to start anew"
+        ) from error
+    return dict(content)

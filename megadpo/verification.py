@@ -1,0 +1,181 @@
+"""Whether a checkpoint is the model of a Hugging Face directory: every weight, and per-pair log-probs on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from megadpo.assembly import TORCH_DTYPES, batch_shape
+from megadpo.checkpoint_files import HF_DIRECTORY, stored_dtype
+from megadpo.config.schema import Dtype
+from megadpo.convert import load_whole, stages
+from megadpo.data.dataset import Keys, iter_rows, parse_row
+from megadpo.data.loader import BatchBuilder
+from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
+from megadpo.device import Device
+from megadpo.errors import ConfigError, ConversionError
+from megadpo.models.conversion.compare import WeightDifference, different_weights
+from megadpo.models.conversion.load_save import check_hf_weights
+from megadpo.models.hf_config import Architecture, differences, read_architecture
+from megadpo.models.policy import PolicyModel
+from megadpo.parallel.collectives import on_main
+from megadpo.parallel.state import ParallelState
+from megadpo.progress import ProgressBar
+from megadpo.rank_logging import get_logger, global_rank
+from megadpo.scoring import score_batch
+from megadpo.session import open_pipeline
+
+logger = get_logger(__name__)
+
+# Of one log-prob: sums in another order differ by less than the first, the second is for sums near zero.
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+_TOKENS_PER_MICROBATCH = 4096
+# transformers scores on rank 0 alone, one sequence at a time.
+_PATIENCE_S = 86_400.0
+
+
+def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs: int, device_kind: str) -> bool:
+    """Whether all weights are equal, in the checkpoint's format; prints what differs. On all ranks of the launch.
+
+    With `pairs_file`, the log-probs of its first `max_pairs` rows under the checkpoint and under transformers' own
+    model must agree too, both in fp32. ConversionError for models that can't be compared.
+    """
+    arch = read_architecture(checkpoint / HF_DIRECTORY)
+    _check_same_model(arch, read_architecture(hf_dir), hf_dir, checkpoint)
+    stored = Dtype(stored_dtype(checkpoint))
+    pairs = [] if pairs_file is None else _read_pairs(pairs_file, max_pairs, hf_dir, arch)
+    with open_pipeline(stages(arch), device_kind) as (state, device):
+        on_main(lambda: check_hf_weights(arch, hf_dir))
+        # Log-probs are compared in fp32, where rounding is too small to look like a difference.
+        chunks = load_whole(checkpoint, arch, state, device, Dtype.fp32 if pairs else stored)
+        different = _compare_weights(chunks, arch, hf_dir, stored)
+        on_main(lambda: _show_weights(different, arch, stored))
+        if not pairs:
+            return not different
+        scores = _checkpoint_logps(chunks, pairs, state, device)
+        del chunks  # transformers' model is about to need the room
+        same = on_main(lambda: _compare_logps(hf_dir, stored, pairs, scores), patience_s=_PATIENCE_S)
+        return same and not different
+
+
+def _check_same_model(ours: Architecture, theirs: Architecture, hf_dir: Path, checkpoint: Path) -> None:
+    different = differences(theirs, ours)
+    if different:
+        listed = "\n".join(f"  {line}" for line in different)
+        raise ConversionError(
+            f"{hf_dir} and {checkpoint} are models of another shape or kind; name the directory that the checkpoint "
+            f"was made from. What differs:\n{listed}"
+        )
+
+
+# Weights
+
+
+def _compare_weights(
+    chunks: Sequence[PolicyModel], arch: Architecture, hf_dir: Path, stored: Dtype
+) -> list[WeightDifference]:
+    """The weights that differ on any rank, by name. One all-gather over the world."""
+    compared, total = 0, sum(1 for chunk in chunks for _ in chunk.parameters())
+    with ProgressBar("comparing weights", total=total, visible=global_rank() == 0) as bar:
+
+        def advance() -> None:
+            nonlocal compared
+            compared += 1
+            bar.tell(compared, f"{compared} of {total} parameters")
+
+        mine = different_weights(chunks, arch, hf_dir, stored=TORCH_DTYPES[stored], advance=advance)
+    everyone: list[list[WeightDifference]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    # A tied embedding lies on the first and on the last stage.
+    return sorted({difference for found in everyone for difference in found})
+
+
+def _show_weights(different: Sequence[WeightDifference], arch: Architecture, stored: Dtype) -> None:
+    if not different:
+        logger.info("all %s parameters are equal, in %s", f"{arch.num_parameters:,}", stored)
+        return
+    table = Table("weight that differs", "values", "largest difference")
+    for difference in different:
+        table.add_row(difference.name, str(difference.values), f"{difference.largest:.3g}")
+    Console().print(table)
+
+
+# Log-probs
+
+
+def _read_pairs(path: Path, max_pairs: int, hf_dir: Path, arch: Architecture) -> list[TokenizedPair]:
+    """The first rows as tokens; those that the model has no positions for, or nothing to score, are left out."""
+    keys, tokenizer = Keys("prompt", "chosen", "rejected"), load_tokenizer(hf_dir)
+    rows = islice(iter_rows([str(path)], keys), max_pairs)
+    read = [tokenize_pair(parse_row(row, keys), tokenizer).pair for row in rows]
+    pairs = [pair for pair in read if _can_be_scored(pair, arch.max_position_embeddings)]
+    if len(pairs) < len(read):
+        logger.warning(
+            "%d of %d pairs are left out: an empty response, or longer than the model's %d positions",
+            len(read) - len(pairs),
+            len(read),
+            arch.max_position_embeddings,
+        )
+    if not pairs:
+        raise ConfigError(f"--pairs={path}: none of its first {len(read)} pairs can be compared: give others")
+    return pairs
+
+
+def _can_be_scored(pair: TokenizedPair, most: int) -> bool:
+    shorter, longer = sorted((len(pair.chosen), len(pair.rejected)))
+    return shorter > 0 and len(pair.prompt) + longer <= most
+
+
+def _checkpoint_logps(
+    chunks: Sequence[PolicyModel], pairs: Sequence[TokenizedPair], state: ParallelState, device: Device
+) -> dict[int, tuple[float, float]]:
+    """{pair index: (chosen, rejected)} under the checkpoint, on every rank."""
+    shape = batch_shape(state, sequence_parallel=False)
+    builder = BatchBuilder(shape=shape, tokens_per_microbatch=_TOKENS_PER_MICROBATCH, pad_token_id=0)
+    batch = builder.build(pairs)
+    return dict(zip(batch.pair_indices, score_batch(chunks, batch, state, device), strict=True))
+
+
+def _compare_logps(
+    hf_dir: Path, stored: Dtype, pairs: Sequence[TokenizedPair], ours: Mapping[int, tuple[float, float]]
+) -> bool:
+    """Whether both models say the same of all pairs; prints what they say. On one rank."""
+    table = Table("pair", "response", "checkpoint", "transformers", "relative difference")
+    agreeing = 0
+    for pair, theirs in zip(pairs, _transformers_logps(hf_dir, stored, pairs), strict=True):
+        both = list(zip(ours[pair.index], theirs, strict=True))
+        agreeing += all(math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE) for a, b in both)
+        for response, (a, b) in zip(("chosen", "rejected"), both, strict=True):
+            relative = abs(a - b) / max(abs(b), _ABSOLUTE)
+            table.add_row(str(pair.index), response, f"{a:.6f}", f"{b:.6f}", f"{relative:.1e}")
+    Console().print(table)
+    logger.info("log-probs of %d of %d pairs agree to %g relative, in fp32", agreeing, len(pairs), _RELATIVE)
+    return agreeing == len(pairs)
+
+
+def _transformers_logps(hf_dir: Path, stored: Dtype, pairs: Sequence[TokenizedPair]) -> Iterator[tuple[float, float]]:
+    """(chosen, rejected) of each pair under transformers' model in fp32, its weights rounded to `stored` first.
+
+    One sequence at a time: nothing is packed, padded or shared that could go wrong.
+    """
+    model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=TORCH_DTYPES[stored], local_files_only=True)
+    model = model.float().eval()
+
+    def logp(prompt: list[int], response: list[int]) -> float:
+        logits_NV = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        targets_N = torch.tensor(response)
+        return float(torch.log_softmax(logits_NV, dim=-1).gather(1, targets_N[:, None]).double().sum())
+
+    with torch.no_grad(), ProgressBar("scoring with transformers", total=len(pairs), visible=True) as bar:
+        for done, pair in enumerate(pairs, 1):
+            prompt = pair.prompt.tolist()
+            yield logp(prompt, pair.chosen.tolist()), logp(prompt, pair.rejected.tolist())
+            bar.tell(done, f"{done} of {len(pairs)} pairs")

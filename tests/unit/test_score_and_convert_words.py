@@ -1,0 +1,107 @@
+"""The command lines of score.py and convert.py: mistakes are told at once, before anything is read or written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megadpo.convert import stages
+from megadpo.errors import ConfigError
+from megadpo.models.hf_config import read_architecture
+from megadpo.score_files import ScoreFiles
+from tests.helpers.pairs import make_pairs
+from tests.helpers.runs import write_jsonl
+from tests.helpers.tiny_models import write_tiny_model
+from tools import convert, score
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Takes back what a tool's own set-up of logging does to this process."""
+    logger = logging.getLogger("megadpo")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A model, and the words that name it and some pairs."""
+    root = tmp_path_factory.mktemp("words")
+    model = write_tiny_model(root / "model", "llama")
+    data = write_jsonl(root / "pairs.jsonl", make_pairs(2, seed=0))
+    return model, ["+model=hf", f"model.hf_path={model}", f"data.train_path={data}"]
+
+
+def test_output_is_taken_out(files: tuple[Path, list[str]]) -> None:
+    config, output = score.read_words([*files[1], "output=there/scores.jsonl", "data.max_length=9"])
+    assert output == Path("there/scores.jsonl")
+    assert config.data.max_length == 9
+
+
+def test_all_mistakes_of_a_scoring_at_once(files: tuple[Path, list[str]]) -> None:
+    words = ["parallel.tensor=3", "loss.beta=0.3", "+loss=ipo", "train.epochs=2", "trackers=jsonl", "data.nonsense=1"]
+    with pytest.raises(ConfigError) as caught:
+        score.read_words([*files[1], *words])
+    said = caught.value.violations
+    assert said[:4] == [
+        f"{word}: has no effect when scoring: drop it" for word in ("loss.beta=0.3", "+loss=ipo", *words[3:5])
+    ]
+    assert said[4] == "output is required: add output=OUT.jsonl, the file that the scores are written to"
+    assert any(text.startswith("data.nonsense=1: unknown key") for text in said)
+    assert any("must divide the model's 4 attention heads" in text for text in said)
+
+
+def test_two_outputs_are_refused(files: tuple[Path, list[str]]) -> None:
+    with pytest.raises(ConfigError, match=r"output must name one file, got output=a, output=b"):
+        score.read_words([*files[1], "output=a", "output=b"])
+
+
+def test_a_checkpoint_that_is_none_is_told_with_the_rest(files: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = [word for word in files[1] if "hf_path" not in word]
+    with pytest.raises(ConfigError) as caught:
+        score.read_words([*words, f"model.checkpoint={tmp_path}", "output=x", "data.max_length=1"])
+    assert caught.value.violations[0].startswith(
+        f"model.checkpoint={tmp_path}: {tmp_path} holds no complete checkpoint"
+    )
+    assert caught.value.violations[1].startswith("data.max_length=1: must be")
+
+
+def test_output_that_is_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a file to write, it is a directory"):
+        ScoreFiles(tmp_path).check_output()
+
+
+def test_a_directory_that_holds_something_is_not_written_to(
+    files: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").touch()
+    assert convert.main(["import", "--hf", str(files[0]), "--out", str(tmp_path)]) == 2
+    assert f"--out={tmp_path}: must not exist, or be an empty directory" in capsys.readouterr().err
+    assert convert.main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
+    assert "holds no complete checkpoint" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_an_unsupported_format_asks_for_a_choice(
+    files: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = json.loads((files[0] / "config.json").read_text())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**fields, "dtype": "float16"}))
+    assert convert.main(["import", "--hf", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
+    assert 'dtype = "float16": must be bfloat16 or float32 to be kept: choose' in capsys.readouterr().err
+
+
+def test_processes_share_the_layers_evenly(files: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = read_architecture(files[0])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"--nproc-per-node=3: must divide the model's 4 layers, .* one of 1, 2, 4"):
+        stages(arch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert stages(arch) == 2
