@@ -13,7 +13,7 @@ import numpy as np
 from megadpo.config.schema import Config, OnError
 from megadpo.data.dataset import Keys, validation_rows
 from megadpo.data.prepare import Recipe, available_cpus, open_store, prepare_store
-from megadpo.data.store import About, PairCounts, PairView, select_pairs
+from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
 from megadpo.data.tokenization import describe_pair, load_tokenizer
 from megadpo.parallel.collectives import on_main
 from megadpo.progress import ProgressBar
@@ -155,8 +155,8 @@ def _pad_token_id(wanted: int, vocab_size: int) -> int:
     if wanted < vocab_size:
         return wanted
     logger.warning(
-        "the tokenizer's pad token has id %d, the model's vocabulary has %d entries: token 0 pads instead; the exported "
-        "tokenizer keeps its own",
+        "the tokenizer's pad token has id %d, the model's vocabulary has %d entries: token 0 pads instead; the "
+        "exported tokenizer keeps its own",
         wanted,
         vocab_size,
     )
@@ -165,23 +165,8 @@ def _pad_token_id(wanted: int, vocab_size: int) -> int:
 
 def _log_counts(counts: PairCounts, name: str, max_length: int) -> None:
     logger.info("%s pairs: %d read, %d kept at max_length %d", name, counts.read, counts.kept, max_length)
-    told = {
-        "prompts that lost their beginning": counts.truncated_prompt,
-        "responses cut at max_length: chosen": counts.truncated_chosen,
-        "responses cut at max_length: rejected": counts.truncated_rejected,
-        "rows skipped, they can't be used": counts.skipped,
-        "pairs dropped, the prompt alone reaches max_length": counts.dropped_long_prompt,
-        "pairs dropped, a response alone reaches max_length": counts.dropped_long_response,
-        "pairs dropped, longer than max_length": counts.dropped_too_long,
-        "pairs dropped, nothing of a response is left to score": counts.dropped_empty_response,
-        "pairs whose responses start before the end of the prompt": counts.boundary_merged,
-        "pairs with a second BOS at the start, removed": counts.double_bos,
-        "pairs with equal responses, kept": counts.equal_responses,
-        "pairs that repeat an earlier one, kept": counts.duplicate,
-    }
-    for what, number in told.items():
-        if number:
-            logger.warning("%s pairs: %s: %d of %d", name, what, number, counts.read)
+    for what, number in told_counts(counts, max_length):
+        logger.warning("%s pairs: %s: %d of %d", name, what, number, counts.read)
 
 
 def _log_findings(about: About) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +153,25 @@ class PairCounts:
     dropped_empty_response: int
 
 
+def told_counts(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
+    """(what, how many) of the rows that are lost, and of the kept pairs that deserve a look; zeros are left out."""
+    told = [
+        ("rows skipped, they can't be used", counts.skipped),
+        (f"pairs dropped, the prompt alone reaches {max_length} tokens", counts.dropped_long_prompt),
+        (f"pairs dropped, a response alone reaches {max_length} tokens", counts.dropped_long_response),
+        (f"pairs dropped, longer than {max_length} tokens", counts.dropped_too_long),
+        ("pairs dropped, nothing of a response is there to score", counts.dropped_empty_response),
+        ("prompts that lose their beginning", counts.truncated_prompt),
+        ("chosen responses cut", counts.truncated_chosen),
+        ("rejected responses cut", counts.truncated_rejected),
+        ("pairs with equal responses, kept", counts.equal_responses),
+        ("pairs that repeat an earlier one, kept", counts.duplicate),
+        ("pairs whose responses start before the end of the prompt", counts.boundary_merged),
+        ("pairs with a second BOS at the start, removed", counts.double_bos),
+    ]
+    return [(what, number) for what, number in told if number]
+
+
 class PairView(Sequence[TokenizedPair]):
     """The pairs of a store that are kept at a length limit, in the order of the data.
 
@@ -284,14 +303,7 @@ def _count(records: np.ndarray, cut: Cut, kept: npt.NDArray[np.bool_], read: int
 
 
 def _nothing_left(counts: PairCounts, max_length: int, name: str, problems: Sequence[str]) -> str:
-    reasons: dict[str, Any] = {
-        "the prompt alone reaches the limit": counts.dropped_long_prompt,
-        "a response alone reaches the limit": counts.dropped_long_response,
-        "prompt and response exceed the limit": counts.dropped_too_long,
-        "nothing of a response is there to score": counts.dropped_empty_response,
-        "the row can't be used and was skipped": counts.skipped,
-    }
-    told = "; ".join(f"{reason}: {number}" for reason, number in reasons.items() if number)
+    told = "; ".join(f"{what}: {number}" for what, number in told_counts(counts, max_length))
     too_long = counts.dropped_long_prompt + counts.dropped_long_response + counts.dropped_too_long
     remedy = "raise data.max_length, or look at the data" if too_long else "look at the data and the chat template"
     first = f"; the first that was skipped: {problems[0]}" if problems else ""

@@ -29,6 +29,10 @@ logger = get_logger(__name__)
 TokenIds = npt.NDArray[np.int32]
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
+# Line ends and tabs stay; a terminal would act on the rest.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedPair:
@@ -116,8 +120,13 @@ def describe_pair(pair: TokenizedPair, tokenizer: Tokenizer) -> str:
     lines = [f"pair {pair.index}{where}: prompt {len(pair.prompt)} tokens; scored tokens stand between ⟦ and ⟧"]
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         prompt_text, response_text = _decode_split(pair.prompt, response, tokenizer)
-        lines += [f"--- {name}: {len(response)} tokens scored", f"{prompt_text}⟦{response_text}⟧"]
+        lines += [f"--- {name}: {len(response)} tokens scored", visible(f"{prompt_text}⟦{response_text}⟧")]
     return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """The text with a symbol in place of each control character but line ends and tabs."""
+    return text.translate(_VISIBLE)
 
 
 def _encode_text(where: str, prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> list[list[int]]:

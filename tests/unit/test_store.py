@@ -112,7 +112,7 @@ def test_error_mode_names_the_first_pair_that_is_too_long(tmp_path: Path) -> Non
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
     store = write(tmp_path / "store", [(5, 4, 9, 0), (0, 0, 0, BAD), (6, 0, 1, 0)])
-    with pytest.raises(DataError, match=r"none of the 3 test pairs .*max_length=5 .*limit: 2; .*skipped: 1\): raise"):
+    with pytest.raises(DataError, match=r"none of the 3 test pairs .*used: 1; .*tokens: 2\): raise .*first"):
         view(store, 5)
 
 

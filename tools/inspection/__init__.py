@@ -1,0 +1,1 @@
+"""Looking at preference data: what is counted (statistics), decoded (decoding), and shown (terminal, page)."""

@@ -1,0 +1,134 @@
+"""What is counted of a set of pairs: pure functions of lengths and counts.
+
+Legend: n kept pairs. Lengths are numbers of tokens; those before truncation have `full` in their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.data.store import PairCounts, told_counts
+
+Ints = npt.NDArray[np.integer]
+
+_BINS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLengths:
+    """Kept and full lengths of n pairs."""
+
+    prompt_n: Ints
+    chosen_n: Ints
+    rejected_n: Ints
+    full_prompt_n: Ints
+    full_chosen_n: Ints
+    full_rejected_n: Ints
+
+    def full_tokens(self, i: int) -> tuple[int, int, int]:
+        """Full lengths of prompt, chosen and rejected of one pair."""
+        return int(self.full_prompt_n[i]), int(self.full_chosen_n[i]), int(self.full_rejected_n[i])
+
+    def full_series(self) -> dict[str, Ints]:
+        """Full lengths by name; the whole sequence is the prompt with the longer response."""
+        return {
+            "prompt": self.full_prompt_n,
+            "chosen": self.full_chosen_n,
+            "rejected": self.full_rejected_n,
+            "whole sequence": self.full_prompt_n + np.maximum(self.full_chosen_n, self.full_rejected_n),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where the lengths of a series lie."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Numbers of pairs between `edges`, by series; the last bin also holds all that is longer."""
+
+    edges: npt.NDArray[np.float64]
+    counts: dict[str, Ints]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Tokens of an epoch with each prompt computed for each response, and with each prompt computed once."""
+
+    separate: int
+    shared: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the tokens that prompt sharing saves, in [0, 0.5)."""
+        return 1 - self.shared / self.separate
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Tokens that the pair at `position` loses by truncation; those of the prompt count once."""
+
+    position: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.prompt + self.chosen + self.rejected
+
+
+def spread(lengths_n: Ints) -> Spread:
+    """Mean, median, 95th percentile (the smallest length that 95 % do not exceed) and maximum."""
+    p95 = np.percentile(lengths_n, 95, method="inverted_cdf")
+    return Spread(float(lengths_n.mean()), float(np.median(lengths_n)), float(p95), int(lengths_n.max()))
+
+
+def histogram(series: dict[str, Ints], max_length: int, bins: int = _BINS) -> Histogram:
+    """All series over one axis from 0 to the longest, but at most twice `max_length`, where the rest is gathered."""
+    end = min(max(int(lengths_n.max()) for lengths_n in series.values()), 2 * max_length)
+    edges = np.linspace(0, end, bins + 1)
+    counts = {name: np.histogram(np.minimum(lengths_n, end), edges)[0] for name, lengths_n in series.items()}
+    return Histogram(edges, counts)
+
+
+def sharing(lengths: PairLengths) -> Sharing:
+    """Tokens without and with prompt sharing: the sums of 2P + C + R and of P + C + R."""
+    prompts = int(lengths.prompt_n.sum(dtype=np.int64))
+    responses = int(lengths.chosen_n.sum(dtype=np.int64) + lengths.rejected_n.sum(dtype=np.int64))
+    return Sharing(2 * prompts + responses, prompts + responses)
+
+
+def most_cut(lengths: PairLengths, most: int) -> list[Loss]:
+    """The pairs that lose most tokens, at most so many, the worst first and equal ones in the order of the data."""
+    prompt_n = lengths.full_prompt_n - lengths.prompt_n
+    chosen_n = lengths.full_chosen_n - lengths.chosen_n
+    rejected_n = lengths.full_rejected_n - lengths.rejected_n
+    lost_n = prompt_n + chosen_n + rejected_n
+    order = np.argsort(-lost_n, kind="stable")[:most]
+    return [Loss(int(i), int(prompt_n[i]), int(chosen_n[i]), int(rejected_n[i])) for i in order if lost_n[i] > 0]
+
+
+def spaced(total: int, wanted: int) -> list[int]:
+    """At most `wanted` different positions spread evenly over `total`, the first and last among them."""
+    return sorted({round(x) for x in np.linspace(0, total - 1, min(wanted, total))})
+
+
+def counted_rows(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
+    """(what, how many) of the rows read and kept, and of what deserves a look."""
+    return [("read", counts.read), ("kept", counts.kept), *told_counts(counts, max_length)]
+
+
+def dropped(counts: PairCounts) -> int:
+    """Rows that were read and can't be trained on at this limit."""
+    return counts.read - counts.kept - counts.skipped
