@@ -41,6 +41,7 @@ _LOOKS_LIKE_A_PROMPT = {"conversations", "input", "instruction", "messages", "pr
 # What rendering a pair decides by itself, so that a row cannot.
 _RENDERING = {"add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages", "padding"}
 _RENDERING |= {"return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tools", "truncation"}
+_RENDERING |= {"chat_template", "tokenizer_kwargs"}
 
 
 # Layouts with a prompt column, by the types of prompt, chosen and rejected.

@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
@@ -96,11 +98,13 @@ def prepare_store(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_dir)
+        _tokenizer.cache_clear()  # its files may have changed since this process tokenized last
         with StoreWriter(directory) as writer:
             _fill(writer, specs, recipe, workers, report)
     except OSError as error:
         raise DataError(
-            f"data.cache_dir={cache_dir}: can't be written ({error.strerror}): make room, or choose another directory"
+            f"data.cache_dir={cache_dir}: can't be written ({error.strerror or error}): make room, or choose another "
+            "directory"
         ) from error
     return directory
 
@@ -169,7 +173,7 @@ def _in_worker_processes(
 ) -> Iterator[_Chunk]:
     """What `_tokenize_rows` makes of each chunk, in order, with a few chunks per worker on their way at a time."""
     # Fresh processes: this one may have threads of communication libraries, which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     waiting: deque[Future[_Chunk]] = deque()
     try:
         for chunk in chunks:
@@ -180,10 +184,23 @@ def _in_worker_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise MegaDPOError(
-            f"a worker process that tokenizes was killed (out of memory?); lower data.workers={workers}"
+            "a worker process that tokenizes was killed or could not start (out of memory? a script of your own "
+            f"without `if __name__ == '__main__':`?); lower data.workers={workers}: with 1 there are none"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Lets this worker process end when the one that feeds it is gone, which a kill leaves no time to say."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _tokenize_rows(rows: list[RawRow] | MegaDPOError, recipe: Recipe) -> _Chunk:
@@ -258,7 +275,7 @@ def _content_key(sources: Sequence[Source], recipe: Recipe) -> str:
 def _tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Content of the files that a tokenizer is made of, by name."""
     patterns = "config.json tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt".split()
-    patterns += ["chat_template*", "additional_chat_templates/*", "*.model", "*.tiktoken"]
+    patterns += ["chat_template*", "tekken.json", "additional_chat_templates/*", "*.model", "*.tiktoken"]
     paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(paths)}
 
@@ -266,6 +283,7 @@ def _tokenizer_files(directory: Path) -> dict[str, bytes]:
 def _remove_leftovers(cache_dir: Path) -> None:
     """Removes what killed runs began to write; what is younger than a day may still be growing."""
     for partial_store in cache_dir.glob(".*.partial"):
-        newest = max(path.stat().st_mtime for path in (partial_store, *partial_store.iterdir()))
-        if time.time() - newest > _SECONDS_BEFORE_LEFTOVERS_GO:
-            shutil.rmtree(partial_store)
+        with suppress(OSError):  # a run that shares the cache may finish or remove it at this moment
+            newest = max(path.stat().st_mtime for path in (partial_store, *partial_store.iterdir()))
+            if time.time() - newest > _SECONDS_BEFORE_LEFTOVERS_GO:
+                shutil.rmtree(partial_store)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import overload
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,8 @@ class StoreWriter:
 
     def __init__(self, directory: Path) -> None:
         self._final = directory
-        self._partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        # Not the process id: it is the same in every container, and in one that starts again after a kill.
+        self._partial = directory.with_name(f".{directory.name}.{uuid4().hex}.partial")
         self._partial.mkdir(parents=True)
         self._tokens = (self._partial / _TOKENS).open("wb")
         self._rows: list[np.ndarray] = []
@@ -85,10 +87,12 @@ class StoreWriter:
 
     def finish(self, about: About) -> None:
         """Puts everything on disk and the store in its place; another writer of the same store may have been faster."""
-        self._tokens.flush()
-        os.fsync(self._tokens.fileno())
+        self._tokens.close()
         np.save(self._partial / _ROWS, np.concatenate(self._rows) if self._rows else np.empty(0, ROW))
         (self._partial / _ABOUT).write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
+        for name in (_TOKENS, _ROWS, _ABOUT):
+            with (self._partial / name).open("rb") as file:
+                os.fsync(file.fileno())
         try:
             self._partial.rename(self._final)
         except OSError:
@@ -102,11 +106,13 @@ class PairStore:
     def __init__(self, directory: Path, places: Sequence[str]) -> None:
         try:
             self.rows: np.ndarray = np.load(directory / _ROWS, mmap_mode="r")
+            if self.rows.dtype != ROW:
+                raise ValueError(f"{_ROWS} holds no records of pairs")
             self.about = About(**json.loads((directory / _ABOUT).read_text(encoding="utf-8")))
             size = (directory / _TOKENS).stat().st_size
             if size != TOKEN.itemsize * _num_tokens(self.rows):
                 raise ValueError(f"{_TOKENS} has {size} bytes, {_ROWS} describes {_num_tokens(self.rows)} tokens")
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, EOFError, ValueError, TypeError) as error:
             raise DataError(
                 f"{directory}: tokenized pairs can't be read ({error}); data.cache_dir must be on a file system that "
                 "all ranks share. Remove the directory if it is damaged"

@@ -44,7 +44,7 @@ def _on_main(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
         except MegaDPOError as error:
             outcome = error
         except OSError as error:
-            outcome = MegaDPOError(f"{error.filename}: {error.strerror}")
+            outcome = MegaDPOError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     outcome = broadcast_from_main(outcome, group)
     if isinstance(outcome, MegaDPOError):
         raise outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.metrics import Metric, Reduction, reduce_metrics
-from megadpo.parallel.collectives import broadcast_from_main, check_all_agree, gather_rows
+from megadpo.parallel.collectives import broadcast_from_main, check_all_agree, gather_rows, on_main
 from megadpo.parallel.state import distributed
 from tests.helpers.launch import launch
 
@@ -60,6 +61,30 @@ def test_rows_come_in_rank_order(heard: list[dict[str, Any]]) -> None:
 
 def test_metrics_are_reduced_alike_everywhere(heard: list[dict[str, Any]]) -> None:
     assert [rank["reduced"] for rank in heard] == [{"pairs": 7.0, "time/step_s": 0.5}] * 2
+
+
+def wait_for_slow_work() -> dict[str, Any]:
+    """What one rank gets of work on rank 0 that takes longer than its collectives wait."""
+
+    def slow() -> str:
+        time.sleep(3)
+        return "done"
+
+    def failing() -> str:
+        raise ConfigError("key=1: must be 2: set it")
+
+    with distributed(Device("cpu", CPU), timeout_s=1):
+        result = {"slow": on_main(slow, patience_s=60)}
+        for patience_s in (None, 60.0):
+            with pytest.raises(ConfigError) as error:
+                on_main(failing, patience_s=patience_s)
+            result[f"error {patience_s}"] = str(error.value)
+        return result
+
+
+def test_ranks_wait_for_slow_work_and_hear_how_it_went() -> None:
+    said = "key=1: must be 2: set it"
+    assert launch(2, wait_for_slow_work) == [{"slow": "done", "error None": said, "error 60.0": said}] * 2
 
 
 def test_one_rank_agrees_with_itself() -> None:
