@@ -173,8 +173,8 @@ def _check_data(config: Config) -> list[str]:
     for name in data.validation_files() if isinstance(data.validation_path, dict) else ():
         if not _SET_NAME.fullmatch(name):
             violations.append(
-                f"data.validation_path={show(data.validation_path)}: the name {name!r} must be made of letters, digits, '_', "
-                "'-' and '.', as it becomes part of metrics' names: choose another name"
+                f"data.validation_path={show(data.validation_path)}: the name {name!r} must be made of letters, "
+                "digits, '_', '-' and '.', as it becomes part of metrics' names: choose another name"
             )
     named = [("data.train_path", path) for path in data.train_path]
     named += [("data.validation_path", path) for path in data.validation_files().values()]

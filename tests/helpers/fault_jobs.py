@@ -1,0 +1,119 @@
+"""What the ranks do with a table of inputs: one start after the other, each refusal recorded and cleaned up behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megadpo.command_line import check
+from megadpo.config.compose import compose_config
+from megadpo.errors import MegaDPOError
+from megadpo.models.conversion.safetensors_io import SafetensorsReader
+from megadpo.run import run_training
+
+
+@dataclass(frozen=True)
+class Start:
+    """One command line: its words, in which `RANK` stands for the rank."""
+
+    name: str
+    words: list[str]
+    run_dir: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start ended on one rank."""
+
+    refused: bool
+    """by a MegaDPOError"""
+    text: str
+    """the error's message, with the traceback where it is none of ours; empty where the run went to its end"""
+    weight_reads: int
+    written: set[str]
+    """names that were not in the run directory before"""
+    log: str
+
+
+def start_each(starts: Sequence[Start]) -> dict[str, Outcome]:
+    """Runs every start through the front door, in this order; the outcomes by name."""
+    is_main = os.environ["RANK"] == "0"
+    desk = dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), is_master=is_main, wait_for_workers=False)
+    # As under torchrun, the ranks of a start meet at a server that runs already: waiting for one costs half a second.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    outcomes = {}
+    for start in starts:
+        server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if is_main else None
+        if server is not None:
+            desk.set(start.name, str(server.port))
+        os.environ["MASTER_PORT"] = desk.get(start.name).decode()
+        outcomes[start.name] = _start(start)
+    return outcomes
+
+
+def _start(start: Start) -> Outcome:
+    refused, text, before = False, "", _names(start.run_dir)
+    with _counted_reads() as reads, _captured_log() as log:
+        try:
+            words = [word.replace("RANK", os.environ["RANK"]) for word in start.words]
+            run_training(compose_config(words, check=check))
+        except MegaDPOError as error:
+            refused, text = True, str(error)
+        except BaseException:
+            text = traceback.format_exc()
+        finally:
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return Outcome(refused, text, len(reads), _names(start.run_dir) - before, "\n".join(log))
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+
+
+@contextmanager
+def _counted_reads() -> Iterator[list[str]]:
+    """Names of the tensors whose values are read while the context is open."""
+    reads: list[str] = []
+    original = SafetensorsReader.read
+
+    def read(self: SafetensorsReader, name: str, *rest: Any) -> torch.Tensor:
+        reads.append(name)
+        return original(self, name, *rest)
+
+    with mock.patch.object(SafetensorsReader, "read", read):
+        yield reads
+
+
+@contextmanager
+def _captured_log() -> Iterator[list[str]]:
+    """What is logged while the context is open."""
+    lines: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, recorder = logging.getLogger("megadpo"), Recorder()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(recorder)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(recorder)
+        logger.setLevel(level)
+        logger.propagate = propagate
