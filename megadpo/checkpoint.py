@@ -41,6 +41,7 @@ from megadpo.checkpoint_files import (
 )
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.load_save import copy_hf_side_files
+from megadpo.parallel.collectives import on_main
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -77,7 +78,8 @@ def save_checkpoint(
     model_state = _model_state([chunk.module for chunk in chunks])
     content = {**model_state, "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))}
     _write_content(partial, content)
-    if dist.get_rank() == 0:
+
+    def finish() -> None:
         copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
         write_durably(partial / TRAINED, json.dumps(asdict(state), indent=1))
         if final.exists():
@@ -86,7 +88,8 @@ def save_checkpoint(
         write_durably(root / LATEST, final.name + "\n")
         for old in list_checkpoints(root)[:-keep_last]:
             _remove(old)
-    dist.barrier()
+
+    on_main(finish)
     return final
 
 
@@ -101,22 +104,30 @@ def save_imported(
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
     _write_content(partial, _model_state(modules))
-    if dist.get_rank() == 0:
+
+    def finish() -> None:
         copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
         write_durably(partial / IMPORTED, json.dumps(asdict(description), indent=1))
         partial.rename(directory)
-    dist.barrier()
+
+    on_main(finish)
 
 
 def _write_content(directory: Path, content: dict[str, Any]) -> None:
-    """Makes `directory` and writes all ranks' sharded state into it; returns on each when every rank is done."""
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True)
-    dist.barrier()
+    """Makes `directory` and writes all ranks' sharded state into it; returns on each when every rank is done.
+
+    A MegaDPOError on every rank where it can't be written.
+    """
+    on_main(lambda: directory.mkdir(parents=True))
     # Megatron hands the writers' results over through a queue of a spawned manager process, which re-imports the main
     # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
     with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
-        dist_checkpointing.save(content, str(directory), content_metadata=dict(_METADATA))
+        try:
+            dist_checkpointing.save(content, str(directory), content_metadata=dict(_METADATA))
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"checkpoint {directory} can't be written: {_causes(error)}: make room, or choose another directory"
+            ) from error
     dist.barrier()
 
 
@@ -183,12 +194,16 @@ def _readable(directory: Path, remedy: str) -> Iterator[None]:
         yield
     except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
         # Neither Megatron's errors nor torch's (a BaseException with every rank's traceback) say what to do.
-        causes = [str(cause) for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-        reason = "; ".join(dict.fromkeys(causes)) or error
+        reason = _causes(error) if isinstance(error, CheckpointException) else error
         raise CheckpointError(
             f"checkpoint {directory} can't be loaded: {reason}. It is damaged, or of a model of another shape; name "
             f"another one with {remedy}"
         ) from error
+
+
+def _causes(error: CheckpointException) -> str:
+    """What went wrong on each rank, said once."""
+    return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:

@@ -57,15 +57,32 @@ def find_starting_point(config: Config, run_dir: Path, *, num_pairs: int, data_d
     return StartingPoint(checkpoint, replace(now, step=saved.step))
 
 
-def keep_template_date(config: Config) -> Config:
-    """A copy with the date that chat templates were told in the run that is continued, unless a date is given."""
-    if config.data.template_date is not None:
-        return config
+def keep_beginning(config: Config) -> Config:
+    """A copy that goes on from what the continued run began with, in the two things that time changes.
+
+    The date that chat templates were told, unless one is given; and the checkpoint that `model.checkpoint` meant then,
+    where the given one still names it or a directory that it lies in: its weights are the reference.
+    """
     checkpoint = _checkpoint_to_resume(config, Path(str(config.train.run_dir)))
     if checkpoint is None:
         return config
-    template_date = read_training_state(checkpoint).settings.get("data.template_date")
-    return replace(config, data=replace(config.data, template_date=template_date))
+    settings = read_training_state(checkpoint).settings
+    data, model = config.data, config.model
+    if data.template_date is None:
+        data = replace(data, template_date=settings.get("data.template_date"))
+    started_from = settings.get("model.checkpoint")
+    if (
+        model.checkpoint is not None
+        and started_from is not None
+        and _within(Path(started_from), Path(model.checkpoint))
+    ):
+        model = replace(model, checkpoint=started_from)
+    return replace(config, data=data, model=model)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    inner, outer = inner.resolve(), outer.resolve()
+    return outer in (inner, *inner.parents)
 
 
 def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:

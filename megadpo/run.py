@@ -37,7 +37,7 @@ from megadpo.parallel.state import ParallelState
 from megadpo.progress import TrainingProgress
 from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference
-from megadpo.resume import StartingPoint, find_starting_point, keep_template_date
+from megadpo.resume import StartingPoint, find_starting_point, keep_beginning
 from megadpo.session import open_session
 from megadpo.trackers import open_trackers
 from megadpo.train_step import StepResult, train_step
@@ -59,7 +59,7 @@ def run_training(config: Config) -> Path:
 
 def _begin(config: Config) -> Config:
     """The configuration with everything filled in, and its run directory made: on one rank."""
-    resolved = resolve_checkpoint(resolve_defaults(keep_template_date(config), datetime.now()))
+    resolved = resolve_checkpoint(resolve_defaults(keep_beginning(config), datetime.now()))
     check_run_dir_is_fresh(resolved)
     run_dir = str(resolved.train.run_dir)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class ScoreFiles:
     @property
     def summary(self) -> Path:
         """Mean log-probs, counts, and the identity of model and data."""
-        return self.output.with_suffix(".summary.json")
+        return self.output.with_name(f"{self.output.name.removesuffix('.jsonl')}.summary.json")
 
     @property
     def _identity(self) -> Path:
@@ -104,7 +105,7 @@ class ScoreWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # a buffer would fail once more on closing, in another error's place
 
     def __enter__(self) -> ScoreWriter:
         return self
@@ -116,9 +117,11 @@ class ScoreWriter:
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Adds one line for each object."""
+        rest = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
         try:
-            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise MegaDPOError(f"{self._path}: {error.strerror}: make room and start again; it goes on here") from error
 

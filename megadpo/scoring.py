@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import batch_shape, load_starting_model
+from megadpo.assembly import batch_shape, check_weight_files, load_starting_model
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
@@ -69,6 +69,7 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
 def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
+    on_main(lambda: check_weight_files(config, source, arch))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
     pairs = datasets.train
     check_all_agree("data or model configuration", f"{datasets.digests} {arch}")

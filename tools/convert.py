@@ -23,6 +23,7 @@ from megadpo.config.schema import DeviceKind, Dtype
 from megadpo.errors import ConfigError
 
 DIFFERENT = 1
+MAX_PAIRS = 16
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", type=Dtype, choices=list(Dtype), help="format of the weights; default: as it is"
         )
     verifying.add_argument("--pairs", type=Path, help="preference file: compare log-probs with transformers' model too")
-    verifying.add_argument("--max-pairs", type=int, default=16, help="rows of that file to compare, from its start")
+    verifying.add_argument(
+        "--max-pairs", type=int, help=f"rows of that file to compare, from its start; default: {MAX_PAIRS}"
+    )
     for command in (importing, exporting, verifying):
         command.add_argument("--device", choices=[str(k) for k in DeviceKind], default="auto", help="holds the model")
     return parser
@@ -77,13 +80,16 @@ def _export(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(options.checkpoint)
-    if options.max_pairs < 1:
-        raise ConfigError(f"--max-pairs={options.max_pairs}: must be >= 1")
+    max_pairs = MAX_PAIRS if options.max_pairs is None else options.max_pairs
+    if max_pairs < 1:
+        raise ConfigError(
+            f"--max-pairs={max_pairs}: must be 1 or more: raise it, or drop --pairs to compare weights only"
+        )
+    if options.max_pairs is not None and options.pairs is None:
+        raise ConfigError(f"--max-pairs={max_pairs}: has no effect without --pairs: give --pairs=FILE, or drop it")
     from megadpo.verification import verify
 
-    equal = verify(
-        options.hf, checkpoint, pairs_file=options.pairs, max_pairs=options.max_pairs, device_kind=options.device
-    )
+    equal = verify(options.hf, checkpoint, pairs_file=options.pairs, max_pairs=max_pairs, device_kind=options.device)
     return 0 if equal else DIFFERENT
 
 

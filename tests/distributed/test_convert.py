@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.conversion_jobs import compare, export_hf, import_hf
+from tests.helpers.conversion_jobs import compare, export_hf, import_hf, import_hf_without_room
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
@@ -118,6 +118,14 @@ def test_bf16_is_verified_as_rounded(made: tuple[Path, list[str]]) -> None:
     ((equal, _),) = launch(1, compare, root / "model", root / "rounded", root / "pairs.jsonl")
     assert equal
     assert json.loads((root / "rounded" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"CheckpointError: checkpoint .*\.out\.partial can't be written: .*make room"
+    ):
+        launch(1, import_hf_without_room, made[0] / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

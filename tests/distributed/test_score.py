@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ def test_a_killed_scoring_goes_on(inputs: tuple[Path, Path, list[str]], scored: 
     assert out.read_bytes() == scored.read_bytes()
     assert summary(out)["pairs_scored_in_this_run"] == len(lines(out)) - 2 * 5
     assert summary(out)["mean_chosen_logp"] == summary(scored)["mean_chosen_logp"]
+
+
+def test_damaged_weights_are_found_before_the_data_is_read(
+    inputs: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    model, _, words = inputs
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    words = [word for word in words if not word.startswith("model.")]
+    with pytest.raises(RuntimeError, match=r"damaged/model\.safetensors cannot be read: "):
+        launch(1, score_pairs, [*words, f"model.hf_path={damaged}"], tmp_path / "scores.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_a_finished_scoring_stays_as_it_is(inputs: tuple[Path, Path, list[str]], scored: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,6 +22,12 @@ from megadpo.verification import verify
 def import_hf(hf_dir: Path, out: Path, dtype: str | None = None) -> None:
     """`convert.py import` on this rank."""
     import_model(hf_dir, out, dtype=dtype and Dtype(dtype), device_kind="cpu")
+
+
+def import_hf_without_room(hf_dir: Path, out: Path) -> None:
+    """`import_hf` where no file may grow beyond 64 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    import_hf(hf_dir, out)
 
 
 def export_hf(checkpoint: Path, out: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megadpo.convert import stages
-from megadpo.errors import ConfigError
+from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
-from megadpo.score_files import ScoreFiles
+from megadpo.score_files import ScoreFiles, ScoreWriter
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
@@ -76,6 +76,27 @@ def test_output_that_is_a_directory_is_refused(tmp_path: Path) -> None:
         ScoreFiles(tmp_path).check_output()
 
 
+def test_each_output_has_a_summary_of_its_own() -> None:
+    summaries = [ScoreFiles(Path(name)).summary.name for name in ("a.jsonl", "a.step1", "a.step2")]
+    assert summaries == ["a.summary.json", "a.step1.summary.json", "a.step2.summary.json"]
+
+
+def test_a_full_disk_says_how_to_go_on() -> None:
+    with (
+        pytest.raises(MegaDPOError, match="/dev/full: No space left on device: make room and start again"),
+        ScoreWriter(Path("/dev/full")) as writer,
+    ):
+        writer.write([{"index": 0}])
+
+
+def test_a_place_that_cannot_be_written_to_is_named(
+    files: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert convert.main(["import", "--hf", str(files[0]), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_a_directory_that_holds_something_is_not_written_to(
     files: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +106,15 @@ def test_a_directory_that_holds_something_is_not_written_to(
     assert convert.main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "holds no complete checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_how_many_pairs_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "imported.json").touch()
+    words = ["verify", "--hf", "x", "--checkpoint", str(tmp_path)]
+    assert convert.main([*words, "--max-pairs", "3"]) == 2
+    assert "--max-pairs=3: has no effect without --pairs" in capsys.readouterr().err
+    assert convert.main([*words, "--pairs", "x", "--max-pairs", "0"]) == 2
+    assert "--max-pairs=0: must be 1 or more" in capsys.readouterr().err
 
 
 def test_an_unsupported_format_asks_for_a_choice(
