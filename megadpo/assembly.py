@@ -76,7 +76,7 @@ def load_starting_model(
     if source.checkpoint is None:
         return load_model(arch, state, source.hf_dir, **options)
     chunks = build_model(arch, state, **options)
-    load_weights(source.checkpoint, chunks)
+    load_weights(source.checkpoint, chunks, vocab_size=arch.vocab_size)
     return chunks
 
 

@@ -8,7 +8,6 @@ an imported checkpoint holds weights and `imported.json`. A directory appears un
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -38,14 +36,17 @@ from megadpo.checkpoint_files import (
     TrainingState,
     list_checkpoints,
     step_directory,
+    stored_vocab_size,
 )
-from megadpo.errors import CheckpointError
-from megadpo.models.conversion.load_save import copy_hf_side_files
+from megadpo.errors import CheckpointError, listing
+from megadpo.files import write_durably, writing
+from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.parallel.collectives import on_main
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
+_RESTORE = "which is not the file that they were saved with: bring that one back, or name another checkpoint"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -60,31 +61,30 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     state: TrainingState,
     *,
-    source: Path,
+    side_files: SideFiles,
     dtype: torch.dtype,
     keep_last: int,
 ) -> Path:
     """Writes the checkpoint of `state.step` and drops all but the `keep_last` newest; its directory.
 
-    The configuration and tokenizer of the Hugging Face directory `source` are copied inside, as `hf/`, so that the
-    checkpoint stands alone. Collective over all ranks. The directory is written under a temporary name and renamed when
-    every rank is done; one that is dropped loses its name before its files.
+    The configuration and tokenizer go inside as `hf/`, so that the checkpoint stands alone. Collective over all ranks.
+    The directory is written under a temporary name and renamed when every rank is done; one that is dropped loses its
+    name before its files.
     """
     final = step_directory(root, state.step)
     partial = root / f".{final.name}.partial"
-    if dist.get_rank() == 0:
-        for leftover in root.glob(".step_*"):  # of saves and removals that were killed
-            shutil.rmtree(leftover)
+    on_main(lambda: _remove_leftovers(root))
     model_state = _model_state([chunk.module for chunk in chunks])
     content = {**model_state, "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))}
     _write_content(partial, content)
 
     def finish() -> None:
-        copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
+        write_side_files(side_files, partial / HF_DIRECTORY, dtype=dtype)
         write_durably(partial / TRAINED, json.dumps(asdict(state), indent=1))
-        if final.exists():
-            _remove(final)
-        partial.rename(final)
+        with writing(final, CheckpointError):
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
         write_durably(root / LATEST, final.name + "\n")
         for old in list_checkpoints(root)[:-keep_last]:
             _remove(old)
@@ -94,21 +94,26 @@ def save_checkpoint(
 
 
 def save_imported(
-    directory: Path, modules: Sequence[MegatronModule], description: ImportedModel, *, source: Path, dtype: torch.dtype
+    directory: Path,
+    modules: Sequence[MegatronModule],
+    description: ImportedModel,
+    *,
+    side_files: SideFiles,
+    dtype: torch.dtype,
 ) -> None:
-    """Writes the weights of a model as a checkpoint that stands alone, with `source`'s side files inside as `hf/`.
+    """Writes the weights of a model as a checkpoint that stands alone, with the side files inside as `hf/`.
 
     Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done.
     """
     partial = directory.with_name(f".{directory.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an import that was killed
     _write_content(partial, _model_state(modules))
 
     def finish() -> None:
-        copy_hf_side_files(source, partial / HF_DIRECTORY, dtype=dtype)
+        write_side_files(side_files, partial / HF_DIRECTORY, dtype=dtype)
         write_durably(partial / IMPORTED, json.dumps(asdict(description), indent=1))
-        partial.rename(directory)
+        with writing(directory, CheckpointError):
+            partial.rename(directory)
 
     on_main(finish)
 
@@ -118,7 +123,12 @@ def _write_content(directory: Path, content: dict[str, Any]) -> None:
 
     A MegaDPOError on every rank where it can't be written.
     """
-    on_main(lambda: directory.mkdir(parents=True))
+
+    def make() -> None:
+        with writing(directory, CheckpointError):
+            directory.mkdir(parents=True)
+
+    on_main(make)
     # Megatron hands the writers' results over through a queue of a spawned manager process, which re-imports the main
     # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
     with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
@@ -131,14 +141,11 @@ def _write_content(directory: Path, content: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a text file by rename, on disk before it has its name: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _remove_leftovers(root: Path) -> None:
+    """Removes what saves and removals that were killed have left under a run's checkpoint directory."""
+    with writing(root, CheckpointError):
+        for leftover in root.glob(".step_*"):
+            shutil.rmtree(leftover)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -164,12 +171,13 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
         _load_optimizer(member, member_state)
 
 
-def load_weights(directory: Path, modules: Sequence[MegatronModule]) -> None:
+def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_size: int) -> None:
     """Overwrites the modules' weights with a checkpoint's, of any layout and cast to theirs; its optimizer is not read.
 
-    Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model.
-    Collective over all ranks.
+    Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model, whose
+    vocabulary has `vocab_size` entries without padding. Collective over all ranks.
     """
+    on_main(lambda: _check_vocabulary(directory, vocab_size))
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():
@@ -179,12 +187,22 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule]) -> None:
     problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.startswith("optimizer.")]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
-            f"{directory}: {len(problems)} weights don't fit its {HF_DIRECTORY}/config.json:\n{listed}"
+            f"{directory}: {len(problems)} weights don't fit its {HF_DIRECTORY}/config.json, {_RESTORE}:\n"
+            f"{listing(problems)}"
         )
     for index, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{index}"])
+
+
+def _check_vocabulary(directory: Path, vocab_size: int) -> None:
+    """Raises CheckpointError for another vocabulary than the saved one: padded, both may have the same shape."""
+    stored = stored_vocab_size(directory)
+    if stored != vocab_size:
+        raise CheckpointError(
+            f"{directory}: its weights have a vocabulary of {stored} entries, {HF_DIRECTORY}/config.json says "
+            f"vocab_size = {vocab_size}, {_RESTORE}"
+        )
 
 
 @contextmanager
@@ -192,9 +210,12 @@ def _readable(directory: Path, remedy: str) -> Iterator[None]:
     """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy."""
     try:
         yield
-    except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
-        # Neither Megatron's errors nor torch's (a BaseException with every rank's traceback) say what to do.
-        reason = _causes(error) if isinstance(error, CheckpointException) else error
+    except torch.OutOfMemoryError:
+        raise
+    except (CheckpointException, Exception) as error:
+        # Torn pickles and archives raise anything, and neither Megatron's errors nor torch's (a BaseException with
+        # every rank's traceback) say what to do.
+        reason = _causes(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"checkpoint {directory} can't be loaded: {reason}. It is damaged, or of a model of another shape; name "
             f"another one with {remedy}"
@@ -203,7 +224,7 @@ def _readable(directory: Path, remedy: str) -> Iterator[None]:
 
 def _causes(error: CheckpointException) -> str:
     """What went wrong on each rank, said once."""
-    return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
+    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
+from megadpo.config.schema import Dtype
 from megadpo.errors import CheckpointError
 
 TRAINED = "training.json"
@@ -20,6 +21,8 @@ HF_DIRECTORY = "hf"
 LATEST = "latest"
 _STEP_DIRECTORY = re.compile(r"^step_(\d{8})$")
 
+_ANOTHER = "name another checkpoint, or copy this one again"
+
 D = TypeVar("D")
 
 
@@ -27,21 +30,24 @@ D = TypeVar("D")
 class TrainingState:
     """What a checkpoint says about its run besides weights: everything else follows from the step.
 
-    `data_digest` is a hash of the retained pairs' token ids; `settings` the configuration as a flat mapping.
+    `data_digest` is a hash of the retained pairs' token ids; `vocab_size` is the model's, without padding; `settings`
+    the configuration as a flat mapping.
     """
 
     step: int
     num_pairs: int
     data_digest: str
+    vocab_size: int
     settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ImportedModel:
-    """What an imported checkpoint says: the directory it was made from, and the format of its weights (bf16, fp32)."""
+    """What an imported checkpoint says: the directory it was made from, and format and vocabulary of its weights."""
 
     source: str
     dtype: str
+    vocab_size: int
     megadpo_version: str
 
 
@@ -67,6 +73,15 @@ def find_checkpoint(path: Path) -> Path:
 
     Where there is no `latest`, the newest. One that names what isn't there is a CheckpointError.
     """
+    try:
+        return _find(path)
+    except OSError as error:  # of a path too long, or in a directory that is closed to this user
+        raise CheckpointError(
+            f"{error.filename}: can't be looked up ({error.strerror}): check the path and its permissions"
+        ) from error
+
+
+def _find(path: Path) -> Path:
     if _is_checkpoint(path):
         return path
     for root in (path, path / "checkpoints"):
@@ -82,7 +97,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _follow_latest(root: Path, found: list[Path]) -> Path:
-    name = (root / LATEST).read_text(encoding="utf-8").strip()
+    name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not name or not _is_checkpoint(root / name):
         there = ", ".join(directory.name for directory in found) or "none is there"
         raise CheckpointError(
@@ -106,15 +121,39 @@ def read_imported(directory: Path) -> ImportedModel:
     return _read(directory / IMPORTED, ImportedModel)
 
 
-def stored_dtype(directory: Path) -> str:
-    """Format of a checkpoint's weights: bf16 or fp32."""
+def stored_dtype(directory: Path) -> Dtype:
+    """Format of a checkpoint's weights."""
     if is_trained(directory):
-        return str(read_training_state(directory).settings["precision.dtype"])
-    return read_imported(directory).dtype
+        path, said = directory / TRAINED, trained_setting(directory, "precision.dtype")
+    else:
+        path, said = directory / IMPORTED, read_imported(directory).dtype
+    if said not in list(Dtype):
+        raise CheckpointError(f"{path}: the weights' format is {said!r}, it must be {' or '.join(Dtype)}: {_ANOTHER}")
+    return Dtype(said)
+
+
+def stored_vocab_size(directory: Path) -> int:
+    """Entries of the vocabulary of a checkpoint's weights, without padding."""
+    return (read_training_state(directory) if is_trained(directory) else read_imported(directory)).vocab_size
+
+
+def trained_setting(directory: Path, key: str) -> Any:
+    """The value that a configuration key had in the run that wrote this checkpoint."""
+    settings = read_training_state(directory).settings
+    if key not in settings:
+        raise CheckpointError(f"{directory / TRAINED}: its settings lack {key}: {_ANOTHER}")
+    return settings[key]
 
 
 def _read(path: Path, description: type[D]) -> D:
     try:
-        return description(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): {_ANOTHER}") from error
+    kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(description).items()}
+    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise CheckpointError(
+            f"{path} must hold {expected}: it is damaged, or was written by another version of megadpo: {_ANOTHER}"
+        )
+    return description(**fields)

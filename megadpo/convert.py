@@ -23,6 +23,7 @@ from megadpo.checkpoint_files import (
     read_imported,
     read_training_state,
     stored_dtype,
+    trained_setting,
 )
 from megadpo.config.schema import Dtype
 from megadpo.device import Device
@@ -30,6 +31,7 @@ from megadpo.errors import ConfigError
 from megadpo.export import conversion_card, export_model
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
+from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.parallel.collectives import on_main
@@ -51,11 +53,17 @@ def import_model(hf_dir: Path, out: Path, *, dtype: Dtype | None, device_kind: s
     dtype = dtype or _config_dtype(hf_dir)
     with open_pipeline(stages(arch), device_kind) as (state, device):
         on_main(lambda: check_hf_weights(arch, hf_dir))
+        side_files = on_main(lambda: read_side_files(hf_dir))
         with told(f"reading {hf_dir}"):
             chunks = load_model(arch, state, hf_dir, device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
         with told(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}"):
-            description = ImportedModel(source=str(hf_dir), dtype=str(dtype), megadpo_version=__version__)
-            save_imported(out, chunks, description, source=hf_dir, dtype=TORCH_DTYPES[dtype])
+            description = ImportedModel(
+                source=str(hf_dir.resolve()),
+                dtype=str(dtype),
+                vocab_size=arch.vocab_size,
+                megadpo_version=__version__,
+            )
+            save_imported(out, chunks, description, side_files=side_files, dtype=TORCH_DTYPES[dtype])
 
 
 def export_checkpoint(checkpoint: Path, out: Path, *, dtype: Dtype | None, device_kind: str) -> None:
@@ -63,14 +71,15 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: Dtype | None, devic
 
     On all ranks of the launch. `out` must not exist, or be empty.
     """
-    source, stored = checkpoint / HF_DIRECTORY, Dtype(stored_dtype(checkpoint))
+    source, stored = checkpoint / HF_DIRECTORY, stored_dtype(checkpoint)
     arch = read_architecture(source)
     dtype = dtype or stored
     with open_pipeline(stages(arch), device_kind) as (state, device):
+        side_files = on_main(lambda: read_side_files(source))
         chunks = load_whole(checkpoint, arch, state, device, stored)
         with told(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}"):
             card = conversion_card(name=out.name, checkpoint=str(checkpoint), origin=_origin(checkpoint))
-            export_model(chunks, arch, source, out, state=state, dtype=TORCH_DTYPES[dtype], card=card)
+            export_model(chunks, arch, side_files, out, state=state, dtype=TORCH_DTYPES[dtype], card=card)
 
 
 def load_whole(
@@ -79,7 +88,7 @@ def load_whole(
     """This rank's chunks of a checkpoint's model, in `dtype`. Collective over all ranks."""
     with told(f"reading {checkpoint}"):
         chunks = build_model(arch, state, device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
-        load_weights(checkpoint, chunks)
+        load_weights(checkpoint, chunks, vocab_size=arch.vocab_size)
     return chunks
 
 
@@ -119,6 +128,6 @@ def _config_dtype(hf_dir: Path) -> Dtype:
 def _origin(checkpoint: Path) -> str:
     """Where the weights come from, for the model card."""
     if is_trained(checkpoint):
-        state = read_training_state(checkpoint)
-        return f"Trained for {state.step} steps from {state.settings['model.name']}."
+        steps = read_training_state(checkpoint).step
+        return f"Trained for {steps} steps from {trained_setting(checkpoint, 'model.name')}."
     return f"Imported from {read_imported(checkpoint).source}."

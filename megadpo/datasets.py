@@ -12,7 +12,7 @@ import numpy as np
 
 from megadpo.config.schema import Config, OnError
 from megadpo.data.dataset import Keys, validation_rows
-from megadpo.data.prepare import Recipe, available_cpus, open_store, prepare_store
+from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
 from megadpo.data.tokenization import describe_pair, load_tokenizer
 from megadpo.parallel.collectives import on_main
@@ -31,7 +31,7 @@ _PROBLEMS_SHOWN = 10
 class PreparedStores:
     """Where the token stores of a run's sets are, by name (`training`, `validation NAME`), and the pad token."""
 
-    directories: Mapping[str, Path]
+    stores: Mapping[str, PreparedStore]
     pad_token_id: int
 
 
@@ -81,6 +81,17 @@ def load_datasets(config: Config, tokenizer_dir: Path, vocab_size: int) -> Datas
     return open_datasets(config, prepared, tokenizer_dir, vocab_size)
 
 
+def warn_long_sequences(datasets: Datasets, max_positions: int) -> None:
+    """Says in the log when a sequence is longer than the `max_positions` that the model was made for."""
+    longest = max(view.longest_sequence for view in datasets.views.values())
+    if longest > max_positions:
+        logger.warning(
+            "the longest sequence has %d tokens, the model was made for %d: lower data.max_length",
+            longest,
+            max_positions,
+        )
+
+
 def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
     """Tokenizes every set that data.cache_dir does not hold yet; for one process, no collectives."""
     data = config.data
@@ -91,21 +102,21 @@ def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
         template_date=date.fromisoformat(str(data.template_date)),
         skip_bad_rows=data.on_error == OnError.skip,
     )
-    directories = {}
+    stores = {}
     for name, specs in _sources(config).items():
         with ProgressBar(f"tokenizing {name} pairs", total=100, visible=True) as bar:
 
             def report(share: float, pairs: int, bar: ProgressBar = bar) -> None:
                 bar.tell(round(100 * share), f"{pairs} pairs, {share:.0%} of the data read")
 
-            directories[name] = prepare_store(
+            stores[name] = prepare_store(
                 specs,
                 recipe,
                 cache_dir=Path(str(data.cache_dir)),
                 workers=data.workers or available_cpus(),
                 report=report,
             )
-    return PreparedStores(directories, int(tokenizer.pad_token_id))
+    return PreparedStores(stores, int(tokenizer.pad_token_id))
 
 
 def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path, vocab_size: int) -> Datasets:
@@ -114,7 +125,7 @@ def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path,
     Raises DataError where a set has no pair left, or token ids that a vocabulary of `vocab_size` does not have.
     """
     data = config.data
-    stores = {name: open_store(prepared.directories[name], specs) for name, specs in _sources(config).items()}
+    stores = {name: open_store(store) for name, store in prepared.stores.items()}
     selections = {name: (store, np.arange(len(store))) for name, store in stores.items()}
     if data.validation_fraction > 0:
         store, rows = selections[_TRAIN]

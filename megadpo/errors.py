@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LINES_SHOWN = 50
+
+
+def listing(lines: Sequence[str]) -> str:
+    """The lines one below the other, indented, for the end of a message; of more than 50 the rest is only counted."""
+    shown = [*lines[:_LINES_SHOWN], *([f"and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else [])]
+    return "\n".join(f"  {line}" for line in shown)
+
 
 class MegaDPOError(Exception):
     """Base of all errors that a user can act on; the command line prints the message without a traceback."""

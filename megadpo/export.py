@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.models.conversion.load_save import copy_hf_side_files, export_hf_weights
+from megadpo.errors import ConversionError
+from megadpo.files import writing
+from megadpo.models.conversion.load_save import export_hf_weights
+from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.models.hf_config import Architecture
+from megadpo.parallel.collectives import on_main
 from megadpo.parallel.state import ParallelState
 
 _CARD_METRICS = (
@@ -29,30 +32,35 @@ _CARD_METRICS = (
 def export_model(
     chunks: Sequence[torch.nn.Module],
     arch: Architecture,
-    source: Path,
+    side_files: SideFiles,
     out_dir: Path,
     *,
     state: ParallelState,
     dtype: torch.dtype,
     card: str,
 ) -> None:
-    """Writes `out_dir` as a Hugging Face model: weights in `dtype`, the source's side files, and the card.
+    """Writes `out_dir` as a Hugging Face model: weights in `dtype`, the side files, and the card.
 
-    The directory appears under its name when it is complete; one that stood there before is replaced. Collective over
-    all ranks.
+    The directory appears under its name when it is complete; where something stands there already (an empty directory
+    aside) nothing is lost. Collective over all ranks, which raise the same ConversionError.
     """
     partial = out_dir.with_name(f".{out_dir.name}.partial")
-    if state.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
+    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an export that was killed
     export_hf_weights(chunks, arch, partial, state=state, dtype=dtype)
-    if state.is_main:
-        copy_hf_side_files(source, partial, dtype=dtype)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        if out_dir.exists():
-            shutil.rmtree(out_dir.rename(out_dir.with_name(f".{out_dir.name}.replaced")))
-        partial.rename(out_dir)
-    dist.barrier()
+
+    def finish() -> None:
+        write_side_files(side_files, partial, dtype=dtype)
+        with writing(partial, ConversionError):
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        try:
+            partial.rename(out_dir)
+        except OSError as error:
+            raise ConversionError(
+                f"{out_dir} can't be made ({error.strerror}): the complete model is in {partial}: move it to a place "
+                "that is free"
+            ) from error
+
+    on_main(finish)
 
 
 def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:

@@ -18,14 +18,15 @@ class ModelSource:
 
 
 def resolve_checkpoint(config: Config) -> Config:
-    """A copy in which `model.checkpoint` names the checkpoint itself, found on this machine's disk.
+    """A copy in which `model.checkpoint` names the checkpoint itself, found on this machine's disk, by its full path.
 
-    So that `latest` is followed once: a run that goes on later must not start from another one. Raises CheckpointError.
+    So that `latest`, links and the working directory are followed once: a run that goes on later must not start from
+    another one. Raises CheckpointError.
     """
     if config.model.checkpoint is None:
         return config
     found = find_checkpoint(Path(config.model.checkpoint))
-    return replace(config, model=replace(config.model, checkpoint=str(found)))
+    return replace(config, model=replace(config.model, checkpoint=str(found.resolve())))
 
 
 def model_source(model: ModelConfig) -> ModelSource:

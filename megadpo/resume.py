@@ -36,9 +36,17 @@ class StartingPoint:
         return self.state.step
 
 
-def find_starting_point(config: Config, run_dir: Path, *, num_pairs: int, data_digest: str) -> StartingPoint:
+def find_starting_point(
+    config: Config, run_dir: Path, *, num_pairs: int, data_digest: str, vocab_size: int
+) -> StartingPoint:
     """The checkpoint that train.resume names, checked to be of the same run; or a fresh start."""
-    now = TrainingState(step=0, num_pairs=num_pairs, data_digest=data_digest, settings=_flatten(config_to_dict(config)))
+    now = TrainingState(
+        step=0,
+        num_pairs=num_pairs,
+        data_digest=data_digest,
+        vocab_size=vocab_size,
+        settings=_flatten(config_to_dict(config)),
+    )
     checkpoint = _checkpoint_to_resume(config, run_dir)
     if checkpoint is None:
         return StartingPoint(None, now)
@@ -134,7 +142,13 @@ def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -
     if saved.data_digest != now.data_digest:
         problems.append(
             f"the training pairs differ from the checkpoint's ({now.num_pairs} now, {saved.num_pairs} then, by token "
-            f"ids): resume with the same file, tokenizer, data.max_length and validation split"
+            "ids): resume with the same file, tokenizer, data.max_length, data.truncation, data.on_error, "
+            "data.template_date and validation split"
+        )
+    if saved.vocab_size != now.vocab_size:
+        problems.append(
+            f"its model has a vocabulary of {saved.vocab_size} entries, the model's config.json now says "
+            f"vocab_size = {now.vocab_size}: bring back the file that the run was started with"
         )
     if problems:
         raise CheckpointError(f"{directory} can't be resumed:\n" + "\n".join(f"  {p}" for p in problems))

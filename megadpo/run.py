@@ -19,18 +19,20 @@ from megadpo.assembly import (
     loop_settings,
     torch_dtype,
 )
-from megadpo.checkpoint import save_checkpoint, write_durably
+from megadpo.checkpoint import save_checkpoint
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
 from megadpo.data.loader import BatchBuilder, GlobalBatch, TrainingData
-from megadpo.datasets import Datasets, load_datasets
+from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.evaluation import evaluate
 from megadpo.export import export_model, model_card
+from megadpo.files import write_durably, writing
 from megadpo.model_source import model_source, resolve_checkpoint
-from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.models.conversion.side_files import SideFiles, read_side_files
+from megadpo.models.hf_config import read_architecture
 from megadpo.optimizer import Policy, set_hyperparameters
 from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
@@ -77,8 +79,9 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
     on_main(lambda: check_weight_files(config, source, arch))
+    side_files = on_main(lambda: read_side_files(source.hf_dir))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
-    _warn_long_sequences(datasets, arch)
+    warn_long_sequences(datasets, arch.max_position_embeddings)
     digests = datasets.digests
     check_all_agree("data or model configuration", f"{digests} {arch}")
     data = TrainingData(
@@ -97,7 +100,13 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     # Rank 0 decides for all: file systems may show other ranks another moment.
     start, exported = on_main(
         lambda: (
-            find_starting_point(config, run_dir, num_pairs=len(datasets.train), data_digest=digests["train"]),
+            find_starting_point(
+                config,
+                run_dir,
+                num_pairs=len(datasets.train),
+                data_digest=digests["train"],
+                vocab_size=arch.vocab_size,
+            ),
             (run_dir / "hf").is_dir(),
         )
     )
@@ -106,11 +115,14 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         return
     reference = build_reference(config, source, arch, state, device)
     policy = build_policy(config, source, arch, state, device, start.checkpoint)
-    metrics = _run_loop(config, run_dir, state, device, policy, reference, data, datasets, start, total_steps)
+    on_main(lambda: _write_beginning(config, run_dir, datasets, goes_on=start.step < total_steps))
+    metrics = _run_loop(
+        config, run_dir, state, device, policy, reference, data, datasets, start, total_steps, side_files
+    )
     export_model(
         policy.modules,
         arch,
-        source.hf_dir,
+        side_files,
         run_dir / "hf",
         state=state,
         dtype=torch_dtype(config),
@@ -125,16 +137,6 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     logger.info("exported the model to %s", run_dir / "hf")
 
 
-def _warn_long_sequences(datasets: Datasets, arch: Architecture) -> None:
-    longest = max(view.longest_sequence for view in datasets.views.values())
-    if longest > arch.max_position_embeddings:
-        logger.warning(
-            "the longest sequence has %d tokens, the model was made for %d: lower data.max_length",
-            longest,
-            arch.max_position_embeddings,
-        )
-
-
 def _check_steps(config: Config, total_steps: int) -> None:
     """Raises ConfigError for a warm-up that the run never ends; says which intervals it is too short for."""
     if config.optimizer.warmup_steps >= total_steps:
@@ -145,6 +147,16 @@ def _check_steps(config: Config, total_steps: int) -> None:
     for key, interval in (("eval_every", config.train.eval_every), ("save_every", config.train.save_every)):
         if interval is not None and interval > total_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, interval, total_steps)
+
+
+def _write_beginning(config: Config, run_dir: Path, datasets: Datasets, *, goes_on: bool) -> None:
+    """Writes down what is trained on what, and takes away the result of an earlier, shorter run; on one rank."""
+    write_durably(run_dir / "config.yaml", config_to_yaml(config))
+    write_durably(run_dir / "data.json", json.dumps(datasets.report(), indent=1) + "\n")
+    exported = run_dir / "hf"
+    if goes_on and exported.is_dir():
+        with writing(exported):
+            shutil.rmtree(exported)
 
 
 def _run_loop(
@@ -158,6 +170,7 @@ def _run_loop(
     datasets: Datasets,
     start: StartingPoint,
     total_steps: int,
+    side_files: SideFiles,
 ) -> dict[str, float]:
     """Trains from the starting point to the last step; the last metrics of each kind."""
     loss = build_loss(config)
@@ -178,19 +191,13 @@ def _run_loop(
             policy.chunks,
             policy.optimizer,
             replace(start.state, step=step),
-            source=model_source(config.model).hf_dir,
+            side_files=side_files,
             dtype=torch_dtype(config),
             keep_last=config.checkpoint.keep_last,
         )
         logger.info("saved %s", path)
 
     with ExitStack() as stack:
-        if state.is_main:
-            write_durably(run_dir / "config.yaml", config_to_yaml(config))
-            write_durably(run_dir / "data.json", json.dumps(datasets.report(), indent=1) + "\n")
-            if start.step < total_steps:
-                # Of an earlier, shorter run: once training goes on it is no longer the run's result.
-                shutil.rmtree(run_dir / "hf", ignore_errors=True)
         names = [str(tracker) for tracker in config.trackers] if state.is_main else []
         trackers = stack.enter_context(
             open_trackers(names, run_dir, resume_step=start.step, settings=config_to_dict(config))

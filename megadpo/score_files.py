@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megadpo.checkpoint import write_durably
-from megadpo.errors import ConfigError, MegaDPOError
+from megadpo.errors import ConfigError, MegaDPOError, listing
+from megadpo.files import write_durably, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class ScoreFiles:
     def known_identity(self) -> dict[str, Any]:
         """Identity of the scoring that is unfinished or finished here, {} where there is none."""
         if self.output.exists():
-            return dict(_read(self.summary).get("identity", {}))
+            return _object(_read(self.summary).get("identity", {}), self.summary)
         return _read(self._identity) if self._identity.is_file() else {}
 
     def begin(self, identity: Mapping[str, Any], group_size: int) -> int | None:
@@ -72,30 +72,37 @@ class ScoreFiles:
             self._check_identity(known, identity)
         if finished:
             return None
-        self.partial.mkdir(parents=True, exist_ok=True)
-        write_durably(self._identity, json.dumps(identity, indent=1))
-        return _cut_to_groups(self.scores, group_size)
+        with writing(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_durably(self._identity, json.dumps(identity, indent=1))
+            return _cut_to_groups(self.scores, group_size)
 
     def _check_identity(self, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         different = list(_differences(known, identity))
         if not different:
             return
         there = self.output if self.output.exists() else self.partial
-        listed = "\n".join(f"  {line}" for line in different)
         raise MegaDPOError(
             f"{there} holds scores of another model or other data: remove it, or give another output. What differs:\n"
-            f"{listed}"
+            f"{listing(different)}"
         )
 
     def read_scores(self) -> Iterator[dict[str, Any]]:
         """The lines so far as objects."""
         with self.scores.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield _object(json.loads(line), self.scores)
+                except ValueError as error:
+                    raise MegaDPOError(
+                        f"{self.scores}:{number}: can't be read ({error}): remove {self.partial} to start anew"
+                    ) from error
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary and gives the scores their name: from then on the scoring is complete."""
         write_durably(self.summary, json.dumps(summary, indent=1) + "\n")
-        self.scores.rename(self.output)
+        with writing(self.output):
+            self.scores.rename(self.output)
         # Other ranks have the tokens mapped: some network file systems keep names of such files until they let go.
         shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -105,7 +112,9 @@ class ScoreWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)  # a buffer would fail once more on closing, in another error's place
+        with writing(path):
+            # Without a buffer, which would fail once more on closing, in another error's place.
+            self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> ScoreWriter:
         return self
@@ -155,7 +164,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MegaDPOError(
-            f"{path} can't be read ({error}): remove it, and what it belongs to, to start anew"
-        ) from error
-    return dict(content)
+        raise _damaged(path, str(error)) from error
+    return _object(content, path)
+
+
+def _object(content: object, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__} where an object must be")
+    return content
+
+
+def _damaged(path: Path, reason: str) -> MegaDPOError:
+    return MegaDPOError(f"{path} can't be read ({reason}): remove it, and what it belongs to, to start anew")

@@ -26,7 +26,7 @@ from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
 from megadpo.data.store import PairView
-from megadpo.datasets import Datasets, load_datasets
+from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import score
@@ -71,6 +71,7 @@ def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: 
     arch = read_architecture(source.hf_dir)
     on_main(lambda: check_weight_files(config, source, arch))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
+    warn_long_sequences(datasets, arch.max_position_embeddings)
     pairs = datasets.train
     check_all_agree("data or model configuration", f"{datasets.digests} {arch}")
     group_size = config.train.global_batch_size
@@ -108,7 +109,8 @@ def _score_groups(
 ) -> None:
     """Scores the batches, the first of which begins with pair `done`, and has rank 0 write a line for each pair."""
     with ExitStack() as stack:
-        writer = stack.enter_context(ScoreWriter(files.scores)) if state.is_main else None
+        writers: list[ScoreWriter] = []  # one, on rank 0
+        on_main(lambda: writers.append(stack.enter_context(ScoreWriter(files.scores))))
         bar = stack.enter_context(ProgressBar("scoring", total=len(pairs), done=done, visible=state.is_main))
         first, started = done, time.perf_counter()
         for batch in batches:
@@ -117,11 +119,15 @@ def _score_groups(
                 _line(index, *both, int(pairs.chosen_lengths[place]), int(pairs.rejected_lengths[place]))
                 for place, (index, both) in enumerate(zip(batch.pair_indices, logps, strict=True), start=done)
             ]
-            if writer is not None:
-                writer.write(lines)
+            on_main(partial(_write, writers, lines))
             done += len(lines)
             pace = (done - first) / (time.perf_counter() - started)
             bar.tell(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
+
+
+def _write(writers: Sequence[ScoreWriter], lines: Sequence[dict[str, Any]]) -> None:
+    for writer in writers:
+        writer.write(lines)
 
 
 def score_batch(

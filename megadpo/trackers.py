@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megadpo.errors import ConfigError, MegaDPOError
+from megadpo.files import write_durably
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -117,7 +118,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         kept = _lines_up_to(path, resume_step) if resume_step > 0 and path.exists() else []
-        _replace(path, "".join(kept))
+        write_durably(path, "".join(kept))
         self._file = path.open("ab", buffering=0)  # with a buffer, a line that failed would come back torn or late
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -138,13 +139,6 @@ class JsonlTracker:
     def close(self, *, failed: bool) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[str]:
@@ -194,7 +188,14 @@ class WandbTracker:
         self._state.parent.mkdir(parents=True, exist_ok=True)
         # Without its informational messages W&B never asks for a key on the terminal; its warnings stay.
         own = wandb.setup(settings=wandb.Settings(show_info=False)).settings
-        known = json.loads(self._state.read_text(encoding="utf-8")) if self._state.exists() else {}
+        known = _read_state(self._state)
+        if own.run_id and own.run_id != known.get("id", own.run_id):
+            logger.warning(
+                "WANDB_RUN_ID=%s has no effect: this run goes on in its own W&B run %s; remove %s to leave that one",
+                own.run_id,
+                known["id"],
+                self._state,
+            )
         try:
             self._run = wandb.init(
                 project=own.project or "megadpo",
@@ -237,7 +238,18 @@ class WandbTracker:
 
     def _remember(self, step: int) -> None:
         """Writes down the last step whose row is whole."""
-        _replace(self._state, json.dumps({"id": self._run.id, "step": step}) + "\n")
+        write_durably(self._state, json.dumps({"id": self._run.id, "step": step}) + "\n")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What a run that was tracked before has remembered: its W&B id and last whole step; {} for a new one."""
+    if not path.exists():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {"id": str(state["id"]), "step": int(state["step"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MegaDPOError(f"{path} can't be read ({error!r}): remove it, and a new W&B run begins") from error
 
 
 def _reticent_settings(*, finish_timeout: float) -> Any:

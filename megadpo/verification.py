@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the model of a Hugging Face directory: every weight, and per-pair log-probs on request."""
+"""Whether a checkpoint is the model of a Hugging Face directory: weights, side files, and log-probs on request."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from megadpo.data.dataset import Keys, iter_rows, parse_row
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.device import Device
-from megadpo.errors import ConfigError, ConversionError
+from megadpo.errors import ConfigError, ConversionError, listing
 from megadpo.models.conversion.compare import WeightDifference, different_weights
 from megadpo.models.conversion.load_save import check_hf_weights
+from megadpo.models.conversion.side_files import different_side_files, read_side_files
 from megadpo.models.hf_config import Architecture, differences, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.parallel.collectives import on_main
@@ -43,37 +44,49 @@ _PATIENCE_S = 86_400.0
 
 
 def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs: int, device_kind: str) -> bool:
-    """Whether all weights are equal, in the checkpoint's format; prints what differs. On all ranks of the launch.
+    """Whether all weights, in the checkpoint's format, and side files are equal; prints what differs. On all ranks.
 
     With `pairs_file`, the log-probs of its first `max_pairs` rows under the checkpoint and under transformers' own
     model must agree too, both in fp32. ConversionError for models that can't be compared.
     """
     arch = read_architecture(checkpoint / HF_DIRECTORY)
     _check_same_model(arch, read_architecture(hf_dir), hf_dir, checkpoint)
-    stored = Dtype(stored_dtype(checkpoint))
+    stored = stored_dtype(checkpoint)
     pairs = [] if pairs_file is None else _read_pairs(pairs_file, max_pairs, hf_dir, arch)
     with open_pipeline(stages(arch), device_kind) as (state, device):
         on_main(lambda: check_hf_weights(arch, hf_dir))
+        same_files = on_main(lambda: _compare_side_files(hf_dir, checkpoint))
         # Log-probs are compared in fp32, where rounding is too small to look like a difference.
         chunks = load_whole(checkpoint, arch, state, device, Dtype.fp32 if pairs else stored)
         different = _compare_weights(chunks, arch, hf_dir, stored)
         on_main(lambda: _show_weights(different, arch, stored))
+        same_model = same_files and not different
         if not pairs:
-            return not different
+            return same_model
         scores = _checkpoint_logps(chunks, pairs, state, device)
         del chunks  # transformers' model is about to need the room
-        same = on_main(lambda: _compare_logps(hf_dir, stored, pairs, scores), patience_s=_PATIENCE_S)
-        return same and not different
+        same_logps = on_main(lambda: _compare_logps(hf_dir, stored, pairs, scores), patience_s=_PATIENCE_S)
+        return same_logps and same_model
 
 
 def _check_same_model(ours: Architecture, theirs: Architecture, hf_dir: Path, checkpoint: Path) -> None:
     different = differences(theirs, ours)
     if different:
-        listed = "\n".join(f"  {line}" for line in different)
         raise ConversionError(
             f"{hf_dir} and {checkpoint} are models of another shape or kind; name the directory that the checkpoint "
-            f"was made from. What differs:\n{listed}"
+            f"was made from. What differs:\n{listing(different)}"
         )
+
+
+def _compare_side_files(hf_dir: Path, checkpoint: Path) -> bool:
+    """Whether tokenizer, chat templates and configuration are the same; prints what differs. On one rank."""
+    different = different_side_files(read_side_files(hf_dir), read_side_files(checkpoint / HF_DIRECTORY))
+    if different:
+        table = Table("file that differs", "how")
+        for name, how in different.items():
+            table.add_row(name, how)
+        Console().print(table)
+    return not different
 
 
 # Weights

@@ -7,7 +7,7 @@
 
 Under `torchrun --nproc-per-node N` each process holds 1/N of the layers. An imported checkpoint is trained and scored
 from, at any layout, with model.checkpoint=DIR. --checkpoint takes a checkpoint, or a run (the one that `latest` names).
-Exit status: 0 done or equal, 1 different (verify), 2 refused.
+Exit status: 0 done or equal, 2 refused, 3 different (verify); torchrun itself gives 0 or 1: zero or not is all it says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megadpo.command_line import run_tool
 from megadpo.config.schema import DeviceKind, Dtype
 from megadpo.errors import ConfigError
 
-DIFFERENT = 1
+DIFFERENT = 3
 MAX_PAIRS = 16
 
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="Hugging Face directory -> checkpoint")
     exporting = commands.add_parser("export", help="checkpoint -> Hugging Face directory")
-    verifying = commands.add_parser("verify", help="compare every weight, and log-probs on request")
+    verifying = commands.add_parser("verify", help="compare every weight and side file, and log-probs on request")
     for command in (importing, verifying):
         command.add_argument(
             "--hf", type=Path, required=True, help="directory with config.json, tokenizer, safetensors"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megadpo.data.json_rows import RowProblem, decode_row
+from megadpo.data.json_rows import Row, RowProblem, decode_row
 from megadpo.data.layouts import CONTEXT_COLUMNS, Keys, convert, ignored_columns, recognise
 from megadpo.data.messages import Message
 from megadpo.data.sources import open_source
@@ -24,6 +25,9 @@ from megadpo.rank_logging import get_logger
 __all__ = ["Keys", "Message", "RawPair", "RawRow", "iter_rows", "parse_row", "validation_rows"]
 
 logger = get_logger(__name__)
+
+# One bad row at the start must not make all others look bad.
+_ROWS_THAT_SHOW_THE_LAYOUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class RawPair:
 def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
     """Streams the rows of the concatenated sources; logs number, layout and ignored columns of each source.
 
-    The first row of a source that has a known layout fixes that of the source. Raises DataError for a source that is
+    The first rows of a source fix its layout: the one that most of them have. Raises DataError for a source that is
     missing, empty or broken in a way that hides where its next row begins.
     """
     if not paths:
@@ -72,14 +76,15 @@ def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
     index = 0
     for file, path in enumerate(paths):
         source, first = open_source(path), index
-        layout: str | None = None
-        ignored: list[str] = []
-        for row in source.rows():
+        rows = source.rows()
+        head, broken = _take(rows, _ROWS_THAT_SHOW_THE_LAYOUT)
+        layout, ignored = _judge(head, source.place, keys)
+        for row in chain(head, rows):
             where = f"{source.place}{row.line}"
-            if layout is None:
-                layout, ignored = _judge(row.value, where, keys)
             yield RawRow(index, file, row.line, where, layout, row.value, (file + row.progress) / len(paths))
             index += 1
+        if broken is not None:
+            raise broken
         if index == first:
             raise DataError(f"{source.place}1: there are no pairs; at least one is required")
         _log_source(path, index - first, layout, ignored)
@@ -120,14 +125,34 @@ def _decoded(value: Any, where: str) -> Any:
     return value
 
 
-def _judge(value: Any, where: str, keys: Keys) -> tuple[str | None, list[str]]:
-    """Layout and ignored columns of one row; (None, []) where it is bad, which is told when it is parsed."""
+def _take(rows: Iterator[Row], most: int) -> tuple[list[Row], DataError | None]:
+    """The first rows, and the error that ended them early."""
+    taken: list[Row] = []
     try:
-        row = _decoded(value, where)
-    except RowProblem:
+        taken.extend(islice(rows, most))
+    except DataError as error:
+        return taken, error
+    return taken, None
+
+
+def _judge(rows: Sequence[Row], place: str, keys: Keys) -> tuple[str | None, list[str]]:
+    """The layout of most of the rows, of equally many the first; and the columns that its first row has besides.
+
+    Bad rows have no say: what is wrong with them is told when they are parsed. (None, []) where there is no other.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        try:
+            value = _decoded(row.value, f"{place}{row.line}")
+        except RowProblem:
+            continue
+        layout = recognise(value, keys) if isinstance(value, dict) else None
+        if layout is not None:
+            found.setdefault(layout, []).append(value)
+    if not found:
         return None, []
-    layout = recognise(row, keys) if isinstance(row, dict) else None
-    return layout, [] if layout is None else ignored_columns(row, keys, layout)
+    layout = max(found, key=lambda name: len(found[name]))
+    return layout, ignored_columns(found[layout][0], keys, layout)
 
 
 def _log_source(path: str, rows: int, layout: str | None, ignored: Sequence[str]) -> None:

@@ -9,17 +9,18 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import cache, partial
+from functools import cache
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,7 @@ logger = get_logger(__name__)
 # Enters the name of a store; to be raised when the same rows come to other token ids or records than before.
 _FORMAT = 1
 _CHUNK_ROWS = 128
+_CHUNK_BYTES = 4 * 2**20
 # Starting worker processes takes seconds: fewer rows than these are tokenized sooner without.
 _CHUNKS_BEFORE_WORKERS = 16
 _MOST_WORKERS = 32
@@ -61,6 +63,14 @@ class Recipe:
     tokenizer_dir: Path
     template_date: date
     skip_bad_rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStore:
+    """Where a token store is, and what stands before a line number in messages about each of its sources."""
+
+    directory: Path
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +93,19 @@ def prepare_store(
     cache_dir: Path,
     workers: int,
     report: Callable[[float, int], None],
-) -> Path:
-    """The directory of the sources' token store under `cache_dir`: found there by content, or made now.
+) -> PreparedStore:
+    """The sources' token store under `cache_dir`: found there by content, or made now.
 
     `report` is called with the share of the sources that is read and the number of rows done. With `workers` > 1,
     large sets are tokenized in that many processes. At any moment a few chunks of rows are in memory. Raises DataError
     at the first row that can't be used, unless the recipe skips such rows. For one process of the whole run.
     """
     sources = [open_source(spec) for spec in specs]
+    places = tuple(source.place for source in sources)
     directory = cache_dir / _content_key(sources, recipe)
     if directory.is_dir():
         logger.info("tokenized pairs found in %s", directory)
-        return directory
+        return PreparedStore(directory, places)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_dir)
@@ -106,17 +117,18 @@ def prepare_store(
             f"data.cache_dir={cache_dir}: can't be written ({error.strerror or error}): make room, or choose another "
             "directory"
         ) from error
-    return directory
+    return PreparedStore(directory, places)
+
+
+def open_store(prepared: PreparedStore) -> PairStore:
+    """The store that `prepare_store` found or made; any process that sees its directory, the sources or not."""
+    return PairStore(prepared.directory, prepared.places)
 
 
 def available_cpus() -> int:
     """CPUs that this process may use, but no more workers than one reading process can feed."""
-    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
-
-
-def open_store(directory: Path, specs: Sequence[str]) -> PairStore:
-    """The store that `prepare_store` returned for these sources; any process."""
-    return PairStore(directory, [open_source(spec).place for spec in specs])
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _MOST_WORKERS)
 
 
 def _fill(
@@ -125,20 +137,18 @@ def _fill(
     started = time.monotonic()
     chunks = _chunks(iter_rows(specs, recipe.keys))
     head = list(islice(chunks, _CHUNKS_BEFORE_WORKERS))
-    results: Iterator[_Chunk]
-    if workers == 1 or len(head) < _CHUNKS_BEFORE_WORKERS:
+    if len(head) < _CHUNKS_BEFORE_WORKERS:
         workers = 1
-        results = map(partial(_tokenize_rows, recipe=recipe), chain(head, chunks))
-    else:
-        results = _in_worker_processes(chain(head, chunks), recipe, workers)
+    tokenize = _in_worker_processes if workers > 1 else _in_this_process
     done, moved_boundary = 0, ""
     problems: list[str] = []
-    for chunk in results:
-        writer.append(chunk.rows, chunk.tokens)
-        done += len(chunk.rows)
-        problems += chunk.problems[: _PROBLEMS_KEPT - len(problems)]
-        moved_boundary = moved_boundary or chunk.moved_boundary
-        report(chunk.progress, done)
+    with closing(tokenize(chain(head, chunks), recipe, workers)) as results:
+        for chunk in results:
+            writer.append(chunk.rows, chunk.tokens)
+            done += len(chunk.rows)
+            problems += chunk.problems[: _PROBLEMS_KEPT - len(problems)]
+            moved_boundary = moved_boundary or chunk.moved_boundary
+            report(chunk.progress, done)
     writer.finish(About(problems, moved_boundary))
     seconds = time.monotonic() - started
     logger.info(
@@ -153,24 +163,44 @@ def _fill(
 
 def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
     """Lists of consecutive rows; an error of the reader comes behind the rows before it, which may have their own."""
-    while True:
-        chunk: list[RawRow] = []
-        try:
-            for row in islice(rows, _CHUNK_ROWS):
-                chunk.append(row)
-        except MegaDPOError as error:
-            if chunk:
+    chunk: list[RawRow] = []
+    size = 0
+    try:
+        for row in rows:
+            chunk.append(row)
+            size += _text_size(row.value)
+            if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield chunk
-            yield error
-            return
-        if not chunk:
-            return
+                chunk, size = [], 0
+    except MegaDPOError as error:
+        if chunk:
+            yield chunk
+        yield error
+        return
+    if chunk:
         yield chunk
+
+
+def _text_size(value: Any) -> int:
+    """Bytes or characters of text in a row's value, roughly what it takes in memory."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_text_size, value.values()))
+    return sum(map(_text_size, value)) if isinstance(value, list) else 0
+
+
+def _in_this_process(
+    chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
+) -> Generator[_Chunk, None, None]:
+    """What `_tokenize_rows` makes of each chunk."""
+    for chunk in chunks:
+        yield _tokenize_rows(chunk, recipe)
 
 
 def _in_worker_processes(
     chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
-) -> Iterator[_Chunk]:
+) -> Generator[_Chunk, None, None]:
     """What `_tokenize_rows` makes of each chunk, in order, with a few chunks per worker on their way at a time."""
     # Fresh processes: this one may have threads of communication libraries, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
@@ -182,10 +212,10 @@ def _in_worker_processes(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, OSError) as error:
         raise MegaDPOError(
-            "a worker process that tokenizes was killed or could not start (out of memory? a script of your own "
-            f"without `if __name__ == '__main__':`?); lower data.workers={workers}: with 1 there are none"
+            f"a worker process that tokenizes was killed or could not start ({error}; out of memory? a script of your "
+            f"own without `if __name__ == '__main__':`?); lower data.workers={workers}: with 1 there are none"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -44,6 +44,8 @@ class Source:
             yield from self._read()
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error.strerror or error}") from error
+        except SystemError as error:  # what Arrow makes of bytes that have changed in place
+            raise DataError(f"{self.name}: the file is damaged ({error}): write it again") from error
 
     def digest(self) -> str:
         """Hash (sha256) of the content: of the bytes of its files and their kind; where it has none, of the rows."""

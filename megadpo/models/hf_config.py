@@ -113,6 +113,7 @@ _SIZES = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"num_key_value_heads", "head_dim", "max_position_embeddings"}
 )
+_MOST_LAYERS = 10_000
 _MAPPED = _SIZES | {"architectures", "model_type", "rms_norm_eps", "tie_word_embeddings"}
 _MAPPED |= {"rope_theta", "rope_scaling", "rope_parameters"}
 
@@ -199,6 +200,9 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         for name, value in fields.items()
         if name in _SIZES and type(value) is int and value < 1
     ]
+    layers = fields.get("num_hidden_layers")
+    if type(layers) is int and layers > _MOST_LAYERS:  # transformers would make a list of them
+        raise _refusal(source, [*problems, f"num_hidden_layers = {_short(layers)} must be at most {_MOST_LAYERS}"])
     try:
         config = family.config_class.from_dict(copy.deepcopy(dict(fields)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:

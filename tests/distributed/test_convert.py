@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.conversion_jobs import compare, export_hf, import_hf, import_hf_without_room
-from tests.helpers.jobs import train
+from tests.helpers.jobs import train, train_while_a_directory_vanishes
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_trajectory, write_jsonl
@@ -57,7 +58,7 @@ def test_round_trip_is_bit_equal(family: str, tmp_path: Path) -> None:
     options, importing, exporting = MODELS[family]
     model = write_tiny_model(tmp_path / "model", family, **options)
     assert (model / "model.safetensors.index.json").exists() == ("max_shard_size" in options)
-    launch(importing, import_hf, model, tmp_path / "checkpoint")
+    launch(importing, import_hf, Path(os.path.relpath(model)), tmp_path / "checkpoint")
     shutil.copytree(model, tmp_path / "kept")
     shutil.rmtree(model)  # the checkpoint stands alone
     launch(exporting, export_hf, tmp_path / "checkpoint", tmp_path / "back")
@@ -90,11 +91,23 @@ def test_verify_finds_a_changed_weight(made: tuple[Path, list[str]]) -> None:
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     (equal, printed), (other, _) = launch(2, compare, changed, root / "imported")
     assert (equal, other) == (False, False)
+    assert "file that differs" not in printed
     rows = [line.split() for line in printed.splitlines() if ".weight" in line]
     assert [(row[1], row[3], float(row[5])) for row in rows] == [
         ("model.embed_tokens.weight", "1", pytest.approx(2.0**-6, rel=1e-2)),
         ("model.layers.2.mlp.up_proj.weight", "1", pytest.approx(0.25, rel=1e-2)),
     ]
+
+
+def test_verify_finds_another_chat_template(made: tuple[Path, list[str]]) -> None:
+    root, _ = made
+    other = shutil.copytree(root / "imported", root / "other_template")
+    with (other / "hf" / "chat_template.jinja").open("a") as file:
+        file.write("!")
+    ((equal, printed),) = launch(1, compare, root / "model", other)
+    assert not equal
+    assert "chat_template.jinja" in printed
+    assert "weight that differs" not in printed
 
 
 def test_verify_compares_log_probs_with_transformers(made: tuple[Path, list[str]]) -> None:
@@ -141,7 +154,11 @@ def test_a_run_from_a_checkpoint_is_the_run_from_its_source(
     made: tuple[Path, list[str]], run_from_checkpoint: Path
 ) -> None:
     root, words = made
-    launch(1, train, [*words, f"model.hf_path={root / 'model'}", f"train.run_dir={root / 'from_hf'}"])
+    # Which is needed at the start only: saves and the export find its tokenizer all the same.
+    source = shutil.copytree(root / "model", root / "vanishing")
+    words = [*words, f"model.hf_path={source}", f"train.run_dir={root / 'from_hf'}"]
+    launch(1, train_while_a_directory_vanishes, words, source)
+    assert not source.exists()
     assert_same_trajectory(root / "from_hf", run_from_checkpoint, lr=LR)
 
 
@@ -185,12 +202,19 @@ def test_what_cannot_start_a_run_is_named(made: tuple[Path, list[str]], tmp_path
         field = '"tie_word_embeddings": '
         assert field + tied in config.read_text()
         config.write_text(config.read_text().replace(field + tied, field + other))
-        with pytest.raises(RuntimeError, match=rf"1 weights don't fit its hf/config.json:\n  {said}"):
+        with pytest.raises(RuntimeError, match=rf"1 weights don't fit its hf/config.json, which is .*\n  {said}"):
             launch(1, train, [*words, f"model.checkpoint={checkpoint}"])
 
-    torn = shutil.copytree(root / "imported", tmp_path / "torn")
-    next(torn.glob("*.distcp")).unlink()
-    with pytest.raises(
-        RuntimeError, match=r"checkpoint .*torn can't be loaded: .* another one with model.checkpoint=DIR"
-    ):
-        launch(1, train, [*words, f"model.checkpoint={torn}"])
+    larger = shutil.copytree(root / "imported", tmp_path / "larger")
+    config = larger / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 401', '"vocab_size": 402'))
+    said = r"larger: its weights have a vocabulary of 401 entries, hf/config.json says vocab_size = 402, which is not"
+    with pytest.raises(RuntimeError, match=said):
+        launch(1, train, [*words, f"model.checkpoint={larger}"])
+
+    for name, content in (("common.pt", b""), (".metadata", b"torn"), ("__0_0.distcp", b"")):
+        torn = shutil.copytree(root / "imported", tmp_path / f"torn{name}")
+        (torn / name).write_bytes(content)
+        said = r"CheckpointError: checkpoint .*torn.* can't be loaded: \w+Error: .* another one with model.chec"
+        with pytest.raises(RuntimeError, match=said):
+            launch(1, train, [*words, f"model.checkpoint={torn}"])

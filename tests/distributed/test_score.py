@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.conversion_jobs import export_hf, import_hf, score_and_die, score_pairs
+from tests.helpers.conversion_jobs import (
+    export_hf,
+    import_hf,
+    score_and_die,
+    score_pairs,
+    score_where_nothing_can_be_written,
+)
 from tests.helpers.launch import launch
 from tests.helpers.naive import pair_logps
 from tests.helpers.pairs import make_pairs
@@ -38,6 +44,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[s
     data = write_jsonl(root / "pairs.jsonl", make_pairs(24, seed=5))
     launch(2, import_hf, model, root / "first")
     launch(1, export_hf, root / "first", root / "back")
+    # Made for fewer positions than the pairs have: a log-prob depends on them no less, so that is a warning.
+    config = root / "back" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 100}))
     launch(1, import_hf, root / "back", root / "second")
     words = [
         "+model=hf",
@@ -67,7 +76,8 @@ def test_every_layout_says_what_transformers_says(
     model, data, words = inputs
     world, layout = LAYOUTS[name]
     out = tmp_path / "scores.jsonl"
-    launch(world, score_pairs, [*words, *layout], out)
+    log, *_ = launch(world, score_pairs, [*words, *layout], out)
+    assert f"the longest sequence has {MAX_LENGTH} tokens, the model was made for 100: lower data.max_length" in log
 
     pairs = tokenized_pairs(data, model, max_length=MAX_LENGTH)
     assert 0 < len(pairs) < 24
@@ -117,6 +127,12 @@ def test_a_killed_scoring_goes_on(inputs: tuple[Path, Path, list[str]], scored: 
     assert out.read_bytes() == scored.read_bytes()
     assert summary(out)["pairs_scored_in_this_run"] == len(lines(out)) - 2 * 5
     assert summary(out)["mean_chosen_logp"] == summary(scored)["mean_chosen_logp"]
+
+
+def test_every_rank_says_that_nothing_can_be_written(inputs: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    words = [*inputs[2], "parallel.pipeline=2"]
+    said = launch(2, score_where_nothing_can_be_written, words, tmp_path / "scores.jsonl")
+    assert said == ["no place for lines"] * 2
 
 
 def test_damaged_weights_are_found_before_the_data_is_read(

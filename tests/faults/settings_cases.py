@@ -16,6 +16,11 @@ def _notes(here: Path, _: Base) -> None:
     (here / "used" / "notes.txt").write_text("")
 
 
+def _blocked(here: Path, _: Base) -> None:
+    (here / "run" / ".config.yaml").mkdir(parents=True)
+    (here / "run" / "config.yaml").write_text("")
+
+
 CASES = [
     Case("unknown key", ("data.train_pth=x",), r"data\.train_pth=x: unknown key; did you mean data\.train_path\?"),
     Case("unknown group", ("dta.train_path=x",), r"dta\.train_path=x: unknown key; did you mean data\.train_path\?"),
@@ -85,6 +90,13 @@ CASES = [
         ("train.run_dir=HERE/used", "train.resume=auto"),
         r"train\.run_dir=HERE/used: holds files but no config\.yaml, so it is not .* of a run: choose another",
         _notes,
+    ),
+    Case(
+        "run directory that can't be written to",
+        ("train.run_dir=HERE/run", "train.resume=auto"),
+        r"HERE/run/\.config\.yaml: can't be written \(Is a directory\): make room, or choose another directory",
+        _blocked,
+        reads_weights=True,
     ),
     Case(
         "nothing to resume",

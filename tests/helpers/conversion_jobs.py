@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,9 +13,12 @@ from megadpo.checkpoint_files import find_checkpoint
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Dtype
 from megadpo.convert import export_checkpoint, import_model
+from megadpo.errors import MegaDPOError
 from megadpo.score_files import ScoreWriter
 from megadpo.scoring import run_scoring
 from megadpo.verification import verify
+from tests.helpers.fault_jobs import captured_log
+from tests.helpers.no_room import largest_file
 
 
 def import_hf(hf_dir: Path, out: Path, dtype: str | None = None) -> None:
@@ -26,8 +28,8 @@ def import_hf(hf_dir: Path, out: Path, dtype: str | None = None) -> None:
 
 def import_hf_without_room(hf_dir: Path, out: Path) -> None:
     """`import_hf` where no file may grow beyond 64 KiB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-    import_hf(hf_dir, out)
+    with largest_file(2**16):
+        import_hf(hf_dir, out)
 
 
 def export_hf(checkpoint: Path, out: Path) -> None:
@@ -43,9 +45,20 @@ def compare(hf_dir: Path, checkpoint: Path, pairs: Path | None = None) -> tuple[
     return equal, printed.getvalue()
 
 
-def score_pairs(words: list[str], output: Path) -> None:
-    """`score.py` on this rank."""
-    run_scoring(compose_config(words), output)
+def score_pairs(words: list[str], output: Path) -> str:
+    """`score.py` on this rank; what was logged."""
+    with captured_log() as log:
+        run_scoring(compose_config(words), output)
+    return "\n".join(log)
+
+
+def score_where_nothing_can_be_written(words: list[str], output: Path) -> str:
+    """The message that ends a `score_pairs` whose lines find no place."""
+    with mock.patch.object(ScoreWriter, "__init__", side_effect=MegaDPOError("no place for lines")):
+        try:
+            return score_pairs(words, output)
+        except MegaDPOError as error:
+            return str(error)
 
 
 def score_and_die(words: list[str], output: Path, groups: int) -> None:

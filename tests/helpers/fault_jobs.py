@@ -64,7 +64,7 @@ def start_each(starts: Sequence[Start]) -> dict[str, Outcome]:
 
 def _start(start: Start) -> Outcome:
     refused, text, before = False, "", _names(start.run_dir)
-    with _counted_reads() as reads, _captured_log() as log:
+    with _counted_reads() as reads, captured_log() as log:
         try:
             words = [word.replace("RANK", os.environ["RANK"]) for word in start.words]
             run_training(compose_config(words, check=check))
@@ -98,7 +98,7 @@ def _counted_reads() -> Iterator[list[str]]:
 
 
 @contextmanager
-def _captured_log() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """What is logged while the context is open."""
     lines: list[str] = []
 

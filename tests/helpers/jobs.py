@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 import megadpo.assembly
+import megadpo.run
 from megadpo.assembly import batch_shape
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import ReferenceMode
@@ -24,6 +27,7 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
+from megadpo.train_step import StepResult, train_step
 from tests.helpers.tokenized import tokenized_pairs
 
 
@@ -32,6 +36,17 @@ def train(overrides: list[str]) -> str:
     config = compose_config(overrides)
     validate(config, world_size=int(os.environ["WORLD_SIZE"]))
     return str(run_training(config))
+
+
+def train_while_a_directory_vanishes(overrides: list[str], directory: Path) -> str:
+    """`train`, with a directory that is removed before the first update."""
+
+    def update(*args: Any, **options: Any) -> StepResult:
+        shutil.rmtree(directory, ignore_errors=True)
+        return train_step(*args, **options)
+
+    with mock.patch.object(megadpo.run, "train_step", update):
+        return train(overrides)
 
 
 def train_in_environment(overrides: list[str], environment: dict[str, str]) -> str:

@@ -24,9 +24,9 @@ def recipe(tokenizer_dir: Path | str, *, skip_bad_rows: bool = False, keys: Keys
 def tokenized_pairs(path: Path | str, tokenizer_dir: Path | str, *, max_length: int = 2**30) -> list[TokenizedPair]:
     """The pairs that a run keeps of a file, in memory."""
     with tempfile.TemporaryDirectory() as cache:
-        directory = prepare_store(
+        prepared = prepare_store(
             [str(path)], recipe(tokenizer_dir), cache_dir=Path(cache), workers=1, report=lambda share, rows: None
         )
-        store = open_store(directory, [str(path)])
+        store = open_store(prepared)
         view = select_pairs(store, np.arange(len(store)), max_length=max_length, truncation="keep_start", name="test")
         return [TokenizedPair(p.index, p.prompt.copy(), p.chosen.copy(), p.rejected.copy(), p.where) for p in view]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"errors", "rank_logging"},
+    {"errors", "files", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
     {"device"},

@@ -33,7 +33,7 @@ def run_dir(tmp_path: Path) -> Path:
 def checkpoint(root: Path, step: int, settings: dict[str, str]) -> None:
     directory = step_directory(root, step)
     directory.mkdir(parents=True)
-    state = TrainingState(step=step, num_pairs=1, data_digest="", settings=settings)
+    state = TrainingState(step=step, num_pairs=1, data_digest="", vocab_size=401, settings=settings)
     (directory / "training.json").write_text(json.dumps(asdict(state)))
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint_files import ImportedModel, TrainingState, find_checkpoint, list_checkpoints, stored_dtype
+from megadpo.checkpoint_files import (
+    ImportedModel,
+    TrainingState,
+    find_checkpoint,
+    list_checkpoints,
+    stored_dtype,
+    stored_vocab_size,
+    trained_setting,
+)
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
 from megadpo.model_source import model_source, resolve_checkpoint
@@ -16,14 +24,14 @@ from megadpo.model_source import model_source, resolve_checkpoint
 
 def trained(directory: Path, *, dtype: str = "bf16") -> Path:
     directory.mkdir(parents=True)
-    state = TrainingState(step=1, num_pairs=2, data_digest="", settings={"precision.dtype": dtype})
+    state = TrainingState(step=1, num_pairs=2, data_digest="", vocab_size=401, settings={"precision.dtype": dtype})
     (directory / "training.json").write_text(json.dumps(asdict(state)))
     return directory
 
 
 def imported(directory: Path) -> Path:
     directory.mkdir(parents=True)
-    description = ImportedModel(source="model", dtype="fp32", megadpo_version="0")
+    description = ImportedModel(source="model", dtype="fp32", vocab_size=401, megadpo_version="0")
     (directory / "imported.json").write_text(json.dumps(asdict(description)))
     return directory
 
@@ -64,12 +72,41 @@ def test_latest_that_names_no_checkpoint_is_an_error(name: str, run_dir: Path) -
         find_checkpoint(run_dir)
 
 
+def test_a_path_that_cannot_be_followed_is_named(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"latest names '.*', .*: give the directory of one itself"):
+        find_checkpoint(run_dir)
+    with pytest.raises(CheckpointError, match=r"can't be looked up \(File name too long\): check"):
+        find_checkpoint(run_dir / ("x" * 300))
+
+
 def test_a_checkpoint_says_the_format_of_its_weights(tmp_path: Path) -> None:
     assert stored_dtype(trained(tmp_path / "a", dtype="bf16")) == "bf16"
     assert stored_dtype(imported(tmp_path / "b")) == "fp32"
-    (tmp_path / "b" / "imported.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"imported\.json can't be read"):
-        stored_dtype(tmp_path / "b")
+    assert stored_vocab_size(tmp_path / "a") == stored_vocab_size(tmp_path / "b") == 401
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"can't be read \(Expecting property name"),
+        (b"\xff{}", r"can't be read \('utf-8' codec can't decode byte 0xff"),
+        (b"[1]", r"must hold source \(str\), dtype \(str\), vocab_size \(int\), megadpo_version \(str\): it is"),
+        (b'{"source": "x", "dtype": "fp32"}', r"must hold .*or was written by another version"),
+        (b'{"source": "x", "dtype": "fp32", "vocab_size": "8", "megadpo_version": "0"}', r"must hold .*is damaged"),
+        (b'{"source": "x", "dtype": "fp8", "vocab_size": 8, "megadpo_version": "0"}', r"'fp8', it must be bf16 or fp"),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    imported(tmp_path / "x")
+    (tmp_path / "x" / "imported.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"imported\.json:? .*{message}.*: name another checkpoint, or copy"):
+        stored_dtype(tmp_path / "x")
+
+
+def test_a_setting_that_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"training\.json: its settings lack model\.name: name another"):
+        trained_setting(trained(tmp_path / "x"), "model.name")
 
 
 def test_the_source_of_a_configuration(run_dir: Path) -> None:
@@ -79,3 +116,10 @@ def test_the_source_of_a_configuration(run_dir: Path) -> None:
     source = model_source(resolve_checkpoint(config_from_yaml(yaml.format(f"checkpoint: {run_dir}"))).model)
     step = run_dir / "checkpoints" / "step_00000001"
     assert (source.hf_dir, source.checkpoint) == (step / "hf", step)
+
+
+def test_a_run_keeps_the_full_path_of_its_checkpoint(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir)
+    yaml = "{model: {name: hf, checkpoint: checkpoints}, data: {train_path: x}}"
+    resolved = resolve_checkpoint(config_from_yaml(yaml))
+    assert resolved.model.checkpoint == str(run_dir / "checkpoints" / "step_00000001")

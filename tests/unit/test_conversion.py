@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from megadpo.errors import ConversionError
+from megadpo.export import export_model
+from megadpo.models.conversion.compare import WeightDifference, different_weights
 from megadpo.models.conversion.load_save import (
     check_hf_weights,
-    copy_hf_side_files,
     export_hf_weights,
     load_hf_weights,
 )
@@ -29,8 +31,10 @@ from megadpo.models.conversion.mapping import (
     shard_plans,
 )
 from megadpo.models.conversion.safetensors_io import ShardedWriter
+from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.parallel.state import ParallelState
+from tests.helpers.no_room import largest_file
 from tests.helpers.tiny_models import FAMILIES, write_tiny_model
 
 LAYERS = 4
@@ -199,21 +203,6 @@ def test_fill_shard_names_a_wrong_shape(models: dict[str, Path]) -> None:
         fill_shard(plan, lambda *_: torch.zeros(256, 64), torch.zeros(512, 64))
 
 
-def test_side_files_are_copied_byte_for_byte(tmp_path: Path, models: dict[str, Path]) -> None:
-    copy_hf_side_files(models["llama"], tmp_path / "same", dtype=torch.float32)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "same" / name).read_bytes() == (models["llama"] / name).read_bytes()
-    assert (tmp_path / "same" / "chat_template.jinja").read_text() == (
-        models["llama"] / "chat_template.jinja"
-    ).read_text()
-    assert not list((tmp_path / "same").glob("*.safetensors"))
-    copy_hf_side_files(models["llama"], tmp_path / "other", dtype=torch.bfloat16)
-    original, changed = ((d / "config.json").read_text() for d in (models["llama"], tmp_path / "other"))
-    assert changed == original.replace('"dtype": "float32"', '"dtype": "bfloat16"') != original
-    with pytest.raises(ConversionError, match=r"config\.json does not exist"):
-        copy_hf_side_files(tmp_path, tmp_path / "x", dtype=torch.float32)
-
-
 def one_rank_chunk(arch: Architecture) -> StandIn:
     plans = shard_plans(arch, tp_rank=0, tp_size=1)
     if arch.tied_embeddings:
@@ -273,6 +262,7 @@ def test_several_files_of_mixed_dtypes_load_and_rounding_is_told(
     with ShardedWriter(tmp_path / "mixed", max_shard_bytes=60_000) as writer:
         for name, tensor in mixed.items():
             writer.add(name, tensor)
+        writer.finish()
     assert len(list((tmp_path / "mixed").glob("*.safetensors"))) > 5
     plans = shard_plans(arch, tp_rank=0, tp_size=1)
     for dtype, rounded, formats in ((torch.float32, [3], "F64"), (torch.bfloat16, [0, 2, 3], "F16, F32, F64")):
@@ -307,6 +297,40 @@ def test_head_beside_tied_embeddings_must_be_equal(tmp_path: Path, models: dict[
     other = write_changed(models["qwen2"], tmp_path / "other", {"lm_head.weight": head})
     with pytest.raises(ConversionError, match="tie_word_embeddings to false"):
         load_hf_weights([one_rank_chunk(arch)], arch, other, tp_rank=0, tp_size=1)
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_weights_are_compared_bit_by_bit_a_head_beside_tied_embeddings_too(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    arch, weights = read_architecture(models["qwen2"]), read_all(models["qwen2"])
+    norm, head = weights["model.norm.weight"], weights["model.embed_tokens.weight"].clone()
+    norm[:2] = torch.tensor([0.0, -0.0])
+    equal = write_changed(models["qwen2"], tmp_path / "a", {"model.norm.weight": norm, "lm_head.weight": head.clone()})
+    chunk = one_rank_chunk(arch)
+    load_hf_weights([chunk], arch, equal, tp_rank=0, tp_size=1)
+    norm[:2] = torch.tensor([-0.0, -0.0])
+    head[400, 63] += 0.5
+    other = write_changed(models["qwen2"], tmp_path / "b", {"model.norm.weight": norm, "lm_head.weight": head})
+
+    def differences(directory: Path) -> list[WeightDifference]:
+        return different_weights([chunk], arch, directory, stored=torch.float32, advance=lambda: None)
+
+    assert differences(equal) == []
+    assert sorted(differences(other)) == [
+        WeightDifference("lm_head.weight", 1, pytest.approx(0.5)),
+        WeightDifference("model.norm.weight", 1, 0.0),
+    ]
+
+
+def test_thousands_of_missing_weights_are_counted(tmp_path: Path, models: dict[str, Path]) -> None:
+    arch = replace(read_architecture(models["llama"]), num_layers=200)
+    with pytest.raises(ConversionError) as caught:
+        check_hf_weights(arch, models["llama"])
+    first, *lines = str(caught.value).splitlines()
+    missing = 9 * (200 - LAYERS)
+    assert f"{missing} weights don't fit" in first
+    assert (len(lines), lines[-1]) == (51, f"  and {missing - 50} more")
 
 
 def test_parameter_without_a_row_is_named(models: dict[str, Path]) -> None:
@@ -383,10 +407,28 @@ def refusals(root: Path, directory: Path, state: ParallelState) -> None:
         "  model.embed_tokens.weight holds NaN or infinite values",
         "  model.layers.3.mlp.down_proj.weight holds NaN or infinite values",
     ]
+    half = stand_in_chunks(arch, state, dtype=torch.float16)
+    with pytest.raises(ConversionError, match=r"q_proj\.weight holds values beyond the range of torch\.float16"):
+        load_hf_weights(half, arch, root / "large", tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     load_hf_weights(chunks, arch, directory, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     export_hf_weights(chunks, arch, root / "half", state=state, dtype=torch.float16)
     with pytest.raises(ConversionError, match="already holds model"):
         export_hf_weights(chunks, arch, root / "half", state=state)
+    no_room = r"full/\.export\.partial/0\.safetensors: can't be written .*: make room, or"
+    for limit in (300_000, 10**9):  # found in the middle, and with the last file
+        with largest_file(2**16), pytest.raises(ConversionError, match=no_room):
+            export_hf_weights(chunks, arch, root / "full", state=state, max_shard_bytes=limit)
+    occupied = r"occupied can't be made \(Directory not empty\): the complete model is in .*/\.occupied\.partial: move"
+    with pytest.raises(ConversionError, match=occupied):
+        export_model(
+            chunks,
+            arch,
+            read_side_files(directory),
+            root / "occupied",
+            state=state,
+            dtype=torch.float32,
+            card="",
+        )
     if state.pipeline_rank == 1:
         del chunks[0].get_submodule("decoder.final_layernorm").weight
     with pytest.raises(ConversionError, match=r"final_layernorm\.weight is on stages \[\] instead of one"):
@@ -398,6 +440,11 @@ def test_hf_to_megatron_to_hf_is_bit_equal_in_every_layout(tmp_path: Path, model
     poisoned["model.layers.3.mlp.down_proj.weight"][5, -1] = float("inf")
     poisoned["model.embed_tokens.weight"][0, 0] = float("nan")
     write_changed(models["llama"], tmp_path / "poisoned", poisoned)
+    large = read_all(models["llama"])
+    large["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e6
+    write_changed(models["llama"], tmp_path / "large", large)
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "precious").touch()
     # Forked from a process that has imported the slow things once.
     slow = ["megadpo.models.conversion.load_save", "tests.helpers.tiny_models", "pytest", "transformers.models.auto"]
     mp.get_context("forkserver").set_forkserver_preload(slow)
@@ -410,3 +457,6 @@ def test_hf_to_megatron_to_hf_is_bit_equal_in_every_layout(tmp_path: Path, model
     half = read_all(tmp_path / "half")
     assert all(torch.equal(half[name], tensor.half()) for name, tensor in read_all(models["llama"]).items())
     assert not (tmp_path / "incomplete").exists()
+    assert list((tmp_path / "full").iterdir()) == []
+    assert [path.name for path in (tmp_path / "occupied").iterdir()] == ["precious"]
+    assert read_all(tmp_path / ".occupied.partial").keys() == read_all(models["llama"]).keys()

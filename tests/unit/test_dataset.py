@@ -57,14 +57,14 @@ def test_a_row_goes_to_a_worker_undecoded(tmp_path: Path) -> None:
     assert parse_row(pickle.loads(pickle.dumps(row)), KEYS) == RawPair(0, f"{path}:1", "p", "c", "r")
 
 
-def test_the_first_row_that_shows_a_layout_fixes_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_layout_of_most_of_the_first_rows_is_the_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="megadpo")
     path = tmp_path / "d.jsonl"
     lines = ["{", "3", json.dumps({"chosen": 1}), *map(json.dumps, (STANDARD, CONVERSATIONAL, STANDARD))]
     path.write_text("\n".join(lines), encoding="utf-8")
     rows = list(iter_rows([str(path)], KEYS))
-    assert [row.layout for row in rows] == [None] * 3 + ["TRL standard"] * 3
-    problems = {0: "not valid JSON", 1: "a pair is a JSON object", 2: "no known layout", 4: "began as TRL standard"}
+    assert [row.layout for row in rows] == ["TRL standard"] * 6
+    problems = {0: "not valid JSON", 1: "a pair is a JSON object", 2: "lacks 'prompt'", 4: "began as TRL standard"}
     for row in rows:
         if row.index in problems:
             with pytest.raises(DataError, match=rf"d\.jsonl:{row.line}: .*{problems[row.index]}"):
@@ -72,6 +72,24 @@ def test_the_first_row_that_shows_a_layout_fixes_it(tmp_path: Path, caplog: pyte
         else:
             assert parse_row(row, KEYS).index == row.index  # bad rows keep their numbers
     assert logged(caplog) == [f"{path}: 6 rows, layout TRL standard"]
+
+
+def test_one_bad_row_at_the_start_does_not_spoil_the_others(tmp_path: Path) -> None:
+    """Without its prompt it looks like a row of another layout."""
+    path = write_jsonl(tmp_path / "d.jsonl", [{"chosen": "a b", "rejected": "a c"}, *[STANDARD] * 9])
+    first, *others = iter_rows([str(path)], KEYS)
+    assert all(parse_row(row, KEYS).prompt == "p" for row in others)
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the row lacks 'prompt'; the file's layout is TRL standard"):
+        parse_row(first, KEYS)
+
+
+def test_rows_before_the_place_where_a_source_breaks_come_first(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(f"[{json.dumps(STANDARD)}, {json.dumps(STANDARD)}, oops]", encoding="utf-8")
+    rows = iter_rows([str(path)], KEYS)
+    assert [next(rows).line, next(rows).line] == [1, 1]
+    with pytest.raises(DataError, match=r"d\.json:1: not valid JSON"):
+        next(rows)
 
 
 def test_a_file_without_a_layout_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

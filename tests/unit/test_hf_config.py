@@ -128,6 +128,11 @@ def test_default_rope_follows_its_formula() -> None:
         (LLAMA_3_70B, {"num_key_value_heads": 7}, ["num_key_value_heads = 7"]),
         (LLAMA_3_70B, {"num_key_value_heads": 0}, ["num_key_value_heads = 0 must be at least 1"]),
         (LLAMA_3_70B, {"num_attention_heads": 0}, ["num_attention_heads = 0 must be at least 1"]),
+        (
+            LLAMA_3_70B,
+            {"num_hidden_layers": 10**30},
+            ["num_hidden_layers = 1000000000000000000000000000000 must be at most"],
+        ),
         (MISTRAL_7B_V01, {}, ["sliding_window = 4096 must be null", "32768", "data.max_length <= 4096"]),
         (without(MISTRAL_7B_V01, "sliding_window"), {}, ["sliding_window = 4096 must be null"]),
         (MISTRAL_7B_V03, {"attention_bias": True}, ["attention_bias = true"]),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megadpo.errors import ConversionError
-from megadpo.models.conversion.load_save import copy_hf_side_files
 from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter
+from megadpo.models.conversion.side_files import read_side_files, write_side_files
 from tests.helpers.tiny_models import write_tiny_model
 
 
@@ -150,7 +150,8 @@ def test_writer_splits_and_transformers_reads(tmp_path: Path, models: dict[str, 
             for tensor_name, tensor in hf.items():
                 writer.add(tensor_name, tensor)
             assert not list(out.glob("*.safetensors*"))
-        copy_hf_side_files(models["llama"], out, dtype=torch.float32)
+            writer.finish()
+        write_side_files(read_side_files(models["llama"]), out, dtype=torch.float32)
         names = sorted(path.name for path in out.glob("*.safetensors"))
         assert not list(out.glob(".*"))
         assert files is None or names == files
@@ -182,4 +183,5 @@ def test_killed_export_leaves_nothing_that_looks_complete(tmp_path: Path) -> Non
         writer.add("c", torch.ones(2))
         with pytest.raises(ConversionError, match="c was written twice"):
             writer.add("c", torch.ones(2))
+        writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -87,6 +87,32 @@ def test_a_full_disk_says_how_to_go_on() -> None:
         ScoreWriter(Path("/dev/full")) as writer,
     ):
         writer.write([{"index": 0}])
+    with pytest.raises(MegaDPOError, match=r"none/scores\.jsonl: can't be written \(No such file .*\): make room, or"):
+        ScoreWriter(Path("none/scores.jsonl"))
+
+
+def test_damaged_files_of_a_scoring_are_named(tmp_path: Path) -> None:
+    files = ScoreFiles(tmp_path / "out.jsonl")
+    files.partial.mkdir()
+    identity = files.partial / "identity.json"
+    for content in (b"[]", b"{", b"\xff"):
+        identity.write_bytes(content)
+        with pytest.raises(MegaDPOError, match=r"identity\.json can't be read .*: remove it, and what it belongs"):
+            files.known_identity()
+    files.scores.write_text('{"index": 0}\n!\n')
+    with pytest.raises(MegaDPOError, match=r"scores\.jsonl:2: can't be read .*: remove .*out\.jsonl\.partial to start"):
+        list(files.read_scores())
+    files.output.touch()
+    files.summary.write_text('{"identity": 3}')
+    with pytest.raises(MegaDPOError, match=r"out\.summary\.json can't be read \(it holds a int where an object mu"):
+        files.known_identity()
+
+
+@pytest.mark.parametrize(("equal", "status"), [(True, 0), (False, 3)])
+def test_the_exit_status_of_verify(equal: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported.json").touch()
+    monkeypatch.setattr("megadpo.verification.verify", lambda *_, **__: equal)
+    assert convert.main(["verify", "--hf", "x", "--checkpoint", str(tmp_path)]) == status
 
 
 def test_a_place_that_cannot_be_written_to_is_named(
@@ -94,7 +120,8 @@ def test_a_place_that_cannot_be_written_to_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     assert convert.main(["import", "--hf", str(files[0]), "--out", str(tmp_path / "file" / "out")]) == 2
-    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+    said = f"{tmp_path / 'file' / '.out.partial'}: can't be written (Not a directory): make room, or choose another"
+    assert said in capsys.readouterr().err
 
 
 def test_a_directory_that_holds_something_is_not_written_to(

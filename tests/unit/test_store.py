@@ -151,6 +151,10 @@ def test_a_store_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache_dir must be on a file system that all ranks share"):
         PairStore(tmp_path / "absent", ["data.jsonl:"])
     write(tmp_path / "store", ROWS)
+    with (tmp_path / "store" / "tokens.bin").open("r+b") as file:
+        file.truncate(8)
+    with pytest.raises(DataError, match=r"tokens\.bin has 8 bytes, rows\.npy describes \d+ tokens\); data\.cache_dir"):
+        PairStore(tmp_path / "store", ["data.jsonl:"])
     (tmp_path / "store" / "rows.npy").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"Remove the directory if it is damaged"):
         PairStore(tmp_path / "store", ["data.jsonl:"])

@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megadpo.trackers import GuardedTracker, JsonlTracker, TensorBoardTracker, WandbTracker, open_trackers
+from tests.helpers.no_room import largest_file
 from tests.helpers.wandb_files import wandb_runs
 
 
@@ -213,17 +212,6 @@ def test_interrupts_pass_and_all_trackers_hear_that_the_run_failed() -> None:
     assert first.outcomes == second.outcomes == [True]
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing a file beyond `size` bytes fails, as on a full disk: the part that fits is written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer thread
 def test_a_full_disk_costs_lines_and_tears_none(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
     with open_trackers(["jsonl", "tensorboard"], tmp_path, resume_step=0, settings={}) as trackers:
@@ -295,6 +283,34 @@ def test_wandb_honours_its_environment(offline: Path, monkeypatch: pytest.Monkey
     track(offline, [(1, {"loss": 0.5})])
     (run,) = wandb_runs(tmp_path / "dir")
     assert (run["project"], run["name"], run["id"]) == ("theirs", "called", "given")
+
+
+def test_wandb_says_that_a_known_run_beats_the_environment(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    track(offline, [(1, {"loss": 0.5})])
+    (known,) = {run["id"] for run in wandb_runs(offline)}
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    wandb.teardown()
+    track(offline, [(2, {"loss": 0.5})], resume_step=1)
+    assert {run["id"] for run in wandb_runs(offline)} == {known}
+    state = offline / "wandb" / "resume.json"
+    (told,) = warnings()
+    assert told == (
+        f"WANDB_RUN_ID=given has no effect: this run goes on in its own W&B run {known}; "
+        f"remove {state} to leave that one"
+    )
+
+
+def test_wandb_names_the_state_it_cannot_read(offline: Path, warnings: Callable[[], list[str]]) -> None:
+    state = offline / "wandb" / "resume.json"
+    state.parent.mkdir()
+    state.write_text("[")
+    with open_trackers(["wandb"], offline, resume_step=0, settings={}):
+        pass
+    (told,) = warnings()
+    assert told.startswith(f"tracker wandb failed: {state} can't be read (JSONDecodeError")
+    assert "remove it, and a new W&B run begins" in told
 
 
 def test_wandb_hears_that_the_run_failed(offline: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from megadpo.data.dataset import Keys
 from megadpo.data.loader import epoch_order
-from megadpo.data.prepare import Recipe, available_cpus, open_store, prepare_store
+from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import select_pairs
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import configure_logging, silence_libraries
@@ -44,10 +44,10 @@ def main(arguments: list[str]) -> int:
         path = Path(directory) / "pairs.jsonl"
         _write_pairs(path, options.pairs, round(1000 * options.kilobytes))
         before = _peak_mib(resource.RUSAGE_SELF)
-        _tokenize(path, options.tokenizer, options.workers, Path(directory) / "tokens")
+        prepared = _tokenize(path, options.tokenizer, options.workers, Path(directory) / "tokens")
         after, worker = _peak_mib(resource.RUSAGE_SELF), _peak_mib(resource.RUSAGE_CHILDREN)
         print(f"peak memory: {after:.0f} MiB here ({before:.0f} before), {worker:.0f} MiB a worker")
-        _draw(path, Path(directory) / "tokens")
+        _draw(prepared)
         print(f"peak memory after drawing pairs: {_peak_mib(resource.RUSAGE_SELF):.0f} MiB")
     return 0
 
@@ -72,11 +72,11 @@ def _write_pairs(path: Path, pairs: int, characters: int) -> None:
     print(f"{pairs} pairs, {path.stat().st_size / _MIB:.0f} MiB")
 
 
-def _tokenize(path: Path, tokenizer: Path, workers: int, cache: Path) -> None:
+def _tokenize(path: Path, tokenizer: Path, workers: int, cache: Path) -> PreparedStore:
     recipe = Recipe(Keys(), tokenizer, date(2025, 1, 31), skip_bad_rows=False)
     started = time.perf_counter()
     with ProgressBar("tokenizing", total=100, visible=True) as bar:
-        store = prepare_store(
+        prepared = prepare_store(
             [str(path)],
             recipe,
             cache_dir=cache,
@@ -84,16 +84,17 @@ def _tokenize(path: Path, tokenizer: Path, workers: int, cache: Path) -> None:
             report=lambda share, rows: bar.tell(round(100 * share), f"{rows} pairs"),
         )
     seconds = time.perf_counter() - started
-    rows = len(open_store(store, [str(path)]))
-    tokens = (store / "tokens.bin").stat().st_size / 4
+    rows = len(open_store(prepared))
+    tokens = (prepared.directory / "tokens.bin").stat().st_size / 4
     speed = f"{rows / seconds:.0f} pairs/s, {tokens / seconds:.0f} tokens/s"
     print(f"tokenized in {seconds:.1f} s with {workers} workers: {speed}")
+    return prepared
 
 
-def _draw(path: Path, cache: Path) -> None:
+def _draw(prepared: PreparedStore) -> None:
     """Opens the store as every rank does, and draws 100 global batches of 64 pairs in shuffled order."""
     started = time.perf_counter()
-    store = open_store(next(cache.iterdir()), [str(path)])
+    store = open_store(prepared)
     pairs = select_pairs(store, np.arange(len(store)), max_length=2048, truncation="keep_start", name="bench")
     opened = time.perf_counter()
     order = epoch_order(len(pairs), seed=0, epoch=0, shuffle=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +14,7 @@ from typing import Protocol, cast
 import torch
 import torch.distributed as dist
 
-from megadpo.errors import ConversionError
+from megadpo.errors import ConversionError, listing
 from megadpo.models.conversion.families import LM_HEAD
 from megadpo.models.conversion.mapping import (
     ShardPlan,
@@ -29,7 +27,7 @@ from megadpo.models.conversion.mapping import (
 )
 from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter, TensorHeader
 from megadpo.models.hf_config import Architecture
-from megadpo.parallel.collectives import broadcast_from_main
+from megadpo.parallel.collectives import broadcast_from_main, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
 
@@ -38,22 +36,6 @@ _log = get_logger(__name__)
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 # Formats as safetensors spells them.
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Files beside the weights that say how to use them.
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_TEMPLATE_DIR = "additional_chat_templates"
 
 
 class _NumberedLayer(Protocol):
@@ -89,10 +71,10 @@ def load_hf_weights(
         problems: list[str] = []
         for name, parameter in global_parameters(model_chunks):
             plan = _plan(plans, name, arch)
-            fill_shard(plan, partial(_read_finite, reader, problems), parameter)
+            fill_shard(plan, partial(_read_finite, reader, problems, parameter.dtype), parameter)
             if arch.tied_embeddings and LM_HEAD.name in reader.headers and name == "embedding.word_embeddings.weight":
                 problems += _unequal_head(plan, reader)
-    _raise_on_all(problems, hf_dir)
+    _raise_on_all(problems, f"{hf_dir}: these weights cannot be trained; give other ones")
 
 
 def export_hf_weights(
@@ -109,54 +91,28 @@ def export_hf_weights(
     The weights of data-parallel rank 0 are cast to `dtype` (None keeps the parameters' own), gathered over the tensor
     group one parameter at a time, and sent stage by stage to the main rank, which writes them in table order. Extra
     memory: one parameter twice (its shards and their merger) on tensor rank 0 of each stage, and one output file on the
-    main rank. `out_dir` must hold no weights yet. Returns on all ranks when the files are complete.
+    main rank. `out_dir` must hold no weights yet. Returns on all ranks when the files are complete, or raises the same
+    ConversionError on each.
     """
     mine = dict(global_parameters(model_chunks))
     plans = [shard_plans(arch, tp_rank=rank, tp_size=state.tensor_size) for rank in range(state.tensor_size)]
     stages = _stage_of_each(arch, mine, plans[0], state, dtype)
     with ExitStack() as stack:
         writer = _open_writer(stack, out_dir, max_shard_bytes, state)
+        problems: list[str] = []
         for name, (stage, wire_dtype) in stages.items() if state.data_rank == 0 else ():
             rank_plans = [by_name[name] for by_name in plans]
             merged: dict[str, torch.Tensor] | None = None
             if stage == state.pipeline_rank:
-                merged = _gather(rank_plans, mine[name].detach().to(wire_dtype), state)
+                merged = _gather(rank_plans, mine[name].detach().to(wire_dtype), state, problems)
             if stage != 0 and state.tensor_rank == 0:
                 device = next(iter(mine.values())).device
                 merged = _to_first_stage(merged, rank_plans[0], stage, wire_dtype, device, state)
-            if writer is not None and merged is not None:
-                for hf_name, tensor in merged.items():
-                    writer.add(hf_name, tensor)
-    dist.barrier()
-
-
-def copy_hf_side_files(src: Path | str, dst: Path | str, *, dtype: torch.dtype) -> None:
-    """Copies configuration, tokenizer, chat templates and generation defaults from `src` to `dst`, byte for byte.
-
-    One exception: where `config.json` names another dtype than `dtype`, that of the exported weights, the value of
-    that field alone is changed. Call it on one rank. Needs a `config.json` in `src`; other files are optional.
-    """
-    src, dst = Path(src), Path(dst)
-    if not (src / "config.json").is_file():
-        raise ConversionError(f"{src / 'config.json'} does not exist; name the directory that the model came from")
-    dst.mkdir(parents=True, exist_ok=True)
-    for name in _SIDE_FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
-    if (src / _TEMPLATE_DIR).is_dir():
-        shutil.copytree(src / _TEMPLATE_DIR, dst / _TEMPLATE_DIR, dirs_exist_ok=True)
-    original = (src / "config.json").read_bytes()
-    (dst / "config.json").write_bytes(_with_dtype(original, str(dtype).removeprefix("torch.")))
-
-
-def _with_dtype(config: bytes, dtype: str) -> bytes:
-    """The JSON text with the value of its `dtype` (older: `torch_dtype`) field replaced, all else untouched."""
-    fields = json.loads(config)
-    for key in ("dtype", "torch_dtype"):
-        if fields.get(key) not in (None, dtype):
-            pattern = rb'("' + key.encode() + rb'"\s*:\s*)' + re.escape(json.dumps(fields[key]).encode())
-            config = re.sub(pattern, rb'\g<1>"' + dtype.encode() + rb'"', config)
-    return config
+            if writer is not None and merged is not None and not problems:
+                problems += _add(writer, merged)
+        # Only now: a rank that left the loop early would leave its peers waiting in it.
+        _raise_on_all(problems, f"{out_dir}: the model can't be exported")
+        on_main(partial(_finish, writer))
 
 
 def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -184,10 +140,9 @@ def _check_headers(arch: Architecture, headers: Mapping[str, TensorHeader], hf_d
         if header.dtype not in _FLOAT_DTYPES
     ]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConversionError(
             f"{hf_dir}: {len(problems)} weights don't fit its config.json; download the model again, or bring the "
-            f"config.json that its weights were saved with:\n{listed}"
+            f"config.json that its weights were saved with:\n{listing(problems)}"
         )
 
 
@@ -207,12 +162,17 @@ def _warn_of_rounding(
         )
 
 
-def _read_finite(reader: SafetensorsReader, problems: list[str], name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-    """The piece of a tensor; adds a line to `problems` where a value is NaN or infinite."""
+def _read_finite(
+    reader: SafetensorsReader, problems: list[str], dtype: torch.dtype, name: str, slices: tuple[slice, ...]
+) -> torch.Tensor:
+    """The piece of a tensor; adds a line to `problems` where a value is NaN or infinite, or would be in `dtype`."""
     piece = reader.read(name, slices)
     # The extremes are NaN where any value is; isfinite would take several times the piece in memory and 50 x as long.
-    if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(piece)):
+    extremes = [abs(extreme.item()) for extreme in torch.aminmax(piece)]
+    if not all(math.isfinite(extreme) for extreme in extremes):
         problems.append(f"{name} holds NaN or infinite values")
+    elif max(extremes) > torch.finfo(dtype).max:
+        problems.append(f"{name} holds values beyond the range of {dtype}; take precision.dtype=fp32 or other weights")
     return piece
 
 
@@ -228,14 +188,13 @@ def _unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
     ]
 
 
-def _raise_on_all(problems: Sequence[str], hf_dir: Path | str) -> None:
+def _raise_on_all(problems: Sequence[str], what: str) -> None:
     """Raises one ConversionError on every rank where any rank has found a problem; one all-gather over the world."""
     found: list[Sequence[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, problems)
-    every = dict.fromkeys(line for lines in found for line in lines)
+    every = list(dict.fromkeys(line for lines in found for line in lines))
     if every:
-        listed = "\n".join(f"  {line}" for line in every)
-        raise ConversionError(f"{hf_dir}: these weights cannot be trained; give other ones:\n{listed}")
+        raise ConversionError(f"{what}:\n{listing(every)}")
 
 
 def _stage_of_each(
@@ -254,8 +213,7 @@ def _stage_of_each(
     problems = [f"{name} is on stages {stages} instead of one" for name, stages in owners.items() if len(stages) != 1]
     problems += [f"{name} has no row in the table" for names in held for name in names if name not in plans]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConversionError(f"the model is not a whole {arch.family} model:\n{listed}")
+        raise ConversionError(f"the model is not a whole {arch.family} model:\n{listing(problems)}")
     return {name: (stage, held[stage][name]) for name, (stage,) in owners.items()}
 
 
@@ -267,7 +225,7 @@ def _open_writer(
     if state.is_main:
         try:
             writer = stack.enter_context(ShardedWriter(out_dir, max_shard_bytes=max_shard_bytes))
-        except (ConversionError, OSError) as error:
+        except ConversionError as error:
             failure = str(error)
     failure = broadcast_from_main(failure)
     if failure is not None:
@@ -275,8 +233,28 @@ def _open_writer(
     return writer
 
 
-def _gather(plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelState) -> dict[str, torch.Tensor] | None:
-    """Whole Hugging Face tensors of one parameter on tensor rank 0, None on the others."""
+def _add(writer: ShardedWriter, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Hands whole tensors to the writer; what it could not do with them."""
+    try:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    except ConversionError as error:
+        return [str(error)]
+    return []
+
+
+def _finish(writer: ShardedWriter | None) -> None:
+    if writer is not None:
+        writer.finish()
+
+
+def _gather(
+    plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelState, problems: list[str]
+) -> dict[str, torch.Tensor] | None:
+    """Whole Hugging Face tensors of one parameter on tensor rank 0, None on the others.
+
+    Adds a line to `problems` where the ranks hold different values of what they must hold alike.
+    """
     shard = shard.contiguous()
     if state.tensor_size == 1:
         return merge_shards(plans, [shard])
@@ -285,7 +263,7 @@ def _gather(plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelStat
     if shards is None:
         return None
     if plans[0].replicated and not all(torch.equal(shards[0], other) for other in shards[1:]):
-        raise ConversionError(
+        problems.append(
             f"{plans[0].megatron_name} differs between tensor-parallel ranks, which must hold the same: training has "
             "gone wrong, and there is no one model to export"
         )

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megadpo.errors import ConversionError
+from megadpo.errors import ConversionError, listing
+from megadpo.files import writing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -99,10 +100,9 @@ def _read_weight_map(directory: Path) -> dict[str, str] | None:
         raise ConversionError(f"{index} has no weight_map from tensor names to files; download it again")
     outside = [f"{name}: {file!r}" for name, file in weight_map.items() if not _is_file_name(file)]
     if outside:
-        listed = "\n".join(f"  {line}" for line in outside)
         raise ConversionError(
             f"{index} names files that don't lie beside it; each must be the bare name of a .safetensors file in the "
-            f"same directory. Don't trust this download:\n{listed}"
+            f"same directory. Don't trust this download:\n{listing(outside)}"
         )
     return weight_map
 
@@ -163,15 +163,15 @@ def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[st
             problems.append(f"{name} is in {headers[name].file}, the index says {file}")
     problems += [f"{name} in {headers[name].file} is not in the index" for name in headers if name not in weight_map]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConversionError(f"{index} contradicts the files beside it; download both again:\n{listed}")
+        raise ConversionError(f"{index} contradicts the files beside it; download both again:\n{listing(problems)}")
 
 
 class ShardedWriter:
     """Writes tensors in the order they are added, in files of at most `max_shard_bytes` (a larger tensor has its own).
 
-    A context manager. Files grow in a hidden folder inside `directory`, and move into place on a clean exit, the index
-    last: an export that was killed never looks complete. At most one file's tensors are held in memory.
+    A context manager. Files grow in a hidden folder inside `directory`, and move into place when `finish` is called,
+    the index last: an export that was killed never looks complete. At most one file's tensors are held in memory. What
+    can't be written is a ConversionError.
     """
 
     def __init__(self, directory: Path | str, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -188,7 +188,8 @@ class ShardedWriter:
             raise ConversionError(f"{self._directory} already holds {existing[0]}; remove it or name another directory")
         # What a killed export left behind.
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        with writing(self._partial, ConversionError):
+            self._partial.mkdir(parents=True)
 
     def __enter__(self) -> ShardedWriter:
         return self
@@ -196,9 +197,7 @@ class ShardedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish()
-        shutil.rmtree(self._partial)
+        shutil.rmtree(self._partial, ignore_errors=True)  # gone already when all is finished
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Takes `tensor` over: it must not be changed before the writer is closed."""
@@ -214,13 +213,25 @@ class ShardedWriter:
 
     def _flush(self) -> None:
         path = self._partial / f"{self._flushed}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        _fsync(path)
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+            _fsync(path)
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(
+                f"{path}: can't be written ({error}): make room, or choose another directory"
+            ) from error
         self._flushed += 1
         self._pending, self._pending_bytes = {}, 0
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Writes what is left and moves all files into place."""
         self._flush()
+        with writing(self._directory, ConversionError):
+            self._move_into_place()
+            self._partial.rmdir()
+            _fsync(self._directory)
+
+    def _move_into_place(self) -> None:
         count = self._flushed
         files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         for number, file in enumerate(files if count > 1 else [SINGLE_FILE]):
@@ -232,7 +243,6 @@ class ShardedWriter:
             index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _fsync(index)
             os.replace(index, self._directory / INDEX_FILE)
-        _fsync(self._directory)
 
 
 def _fsync(path: Path) -> None:

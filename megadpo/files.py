@@ -1,0 +1,36 @@
+"""Files that are written whole or not at all, and errors of writing that say what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megadpo.errors import MegaDPOError
+
+
+@contextmanager
+def writing(place: Path, kind: type[MegaDPOError] = MegaDPOError) -> Iterator[None]:
+    """Turns an OSError of the context, which writes `place`, into a `kind` that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"{error.filename or place}: can't be written ({error.strerror or error}): make room, or choose another "
+            "directory"
+        ) from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a text file by rename, on disk before it has its name: a reader sees the old text or the new one.
+
+    MegaDPOError where it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}")
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
