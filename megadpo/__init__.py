@@ -10,6 +10,7 @@ The map of the house, in the order in which a preference pair walks through it. 
     device                  the one file that says torch.cuda; lets Megatron-Core run on CPU
     parallel/               process groups of a layout, and the collectives of this project
     attention_plan          which key ranges each segment of a packed stream attends to
+    flops                   what a pair costs, from true lengths
     logprobs, losses        fused log-probabilities of response tokens; the loss of a pair
     metrics                 values and the reduction that each declares
     data/                   sources -> pairs -> token ids on disk -> microbatches -> packed batches

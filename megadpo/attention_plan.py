@@ -8,7 +8,6 @@ which the second response's segment also sees the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 Range = tuple[int, int]
@@ -55,13 +54,3 @@ def _check_key_ranges(segment: Segment) -> None:
         raise ValueError(f"an early key range of {segment} reaches into its queries: they would see their future")
     if not segment.key_ranges or seen != segment.stop or segment.key_ranges[-1][0] > segment.start:
         raise ValueError(f"the last key range of {segment} is not aligned with its queries")
-
-
-def packed_plan(lengths: Sequence[int]) -> AttentionPlan:
-    """The plan of independent causal sequences of the given lengths, laid one after the other."""
-    segments, position = [], 0
-    for length in lengths:
-        span = (position, position + length)
-        segments.append(Segment(*span, key_ranges=(span,)))
-        position += length
-    return AttentionPlan(num_tokens=position, segments=tuple(segments))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megadpo.config.schema import Config, OnError
+from megadpo.config.schema import Config, DataConfig, OnError
 from megadpo.data.dataset import Keys, validation_rows
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
@@ -61,7 +61,7 @@ class Datasets:
             "sets": {
                 name: {
                     **asdict(view.counts),
-                    "tokens": int(view.stream_lengths.sum()),
+                    "tokens": int(view.stream_lengths(share_prompt=False).sum()),
                     "longest_sequence": view.longest_sequence,
                     "digest": view.digest,
                 }
@@ -142,7 +142,7 @@ def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path,
     for store in stores.values():
         _log_findings(store.about)
     train = views.pop(_TRAIN)
-    _warn_oversized(train, data.tokens_per_microbatch)
+    _warn_oversized(train, data)
     if global_rank() == 0:
         logger.info(
             "the first training pair as the model sees it:\n%s", describe_pair(train[0], load_tokenizer(tokenizer_dir))
@@ -192,8 +192,9 @@ def _log_findings(about: About) -> None:
         )
 
 
-def _warn_oversized(train: PairView, budget: int) -> None:
-    oversized = int((train.stream_lengths > budget).sum())
+def _warn_oversized(train: PairView, data: DataConfig) -> None:
+    budget = data.tokens_per_microbatch
+    oversized = int((train.stream_lengths(share_prompt=data.share_prompt) > budget).sum())
     if oversized:
         logger.warning(
             "%d of %d pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "

@@ -125,6 +125,7 @@ _FREE = (
     "train.eval_every",
     "train.save_every",
     "data.tokens_per_microbatch",
+    "data.share_prompt",
     "data.train_path",
     "data.validation_path",
     "data.cache_dir",

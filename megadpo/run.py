@@ -93,6 +93,8 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
             shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
             tokens_per_microbatch=config.data.tokens_per_microbatch,
             pad_token_id=datasets.pad_token_id,
+            share_prompt=config.data.share_prompt,
+            flop_rates=arch.flop_rates,
         ),
     )
     total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch

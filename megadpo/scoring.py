@@ -90,6 +90,8 @@ def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: 
             shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
             tokens_per_microbatch=config.data.tokens_per_microbatch,
             pad_token_id=datasets.pad_token_id,
+            share_prompt=config.data.share_prompt,
+            flop_rates=arch.flop_rates,
         )
         started = time.perf_counter()
         batches = evaluation_batches(pairs, group_size=group_size, builder=builder, first=done)
@@ -195,7 +197,7 @@ def _finish(files: ScoreFiles, identity: dict[str, Any], datasets: Datasets, sco
         "mean_chosen_logp": chosen / counts.kept,
         "mean_rejected_logp": rejected / counts.kept,
         "share_chosen_higher": higher / counts.kept,
-        "tokens": int(datasets.train.stream_lengths.sum()),
+        "tokens": int(datasets.train.stream_lengths(share_prompt=False).sum()),
         "scored_tokens": scored_tokens,
         "pairs_scored_in_this_run": scored,
         "seconds": seconds,

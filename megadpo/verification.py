@@ -63,7 +63,7 @@ def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs
         same_model = same_files and not different
         if not pairs:
             return same_model
-        scores = _checkpoint_logps(chunks, pairs, state, device)
+        scores = _checkpoint_logps(chunks, arch, pairs, state, device)
         del chunks  # transformers' model is about to need the room
         same_logps = on_main(lambda: _compare_logps(hf_dir, stored, pairs, scores), patience_s=_PATIENCE_S)
         return same_logps and same_model
@@ -148,11 +148,21 @@ def _can_be_scored(pair: TokenizedPair, most: int) -> bool:
 
 
 def _checkpoint_logps(
-    chunks: Sequence[PolicyModel], pairs: Sequence[TokenizedPair], state: ParallelState, device: Device
+    chunks: Sequence[PolicyModel],
+    arch: Architecture,
+    pairs: Sequence[TokenizedPair],
+    state: ParallelState,
+    device: Device,
 ) -> dict[int, tuple[float, float]]:
     """{pair index: (chosen, rejected)} under the checkpoint, on every rank."""
     shape = batch_shape(state, sequence_parallel=False)
-    builder = BatchBuilder(shape=shape, tokens_per_microbatch=_TOKENS_PER_MICROBATCH, pad_token_id=0)
+    builder = BatchBuilder(
+        shape=shape,
+        tokens_per_microbatch=_TOKENS_PER_MICROBATCH,
+        pad_token_id=0,
+        share_prompt=True,
+        flop_rates=arch.flop_rates,
+    )
     batch = builder.build(pairs)
     return dict(zip(batch.pair_indices, score_batch(chunks, batch, state, device), strict=True))
 

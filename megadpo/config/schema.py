@@ -139,6 +139,9 @@ class DataConfig:
     workers: int | None = None
     """Processes that tokenize large sets, >= 1. Null: one for each CPU of rank 0's machine, at most 32."""
 
+    share_prompt: bool = True
+    """Put a pair's prompt through the model once, for both responses: exact, and cheaper wherever prompts are long."""
+
     tokens_per_microbatch: int = 8192
     """Token budget of one packed stream, >= 1. More fills the device better and takes more activation memory."""
 

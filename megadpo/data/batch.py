@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadpo.attention_plan import AttentionPlan, packed_plan
+from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.tokenization import TokenizedPair
 
 Number = TypeVar("Number", int, npt.NDArray[np.int64])
@@ -56,55 +56,86 @@ class PreferenceBatch:
         )
 
 
-def stream_tokens(prompt: Number, chosen: Number, rejected: Number) -> Number:
-    """Tokens that a pair of such lengths takes in a stream: prompt · chosen, then prompt · rejected."""
-    return 2 * prompt + chosen + rejected
+def stream_tokens(prompt: Number, chosen: Number, rejected: Number, *, share_prompt: bool) -> Number:
+    """Tokens that a pair of such lengths takes in a stream: with its prompt once, or before each response."""
+    return prompt + chosen + rejected if share_prompt else 2 * prompt + chosen + rejected
 
 
-def stream_length(pair: TokenizedPair) -> int:
+def stream_length(pair: TokenizedPair, *, share_prompt: bool) -> int:
     """Tokens that a pair takes in a stream."""
-    return stream_tokens(len(pair.prompt), len(pair.chosen), len(pair.rejected))
+    return stream_tokens(len(pair.prompt), len(pair.chosen), len(pair.rejected), share_prompt=share_prompt)
 
 
-def build_batch(pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int) -> PreferenceBatch:
+def build_batch(
+    pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int, share_prompt: bool
+) -> PreferenceBatch:
     """The batch of `pairs` in a stream of `num_tokens` rows, the surplus filled with a masked tail segment.
 
-    Every sequence is prompt · response with positions from 0; a response token at row r is predicted by row r − 1.
+    With `share_prompt` a pair is prompt · chosen · rejected, where rejected sees the prompt and itself and its
+    positions go on from the prompt's; without, it is the two sequences prompt · chosen and prompt · rejected.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    sequence_index: list[int] = []
-    response_tokens = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
-    for pair_index, pair in enumerate(pairs):
+    stream = _Stream()
+    for index, pair in enumerate(pairs):
         if not len(pair.prompt):
             raise ValueError(f"pair {pair.index} has no prompt token, so nothing predicts its responses' first ones")
-        for sequence, response in ((pair_index, pair.chosen), (len(pairs) + pair_index, pair.rejected)):
-            first = len(tokens) + len(pair.prompt) - 1
-            rows.extend(range(first, first + len(response)))
-            targets.extend(response.tolist())
-            sequence_index.extend([sequence] * len(response))
-            length = len(pair.prompt) + len(response)
-            tokens.extend(pair.prompt.tolist())
-            tokens.extend(response.tolist())
-            positions.extend(range(length))
-            lengths.append(length)
-    padding = num_tokens - len(tokens)
+        _add_pair(stream, pair, (index, len(pairs) + index), share_prompt=share_prompt)
+    padding = num_tokens - stream.length
     if padding < 0:
-        raise ValueError(f"{len(tokens)} tokens do not fit a stream of {num_tokens}")
+        raise ValueError(f"{stream.length} tokens do not fit a stream of {num_tokens}")
     if padding:
-        tokens.extend([pad_token_id] * padding)
-        positions.extend(range(padding))
-        lengths.append(padding)
+        start = stream.append(np.full(padding, pad_token_id), first_position=0)
+        stream.segments.append(Segment(start, num_tokens, key_ranges=((start, num_tokens),)))
+    response_tokens = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
     return PreferenceBatch(
-        tokens_1T=torch.tensor([tokens], dtype=torch.long),
-        positions_T=torch.tensor(positions, dtype=torch.long),
-        plan=packed_plan(lengths),
-        response_rows_N=torch.tensor(rows, dtype=torch.long),
-        targets_N=torch.tensor(targets, dtype=torch.long),
-        sequence_index_N=torch.tensor(sequence_index, dtype=torch.long),
+        tokens_1T=_joined(stream.tokens)[None],
+        positions_T=_joined(stream.positions),
+        plan=AttentionPlan(num_tokens=num_tokens, segments=tuple(stream.segments)),
+        response_rows_N=_joined(stream.response_rows),
+        targets_N=_joined(stream.targets),
+        sequence_index_N=_joined(stream.sequence_index),
         response_tokens_S=torch.tensor(response_tokens, dtype=torch.long),
         pair_indices=tuple(pair.index for pair in pairs),
     )
+
+
+class _Stream:
+    """A stream that grows: pieces of what a PreferenceBatch holds, to be joined at the end."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.response_rows: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.sequence_index: list[np.ndarray] = []
+
+    def append(self, ids: np.ndarray, *, first_position: int) -> int:
+        """Adds tokens whose positions ascend; the row of the first."""
+        start = self.length
+        self.tokens.append(ids)
+        self.positions.append(np.arange(first_position, first_position + len(ids)))
+        self.length += len(ids)
+        return start
+
+
+def _add_pair(stream: _Stream, pair: TokenizedPair, sequences: tuple[int, int], *, share_prompt: bool) -> None:
+    prompt_start = -1
+    for sequence, response in zip(sequences, (pair.chosen, pair.rejected), strict=True):
+        start = stream.length
+        if prompt_start < 0 or not share_prompt:
+            prompt_start = stream.append(pair.prompt, first_position=0)
+        prompt = (prompt_start, prompt_start + len(pair.prompt))
+        response_start = stream.append(response, first_position=len(pair.prompt))
+        own = (start, stream.length)
+        stream.segments.append(Segment(*own, key_ranges=(own,) if start == prompt_start else (prompt, own)))
+        # The prompt's last row predicts the first token of each response that it stands before.
+        rows = np.arange(response_start - 1, stream.length - 1)
+        rows[:1] = prompt[1] - 1
+        stream.response_rows.append(rows)
+        stream.targets.append(response)
+        stream.sequence_index.append(np.full(len(response), sequence))
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64, copy=False))

@@ -13,6 +13,7 @@ import numpy as np
 from megadpo.data.batch import PreferenceBatch, build_batch, stream_length
 from megadpo.data.schedule import StepSchedule, schedule_step
 from megadpo.data.tokenization import TokenizedPair
+from megadpo.flops import FlopRates, pair_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,28 @@ class BatchShape:
 class BatchBuilder:
     """Builds global batches from lists of pairs, for one layout and one token budget."""
 
-    def __init__(self, *, shape: BatchShape, tokens_per_microbatch: int, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        *,
+        shape: BatchShape,
+        tokens_per_microbatch: int,
+        pad_token_id: int,
+        share_prompt: bool,
+        flop_rates: FlopRates,
+    ) -> None:
         self.shape = shape
         self.tokens_per_microbatch = tokens_per_microbatch
         self.pad_token_id = pad_token_id
+        self.share_prompt = share_prompt
+        self.flop_rates = flop_rates
 
     def build(self, pairs: Sequence[TokenizedPair]) -> GlobalBatch:
         """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted."""
         shape = self.shape
-        lengths = [stream_length(pair) for pair in pairs]
+        lengths = [stream_length(pair, share_prompt=self.share_prompt) for pair in pairs]
         schedule = schedule_step(
             lengths,
+            [self._flops(pair) for pair in pairs],
             budget=self.tokens_per_microbatch,
             data_parallel=shape.data_size,
             microbatch_multiple=shape.microbatch_multiple,
@@ -69,14 +81,23 @@ class BatchBuilder:
         own_bins = schedule.bins_by_rank[shape.data_rank]
         return GlobalBatch(
             microbatches=tuple(
-                build_batch([pairs[i] for i in members], num_tokens=width, pad_token_id=self.pad_token_id)
+                build_batch(
+                    [pairs[i] for i in members],
+                    num_tokens=width,
+                    pad_token_id=self.pad_token_id,
+                    share_prompt=self.share_prompt,
+                )
                 for members, width in zip(own_bins, widths[shape.data_rank], strict=True)
             ),
             pair_indices=tuple(pair.index for pair in pairs),
-            logical_tokens=sum(lengths),
+            logical_tokens=sum(stream_length(pair, share_prompt=False) for pair in pairs),
             computed_tokens=sum(map(sum, widths)),
             stream_tokens=max(map(max, widths)),
         )
+
+    def _flops(self, pair: TokenizedPair) -> int:
+        lengths = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
+        return pair_flops(self.flop_rates, *lengths, share_prompt=self.share_prompt)
 
     def _stream_widths(self, schedule: StepSchedule, lengths: Sequence[int]) -> list[list[int]]:
         """Stream length of every rank's every microbatch."""

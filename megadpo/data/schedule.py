@@ -45,18 +45,43 @@ def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
     return sorted(tuple(sorted(members)) for members in bins)
 
 
-def schedule_step(
-    lengths: Sequence[int], *, budget: int, data_parallel: int, microbatch_multiple: int = 1
-) -> StepSchedule:
-    """The schedule of one global batch: bins dealt to `data_parallel` ranks in turn, topped up with empty ones.
+def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions 0…n−1 shared among `ranks`, n // ranks or one more to each, so that the totals of costs are alike.
 
-    `microbatch_multiple`: the number of microbatches a rank runs is a multiple of it (the interleaved pipeline schedule
-    asks for a multiple of the pipeline size); every rank runs at least one.
+    The costliest first, each to the rank that has least so far (ties: the first) and may take another. A rank's
+    positions ascend.
+    """
+    least, larger_hands = divmod(len(costs), ranks)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        room = least + (larger_hands > 0)
+        rank = min((r for r in range(ranks) if len(hands[r]) < room), key=lambda r: (totals[r], r))
+        larger_hands -= len(hands[rank]) == least
+        hands[rank].append(position)
+        totals[rank] += costs[position]
+    return [sorted(hand) for hand in hands]
+
+
+def schedule_step(
+    lengths: Sequence[int],
+    costs: Sequence[int],
+    *,
+    budget: int,
+    data_parallel: int,
+    microbatch_multiple: int = 1,
+) -> StepSchedule:
+    """The schedule of one global batch: bins dealt to `data_parallel` ranks by cost, topped up with empty ones.
+
+    `costs` are the pairs' FLOPs, in any unit. `microbatch_multiple`: the number of microbatches a rank runs is a
+    multiple of it (the interleaved pipeline schedule asks for a multiple of the pipeline size); every rank runs at
+    least one.
     """
     bins = pack_pairs(lengths, budget)
     per_rank = max(1, -(-len(bins) // data_parallel))
     per_rank = -(-per_rank // microbatch_multiple) * microbatch_multiple
-    dealt = [bins[rank::data_parallel] for rank in range(data_parallel)]
+    hands = deal([sum(costs[i] for i in members) for members in bins], data_parallel)
+    dealt = [[bins[position] for position in hand] for hand in hands]
     return StepSchedule(
         bins_by_rank=tuple(tuple(own) + ((),) * (per_rank - len(own)) for own in dealt),
         stream_tokens=max((sum(lengths[i] for i in members) for members in bins), default=0),

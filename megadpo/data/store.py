@@ -223,12 +223,11 @@ class PairView(Sequence[TokenizedPair]):
             where=self._store.where(row),
         )
 
-    @property
-    def stream_lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens that each pair takes in a stream."""
+    def stream_lengths(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
+        """Tokens that each pair takes in a stream; without sharing, its logical tokens."""
         lengths = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
         prompt, chosen, rejected = (part.astype(np.int64) for part in lengths)
-        return stream_tokens(prompt, chosen, rejected)
+        return stream_tokens(prompt, chosen, rejected, share_prompt=share_prompt)
 
     @property
     def longest_sequence(self) -> int:

@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megadpo.errors import ConversionError
+from megadpo.flops import FlopRates, flop_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,19 @@ class Architecture:
         """
         multiple = math.lcm(128, tensor_parallel)
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def flop_rates(self) -> FlopRates:
+        """What a forward pass costs."""
+        return flop_rates(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+        )
 
     @property
     def num_parameters(self) -> int:

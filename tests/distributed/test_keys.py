@@ -13,7 +13,7 @@ import torch
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
-from tests.helpers.runs import exported_weights, metrics, training_lines, write_jsonl
+from tests.helpers.runs import assert_close_weights, exported_weights, metrics, training_lines, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
 
 Lines = list[dict[str, Any]]
@@ -141,6 +141,16 @@ def test_what_became_of_the_data_is_written_and_truncation_reaches_the_run(run: 
         cuts[mode] = [line["tokens"] for line in training_lines(directory)]
         assert counts["truncated_prompt" if mode == "keep_end" else "truncated_chosen"] > 0
     assert cuts["keep_start"] != cuts["keep_end"]
+
+
+def test_sharing_prompts_computes_less_and_changes_no_number(run: Callable[..., Path]) -> None:
+    shared, separate = run(), run("data.share_prompt=false")
+    for a, b in zip(training_lines(shared), training_lines(separate), strict=True):
+        assert a["tokens/computed"] < b["tokens/computed"] and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        for key in ("grad_norm", "logps/chosen", "logps/rejected"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert_close_weights(exported_weights(separate), exported_weights(shared), largest=2e-4)
 
 
 def test_columns_of_other_names(run: Callable[..., Path]) -> None:

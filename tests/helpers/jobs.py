@@ -61,6 +61,7 @@ def score_and_export(
     layout: dict[str, Any],
     *,
     budget: int = 400,
+    share_prompt: bool = True,
     dtype: torch.dtype = torch.float32,
     max_length: int = 512,
 ) -> dict[str, dict[int, tuple[float, float]]]:
@@ -87,6 +88,8 @@ def score_and_export(
                 shape=batch_shape(state, sequence_parallel=state.tensor_size > 1),
                 tokens_per_microbatch=budget,
                 pad_token_id=int(tokenizer.pad_token_id),
+                share_prompt=share_prompt,
+                flop_rates=arch.flop_rates,
             )
             batch = builder.build(pairs)
             results[model] = {}

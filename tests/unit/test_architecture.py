@@ -22,7 +22,7 @@ FLOORS = [
     {"model_source"},
     {"device"},
     {"parallel"},
-    {"attention_plan", "logprobs", "losses", "metrics"},
+    {"attention_plan", "flops", "logprobs", "losses", "metrics"},
     {"data", "models"},
     {"forward_step", "optimizer", "checkpoint", "export", "planner"},
     {"reference"},
@@ -61,6 +61,7 @@ HOMES = {
 PURE = [
     "megadpo.attention_plan",
     "megadpo.data.schedule",
+    "megadpo.flops",
     "megadpo.losses",
     "megadpo.metrics",
     "megadpo.models.conversion.mapping",

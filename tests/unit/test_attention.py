@@ -12,8 +12,9 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.attention_plan import AttentionPlan, Segment, packed_plan
+from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.models.attention import PlanParams, SegmentAttention
+from tests.helpers.plans import packed_plan
 
 A, D = 4, 8
 

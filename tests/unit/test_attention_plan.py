@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megadpo.attention_plan import AttentionPlan, Segment, packed_plan
+from megadpo.attention_plan import AttentionPlan, Segment
+from tests.helpers.plans import packed_plan
 
 
 def num_keys(segment: Segment) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadpo.data.batch import stream_length
 from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch, TrainingData, epoch_order, evaluation_batches
 from megadpo.data.tokenization import TokenizedPair
+from megadpo.flops import FlopRates
 
 
 def make_pairs(count: int) -> list[TokenizedPair]:
@@ -20,7 +20,14 @@ def make_pairs(count: int) -> list[TokenizedPair]:
 
 
 def builder(
-    *, rank: int = 0, size: int = 1, multiple: int = 1, fixed: bool = False, microbatches: int = 1, budget: int = 64
+    *,
+    rank: int = 0,
+    size: int = 1,
+    multiple: int = 1,
+    fixed: bool = False,
+    microbatches: int = 1,
+    budget: int = 64,
+    share_prompt: bool = False,
 ) -> BatchBuilder:
     shape = BatchShape(
         data_rank=rank,
@@ -29,7 +36,17 @@ def builder(
         fixed_streams=fixed,
         microbatch_multiple=microbatches,
     )
-    return BatchBuilder(shape=shape, tokens_per_microbatch=budget, pad_token_id=2)
+    return BatchBuilder(
+        shape=shape,
+        tokens_per_microbatch=budget,
+        pad_token_id=2,
+        share_prompt=share_prompt,
+        flop_rates=FlopRates(per_token=10, per_key=1, per_response_token=5),
+    )
+
+
+def stream_length(pair: TokenizedPair) -> int:
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
 def training_data(
@@ -148,6 +165,16 @@ def test_a_batch_of_one_rank_without_rounding_computes_its_logical_tokens() -> N
     batch = training_data(make_pairs(9), batch=9).batch_after(0)
     assert batch.computed_tokens == batch.logical_tokens
     assert len(batch.microbatches) > 1
+
+
+def test_sharing_computes_each_prompt_once_and_counts_the_same_logical_tokens() -> None:
+    pairs = make_pairs(9)
+    separate, shared = (builder(share_prompt=share, budget=80).build(pairs) for share in (False, True))
+    assert shared.pair_indices == separate.pair_indices
+    assert shared.logical_tokens == separate.logical_tokens == separate.computed_tokens
+    assert shared.computed_tokens == separate.computed_tokens - sum(len(pair.prompt) for pair in pairs)
+    assert max(widths(shared)) <= 80
+    assert len(shared.microbatches) < len(separate.microbatches)
 
 
 def test_padding_takes_the_pad_token() -> None:

@@ -27,6 +27,7 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import BatchBuilder, BatchShape, evaluation_batches
 from megadpo.data.store import PairCounts, PairView, select_pairs
 from megadpo.errors import DataError
+from megadpo.flops import FlopRates
 from tests.helpers.tokenized import recipe
 from tests.helpers.tokenizers import CHATML_TEMPLATE, byte_tokenizer
 
@@ -184,22 +185,18 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unpacked(batch: PreferenceBatch) -> dict[int, Triple]:
-    """(prompt, scored chosen, scored rejected) of each pair, out of the stream's rows and targets alone."""
-    tokens, positions = batch.tokens_1T[0].tolist(), batch.positions_T.tolist()
-    starts = [row for row, position in enumerate(positions) if position == 0]
-    rows, targets = batch.response_rows_N.tolist(), batch.targets_N.tolist()
-    belongs = batch.sequence_index_N.tolist()
-    assert [tokens[row + 1] for row in rows] == targets  # a row predicts the token that follows it
+    """(prompt, scored chosen, scored rejected) of each pair: what the rows that predict them see, and their targets."""
+    rows, targets, belongs = (t.tolist() for t in (batch.response_rows_N, batch.targets_N, batch.sequence_index_N))
     found: dict[int, Triple] = {}
     for pair, index in enumerate(batch.pair_indices):
         sides = []
-        for sequence, start in ((pair, starts[2 * pair]), (batch.num_pairs + pair, starts[2 * pair + 1])):
+        for sequence in (pair, batch.num_pairs + pair):
             own = [i for i, owner in enumerate(belongs) if owner == sequence]
             assert len(own) == batch.response_tokens_S[sequence]
-            first, last = rows[own[0]], rows[own[-1]]
-            assert [rows[i] for i in own] == list(range(first, last + 1))
-            assert positions[start : last + 2] == list(range(last + 2 - start))
-            sides.append((tokens[start : first + 1], [targets[i] for i in own]))
+            prompt, response = seen_from(batch, rows[own[0]]), [targets[i] for i in own]
+            for done, i in enumerate(own):
+                assert seen_from(batch, rows[i]) == prompt + response[:done]
+            sides.append((prompt, response))
         (prompt, chosen), (again, rejected) = sides
         assert prompt == again
         found[index] = (prompt, chosen, rejected)
@@ -207,13 +204,29 @@ def unpacked(batch: PreferenceBatch) -> dict[int, Triple]:
     return found
 
 
-def batched(pairs: PairView, group_size: int, data_size: int, budget: int) -> dict[int, Triple]:
+def seen_from(batch: PreferenceBatch, row: int) -> list[int]:
+    """The tokens that a row attends to, itself last; their positions count from 0."""
+    (segment,) = (s for s in batch.plan.segments if s.start <= row < s.stop)
+    *before, (start, _) = segment.key_ranges
+    spans = [slice(*span) for span in before] + [slice(start, row + 1)]
+    positions = [position for span in spans for position in batch.positions_T[span].tolist()]
+    assert positions == list(range(len(positions)))
+    return [token for span in spans for token in batch.tokens_1T[0, span].tolist()]
+
+
+def batched(pairs: PairView, group_size: int, data_size: int, budget: int, share_prompt: bool) -> dict[int, Triple]:
     """All pairs as the data-parallel ranks get them, in the data's order."""
     found: dict[int, Triple] = {}
     order: list[int] = []
     for rank in range(data_size):
         shape = BatchShape(rank, data_size, token_multiple=4, fixed_streams=False, microbatch_multiple=1)
-        builder = BatchBuilder(shape=shape, tokens_per_microbatch=budget, pad_token_id=0)
+        builder = BatchBuilder(
+            shape=shape,
+            tokens_per_microbatch=budget,
+            pad_token_id=0,
+            share_prompt=share_prompt,
+            flop_rates=FlopRates(per_token=10, per_key=1, per_response_token=5),
+        )
         batches = list(evaluation_batches(pairs, group_size=group_size, builder=builder))
         order = [index for batch in batches for index in batch.pair_indices]
         for batch in batches:
@@ -250,6 +263,7 @@ def check_counts(counts: PairCounts, mode: str, whole: Sequence[Triple | None], 
     group_size=st.integers(1, 4),
     data_size=st.integers(1, 3),
     budget=st.sampled_from([1, 150, 4096]),
+    share_prompt=st.booleans(),
 )
 def test_every_pair_comes_through_in_order_with_its_mask_or_is_counted(
     tokenizer_dir: Path,
@@ -260,6 +274,7 @@ def test_every_pair_comes_through_in_order_with_its_mask_or_is_counted(
     group_size: int,
     data_size: int,
     budget: int,
+    share_prompt: bool,
 ) -> None:
     said = [row for _, _, rows in given_sources for row in rows]
     whole = [None if row is None else split(row) for row in said]
@@ -285,7 +300,7 @@ def test_every_pair_comes_through_in_order_with_its_mask_or_is_counted(
                 select()
             return
         pairs = select()
-        found = batched(pairs, group_size, data_size, budget)
+        found = batched(pairs, group_size, data_size, budget, share_prompt)
         check_counts(pairs.counts, mode, whole, kept)
         assert len(store.about.problems) == said.count(None)
     assert list(found) == list(kept)

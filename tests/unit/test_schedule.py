@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.schedule import pack_pairs, schedule_step
+from megadpo.data.schedule import deal, pack_pairs, schedule_step
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 100)
@@ -38,7 +38,7 @@ def test_no_two_bins_would_fit_in_one(lengths: list[int], budget: int) -> None:
 @quick
 @given(LENGTHS, BUDGETS, RANKS, MULTIPLES)
 def test_the_layout_deals_the_same_bins(lengths: list[int], budget: int, ranks: int, multiple: int) -> None:
-    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
+    schedule = schedule_step(lengths, lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
     dealt = sorted(members for bins in schedule.bins_by_rank for members in bins if members)
     assert dealt == pack_pairs(lengths, budget)
 
@@ -46,7 +46,7 @@ def test_the_layout_deals_the_same_bins(lengths: list[int], budget: int, ranks: 
 @quick
 @given(LENGTHS, BUDGETS, RANKS, MULTIPLES)
 def test_every_rank_runs_equally_many(lengths: list[int], budget: int, ranks: int, multiple: int) -> None:
-    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
+    schedule = schedule_step(lengths, lengths, budget=budget, data_parallel=ranks, microbatch_multiple=multiple)
     count = len(schedule.bins_by_rank[0])
     assert [len(bins) for bins in schedule.bins_by_rank] == [count] * ranks
     assert count >= 1
@@ -61,7 +61,7 @@ def test_every_rank_runs_equally_many(lengths: list[int], budget: int, ranks: in
 @quick
 @given(LENGTHS, BUDGETS, RANKS)
 def test_longest_stream(lengths: list[int], budget: int, ranks: int) -> None:
-    schedule = schedule_step(lengths, budget=budget, data_parallel=ranks)
+    schedule = schedule_step(lengths, lengths, budget=budget, data_parallel=ranks)
     streams = [sum(lengths[i] for i in members) for bins in schedule.bins_by_rank for members in bins]
     assert schedule.stream_tokens == max(streams)
 
@@ -83,17 +83,35 @@ def test_bins_of_a_few_batches(lengths: list[int], budget: int, bins: list[tuple
     assert pack_pairs(lengths, budget) == bins
 
 
-def test_bins_are_dealt_in_turn() -> None:
-    schedule = schedule_step([5, 5, 5], budget=5, data_parallel=2)
-    assert schedule.bins_by_rank == (((0,), (2,)), ((1,), ()))
-    assert schedule.stream_tokens == 5
+@quick
+@given(st.lists(st.integers(0, 1000), max_size=40), RANKS)
+def test_hands_are_equal_in_number_and_alike_in_cost(costs: list[int], ranks: int) -> None:
+    hands = deal(costs, ranks)
+    assert sorted(position for hand in hands for position in hand) == list(range(len(costs)))
+    sizes = [len(hand) for hand in hands]
+    assert max(sizes) - min(sizes) <= 1
+    totals = [sum(costs[i] for i in hand) for hand in hands]
+    if len(costs) % ranks == 0:  # with equal hands, no more apart than one bin weighs
+        assert max(totals) - min(totals) <= max(costs, default=0)
+
+
+def test_the_costliest_go_first_to_whoever_has_least() -> None:
+    assert deal([1, 7, 5, 6, 2, 3], 2) == [[1, 4, 5], [0, 2, 3]]
+    assert deal([3, 3, 3], 2) == [[0, 2], [1]]
+    assert deal([9], 3) == [[0], [], []]
+
+
+def test_bins_are_dealt_by_cost_and_made_by_length() -> None:
+    schedule = schedule_step([9, 9, 2, 2], [1, 5, 3, 3], budget=9, data_parallel=2)
+    assert schedule.bins_by_rank == (((2, 3), ()), ((0,), (1,)))
+    assert schedule.stream_tokens == 9
 
 
 def test_fillers_make_up_the_multiple() -> None:
-    schedule = schedule_step([5, 5, 9], budget=5, data_parallel=2, microbatch_multiple=4)
-    assert schedule.bins_by_rank == (((0,), (2,), (), ()), ((1,), (), (), ()))
+    schedule = schedule_step([5, 5, 9], [5, 5, 9], budget=5, data_parallel=2, microbatch_multiple=4)
+    assert schedule.bins_by_rank == (((2,), (), (), ()), ((0,), (1,), (), ()))
     assert schedule.stream_tokens == 9
 
 
 def test_a_batch_smaller_than_the_ranks_leaves_fillers() -> None:
-    assert schedule_step([5], budget=5, data_parallel=3).bins_by_rank == (((0,),), ((),), ((),))
+    assert schedule_step([5], [5], budget=5, data_parallel=3).bins_by_rank == (((0,),), ((),), ((),))

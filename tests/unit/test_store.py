@@ -59,7 +59,8 @@ def test_pairs_come_back_in_order_with_their_place(tmp_path: Path) -> None:
     assert pairs[1].prompt.dtype == np.int32
     assert [pair.index for pair in pairs[1:3]] == [1, 3]
     assert pairs[-1].index == 5
-    assert pairs.stream_lengths.tolist() == [23, 10, 26, 10]
+    assert pairs.stream_lengths(share_prompt=False).tolist() == [23, 10, 26, 10]
+    assert pairs.stream_lengths(share_prompt=True).tolist() == [18, 7, 14, 7]
     assert pairs.longest_sequence == 14
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megadpo.data.batch import stream_tokens
 from megadpo.data.store import PairCounts, told_counts
 
 Ints = npt.NDArray[np.integer]
@@ -104,9 +105,11 @@ def histogram(series: dict[str, Ints], max_length: int, bins: int = _BINS) -> Hi
 
 def sharing(lengths: PairLengths) -> Sharing:
     """Tokens without and with prompt sharing: the sums of 2P + C + R and of P + C + R."""
-    prompts = int(lengths.prompt_n.sum(dtype=np.int64))
-    responses = int(lengths.chosen_n.sum(dtype=np.int64) + lengths.rejected_n.sum(dtype=np.int64))
-    return Sharing(2 * prompts + responses, prompts + responses)
+    sums = [
+        int(lengths_n.sum(dtype=np.int64)) for lengths_n in (lengths.prompt_n, lengths.chosen_n, lengths.rejected_n)
+    ]
+    separate, shared = (stream_tokens(*sums, share_prompt=share_prompt) for share_prompt in (False, True))
+    return Sharing(separate, shared)
 
 
 def most_cut(lengths: PairLengths, most: int) -> list[Loss]:
