@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megadpo.checkpoint import load_checkpoint, load_weights
+from megadpo.checkpoint_files import stored_dtype
 from megadpo.config.schema import Config, Dtype, ReferenceMode
 from megadpo.data.loader import BatchShape
 from megadpo.device import Device
@@ -75,6 +76,9 @@ def load_starting_model(
     options = _model_options(config, device)
     if source.checkpoint is None:
         return load_model(arch, state, source.hf_dir, **options)
+    stored = stored_dtype(source.checkpoint)
+    if (stored, config.precision.dtype) == (Dtype.fp32, Dtype.bf16):
+        logger.warning("%s: the weights are stored as fp32 and are rounded to bf16", source.checkpoint)
     chunks = build_model(arch, state, **options)
     load_weights(source.checkpoint, chunks, vocab_size=arch.vocab_size)
     return chunks

@@ -1,4 +1,4 @@
-"""Multiply-adds that pairs cost, from true lengths: what balances the ranks' work and what utilisation is counted in.
+"""Multiply-adds that pairs cost, from true lengths: what balances the ranks' work.
 
 Two FLOPs a multiply-add; matrix products only. Attention counts the keys that a query sees, so causal attention is half
 a square; the head counts response tokens only; padding and anything computed twice count nothing.

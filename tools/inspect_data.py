@@ -23,6 +23,7 @@ from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import validate
 from megadpo.errors import ConfigError
+from megadpo.files import writing
 from megadpo.model_source import model_source, resolve_checkpoint
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -96,7 +97,8 @@ def show(config: Config, pairs: int, output: Path | None) -> None:
     print_report(reports, datasets.skipped_rows, Console())
     if output is not None:
         sources = [*data.train_path, *data.validation_files().values()]
-        output.write_text(render_page(reports, datasets.skipped_rows, sources), encoding="utf-8")
+        with writing(output):
+            output.write_text(render_page(reports, datasets.skipped_rows, sources), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,18 +120,18 @@ class _Stream:
 
 
 def _add_pair(stream: _Stream, pair: TokenizedPair, sequences: tuple[int, int], *, share_prompt: bool) -> None:
-    prompt_start = -1
+    prompt: tuple[int, int] | None = None
     for sequence, response in zip(sequences, (pair.chosen, pair.rejected), strict=True):
-        start = stream.length
-        if prompt_start < 0 or not share_prompt:
-            prompt_start = stream.append(pair.prompt, first_position=0)
-        prompt = (prompt_start, prompt_start + len(pair.prompt))
+        start, shared = stream.length, () if prompt is None or not share_prompt else (prompt,)
+        if prompt is None or not share_prompt:
+            stream.append(pair.prompt, first_position=0)
+            prompt = (start, stream.length)
         response_start = stream.append(response, first_position=len(pair.prompt))
         own = (start, stream.length)
-        stream.segments.append(Segment(*own, key_ranges=(own,) if start == prompt_start else (prompt, own)))
+        stream.segments.append(Segment(*own, key_ranges=(*shared, own)))
         # The prompt's last row predicts the first token of each response that it stands before.
         rows = np.arange(response_start - 1, stream.length - 1)
-        rows[:1] = prompt[1] - 1
+        rows[0] = prompt[1] - 1
         stream.response_rows.append(rows)
         stream.targets.append(response)
         stream.sequence_index.append(np.full(len(response), sequence))

@@ -7,9 +7,10 @@ with or without a byte order mark, LF or CRLF, blank lines between JSON Lines, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ logger = get_logger(__name__)
 
 # One bad row at the start must not make all others look bad.
 _ROWS_THAT_SHOW_THE_LAYOUT = 64
+_MOST_TEXT_HELD = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,9 @@ def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
     for file, path in enumerate(paths):
         source, first = open_source(path), index
         rows = source.rows()
-        head, broken = _take(rows, _ROWS_THAT_SHOW_THE_LAYOUT)
+        head, broken = _take(rows)
         layout, ignored = _judge(head, source.place, keys)
-        for row in chain(head, rows):
+        for row in chain((head.popleft() for _ in range(len(head))), rows):
             where = f"{source.place}{row.line}"
             yield RawRow(index, file, row.line, where, layout, row.value, (file + row.progress) / len(paths))
             index += 1
@@ -125,17 +127,31 @@ def _decoded(value: Any, where: str) -> Any:
     return value
 
 
-def _take(rows: Iterator[Row], most: int) -> tuple[list[Row], DataError | None]:
-    """The first rows, and the error that ended them early."""
-    taken: list[Row] = []
+def _take(rows: Iterator[Row]) -> tuple[deque[Row], DataError | None]:
+    """The first rows, as many as decide the layout, and the error that ended them early."""
+    taken: deque[Row] = deque()
+    size = 0
     try:
-        taken.extend(islice(rows, most))
+        for row in rows:
+            taken.append(row)
+            size += text_size(row.value)
+            if len(taken) == _ROWS_THAT_SHOW_THE_LAYOUT or size >= _MOST_TEXT_HELD:
+                break
     except DataError as error:
         return taken, error
     return taken, None
 
 
-def _judge(rows: Sequence[Row], place: str, keys: Keys) -> tuple[str | None, list[str]]:
+def text_size(value: Any) -> int:
+    """Bytes or characters of text in a row's value, roughly what it takes in memory."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(text_size, value.values()))
+    return sum(map(text_size, value)) if isinstance(value, list) else 0
+
+
+def _judge(rows: Iterable[Row], place: str, keys: Keys) -> tuple[str | None, list[str]]:
     """The layout of most of the rows, of equally many the first; and the columns that its first row has besides.
 
     Bad rows have no say: what is wrong with them is told when they are parsed. (None, []) where there is no other.

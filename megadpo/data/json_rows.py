@@ -66,7 +66,7 @@ def decode_row(data: bytes, *, is_json_suffix: bool) -> Any:
     """
     cut = "" if data.endswith(b"\n") else "; the file ends here without a newline and may be truncated"
     try:
-        return _DECODER.decode(data.decode("utf-8"))
+        return _DECODER.decode(data.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         byte, end = data[error.start], cut if error.end >= len(data) else ""
         raise RowProblem(

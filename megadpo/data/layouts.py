@@ -139,9 +139,11 @@ def _same_layout(row: Mapping[str, Any], keys: Keys, layout: str | None) -> str:
     columns = ", ".join(f"{name} ({kind(value)})" for name, value in row.items()) or "none"
     if layout is not None:
         if found not in (None, IMPLICIT_CONVERSATIONAL, IMPLICIT_STANDARD):
-            raise RowProblem(f"layout {found} in a file that began as {layout}; one file holds one layout: split it")
+            raise RowProblem(
+                f"layout {found} in a file whose first rows are mostly {layout}; one file holds one layout: split it"
+            )
         missing = ", ".join(repr(key) for key in sorted(set(_required(keys, layout)) - row.keys()))
-        fault = f"the row lacks {missing}" if missing else "a column has another type than in the rows before"
+        fault = f"the row lacks {missing}" if missing else "a column has another type than the layout has"
         raise RowProblem(f"{fault}; the file's layout is {layout}, the row's columns are {columns}")
     raise RowProblem(f"no known layout; columns found: {columns}. Layouts: {_layouts_in_words(keys)}")
 

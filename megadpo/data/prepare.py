@@ -20,11 +20,10 @@ from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import numpy as np
 
-from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row
+from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row, text_size
 from megadpo.data.sources import Source, open_source
 from megadpo.data.store import (
     BAD,
@@ -139,10 +138,9 @@ def _fill(
     head = list(islice(chunks, _CHUNKS_BEFORE_WORKERS))
     if len(head) < _CHUNKS_BEFORE_WORKERS:
         workers = 1
-    tokenize = _in_worker_processes if workers > 1 else _in_this_process
     done, moved_boundary = 0, ""
     problems: list[str] = []
-    with closing(tokenize(chain(head, chunks), recipe, workers)) as results:
+    with closing(_tokenized(chain(head, chunks), recipe, workers)) as results:
         for chunk in results:
             writer.append(chunk.rows, chunk.tokens)
             done += len(chunk.rows)
@@ -168,7 +166,7 @@ def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
     try:
         for row in rows:
             chunk.append(row)
-            size += _text_size(row.value)
+            size += text_size(row.value)
             if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield chunk
                 chunk, size = [], 0
@@ -181,27 +179,13 @@ def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
         yield chunk
 
 
-def _text_size(value: Any) -> int:
-    """Bytes or characters of text in a row's value, roughly what it takes in memory."""
-    if isinstance(value, (bytes, str)):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_text_size, value.values()))
-    return sum(map(_text_size, value)) if isinstance(value, list) else 0
-
-
-def _in_this_process(
-    chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
-) -> Generator[_Chunk, None, None]:
-    """What `_tokenize_rows` makes of each chunk."""
-    for chunk in chunks:
-        yield _tokenize_rows(chunk, recipe)
-
-
-def _in_worker_processes(
+def _tokenized(
     chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
 ) -> Generator[_Chunk, None, None]:
     """What `_tokenize_rows` makes of each chunk, in order, with a few chunks per worker on their way at a time."""
+    if workers == 1:
+        yield from (_tokenize_rows(chunk, recipe) for chunk in chunks)
+        return
     # Fresh processes: this one may have threads of communication libraries, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     waiting: deque[Future[_Chunk]] = deque()

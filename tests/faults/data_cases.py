@@ -96,7 +96,11 @@ _NO_PAIR = [
     row_case("wrong type", row(chosen=7), r"a column has another type .*layout is TRL standard, .*chosen \(a number\)"),
     row_case("null", row(rejected=None), r"a column has another type .*layout is TRL standard, .*rejected \(null\)"),
     row_case("row that is no object", '"prompt"\n', "a pair is a JSON object, this is a string"),
-    row_case("mixed layouts", _chat(), "layout TRL conversational in a file that began as TRL standard; .*split it"),
+    row_case(
+        "mixed layouts",
+        _chat(),
+        "layout TRL conversational in a file whose first rows are mostly TRL standard; .*split it",
+    ),
     row_case("empty prompt", row(prompt=""), "prompt is empty"),
     row_case("empty response", row(rejected=""), "rejected is empty"),
     row_case(

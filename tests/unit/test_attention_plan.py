@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megadpo.attention_plan import AttentionPlan, Segment
-from tests.helpers.plans import packed_plan
 
 
 def num_keys(segment: Segment) -> int:
@@ -16,16 +15,6 @@ def num_keys(segment: Segment) -> int:
 def causal(start: int, stop: int) -> Segment:
     """A segment that sees itself alone."""
     return Segment(start, stop, key_ranges=((start, stop),))
-
-
-def test_packed_sequences_see_themselves_alone() -> None:
-    plan = packed_plan([3, 1, 2])
-    assert plan == AttentionPlan(6, (causal(0, 3), causal(3, 4), causal(4, 6)))
-    assert [num_keys(segment) for segment in plan.segments] == [3, 1, 2]
-
-
-def test_nothing_packed_is_an_empty_plan() -> None:
-    assert packed_plan([]) == AttentionPlan(0, ())
 
 
 def test_shared_prompt() -> None:
@@ -65,8 +54,3 @@ def test_the_last_range_may_begin_before_the_queries() -> None:
 def test_a_broken_plan_is_refused(num_tokens: int, segments: tuple[Segment, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentionPlan(num_tokens, segments)
-
-
-def test_a_sequence_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not continue"):
-        packed_plan([3, 0, 2])

@@ -64,7 +64,12 @@ def test_the_layout_of_most_of_the_first_rows_is_the_sources(tmp_path: Path, cap
     path.write_text("\n".join(lines), encoding="utf-8")
     rows = list(iter_rows([str(path)], KEYS))
     assert [row.layout for row in rows] == ["TRL standard"] * 6
-    problems = {0: "not valid JSON", 1: "a pair is a JSON object", 2: "lacks 'prompt'", 4: "began as TRL standard"}
+    problems = {
+        0: "not valid JSON",
+        1: "a pair is a JSON object",
+        2: "lacks 'prompt'",
+        4: "first rows are mostly TRL standard",
+    }
     for row in rows:
         if row.index in problems:
             with pytest.raises(DataError, match=rf"d\.jsonl:{row.line}: .*{problems[row.index]}"):

@@ -9,6 +9,8 @@ from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch, TrainingD
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.flops import FlopRates
 
+RATES = FlopRates(per_token=10, per_key=1, per_response_token=5)
+
 
 def make_pairs(count: int) -> list[TokenizedPair]:
     """Pairs of different lengths; the index in the source is not the position in the list."""
@@ -41,7 +43,7 @@ def builder(
         tokens_per_microbatch=budget,
         pad_token_id=2,
         share_prompt=share_prompt,
-        flop_rates=FlopRates(per_token=10, per_key=1, per_response_token=5),
+        flop_rates=RATES,
     )
 
 
@@ -175,6 +177,16 @@ def test_sharing_computes_each_prompt_once_and_counts_the_same_logical_tokens() 
     assert shared.computed_tokens == separate.computed_tokens - sum(len(pair.prompt) for pair in pairs)
     assert max(widths(shared)) <= 80
     assert len(shared.microbatches) < len(separate.microbatches)
+
+
+@pytest.mark.parametrize(("share_prompt", "first_rank"), [(True, [0, 3]), (False, [1, 3])])
+def test_microbatches_are_dealt_by_the_flops_of_what_is_computed(share_prompt: bool, first_rank: list[int]) -> None:
+    """One bin a pair: long responses cost most when prompts are shared, the longest prompt when it counts twice."""
+    lengths = [(2, 100, 100), (130, 2, 2), (60, 2, 2), (1, 1, 1)]
+    pairs = [TokenizedPair(i, *(np.ones(n, dtype=np.int32) for n in sizes)) for i, sizes in enumerate(lengths)]
+    batches = [builder(rank=rank, size=2, budget=1, share_prompt=share_prompt).build(pairs) for rank in range(2)]
+    dealt = [sorted(i for m in batch.microbatches for i in m.pair_indices) for batch in batches]
+    assert dealt == [first_rank, [i for i in range(4) if i not in first_rank]]
 
 
 def test_padding_takes_the_pad_token() -> None:

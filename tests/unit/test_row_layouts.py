@@ -266,8 +266,16 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "wrong type": (TRL_STANDARD, {**STANDARD_ROW, "chosen": 3}, ["another type", "chosen (a number)"]),
     "bytes": (TRL_STANDARD, {**STANDARD_ROW, "chosen": b"c"}, ["another type", "chosen (a bytes)"]),
     "null": (TRL_STANDARD, {**STANDARD_ROW, "prompt": None}, ["another type", "prompt (null)"]),
-    "mixed": (TRL_STANDARD, CONVERSATIONAL_ROW, ["layout TRL conversational in a file that began as TRL standard"]),
-    "mixed with ROLL": (TRL_STANDARD, ROLL_ROW, ["layout ROLL instruction in a file that began as TRL standard"]),
+    "mixed": (
+        TRL_STANDARD,
+        CONVERSATIONAL_ROW,
+        ["layout TRL conversational in a file whose first rows are mostly TRL standard"],
+    ),
+    "mixed with ROLL": (
+        TRL_STANDARD,
+        ROLL_ROW,
+        ["layout ROLL instruction in a file whose first rows are mostly TRL standard"],
+    ),
     "mixed with text": (IMPLICIT_STANDARD, IMPLICIT_ROW, ["another type", "chosen (a list)"]),
     "empty prompt": (TRL_STANDARD, {**STANDARD_ROW, "prompt": ""}, ["prompt is empty"]),
     "empty response": (TRL_STANDARD, {**STANDARD_ROW, "rejected": ""}, ["rejected is empty"]),
