@@ -82,7 +82,7 @@ def test_training_lines_are_means_of_their_interval(run: tuple[Path, Path, Path]
     assert lines[0]["loss"] != pytest.approx(0.6931471805599453, abs=1e-6)  # step 1 shows ln 2, step 2 does not
     assert lines[0]["pairs"] == 4.0
     assert lines[0]["epoch"] == pytest.approx(8 / 12)
-    assert lines[0]["tokens/computed"] >= lines[0]["tokens"]
+    assert lines[0]["tokens"] / 2 < lines[0]["tokens/computed"] < lines[0]["tokens"]  # prompts are computed once
     assert 0 < lines[0]["time/reference_s"] < lines[0]["time/step_s"]
 
 
