@@ -9,7 +9,7 @@ import torch
 from megadpo.checkpoint import load_checkpoint, load_weights
 from megadpo.checkpoint_files import stored_dtype
 from megadpo.config.schema import Config, Dtype, ReferenceMode
-from megadpo.data.loader import BatchShape
+from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
 from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
@@ -54,6 +54,17 @@ def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
         token_multiple=state.tensor_size if sequence_parallel else 1,
         fixed_streams=state.pipeline_size > 1,
         microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
+    )
+
+
+def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
+    """What turns pairs into this rank's microbatches."""
+    return BatchBuilder(
+        shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        pad_token_id=pad_token_id,
+        share_prompt=config.data.share_prompt,
+        flop_rates=arch.flop_rates,
     )
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megadpo.assembly import (
-    batch_shape,
+    build_batches,
     build_loss,
     build_policy,
     build_reference,
@@ -23,7 +23,7 @@ from megadpo.checkpoint import save_checkpoint
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
-from megadpo.data.loader import BatchBuilder, GlobalBatch, TrainingData
+from megadpo.data.loader import GlobalBatch, TrainingData
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import ConfigError
@@ -89,13 +89,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         shuffle=config.train.shuffle,
-        builder=BatchBuilder(
-            shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
-            tokens_per_microbatch=config.data.tokens_per_microbatch,
-            pad_token_id=datasets.pad_token_id,
-            share_prompt=config.data.share_prompt,
-            flop_rates=arch.flop_rates,
-        ),
+        builder=build_batches(config, arch, state, datasets.pad_token_id),
     )
     total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch
     _check_steps(config, total_steps)

@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import batch_shape, check_weight_files, load_starting_model
+from megadpo.assembly import build_batches, check_weight_files, load_starting_model
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
-from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
+from megadpo.data.loader import GlobalBatch, evaluation_batches
 from megadpo.data.store import PairView
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
@@ -86,13 +86,7 @@ def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: 
     started = time.perf_counter()
     if done < len(pairs):
         chunks = load_starting_model(config, source, arch, state, device)
-        builder = BatchBuilder(
-            shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
-            tokens_per_microbatch=config.data.tokens_per_microbatch,
-            pad_token_id=datasets.pad_token_id,
-            share_prompt=config.data.share_prompt,
-            flop_rates=arch.flop_rates,
-        )
+        builder = build_batches(config, arch, state, datasets.pad_token_id)
         started = time.perf_counter()
         batches = evaluation_batches(pairs, group_size=group_size, builder=builder, first=done)
         _score_groups(chunks, batches, pairs, files, done, state, device)

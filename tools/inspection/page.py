@@ -39,7 +39,7 @@ def _section(report: SetReport) -> str:
         (f"{counts.skipped:,}", "rows skipped"),
         (f"{cut:,}", f"texts cut ({report.truncation}, max_length {report.max_length:,})"),
         (f"{sharing.separate:,}", "tokens an epoch"),
-        (f"{sharing.saved:.1%}", f"of them saved by prompt sharing ({sharing.shared:,} are left)"),
+        (f"{sharing.saved:.1%}", f"of them that prompt sharing saves ({sharing.shared:,} are left)"),
     ]
     numbers = "".join(f"<div><b>{number}</b><span>{escape(what)}</span></div>" for number, what in tiles)
     return (

@@ -42,7 +42,7 @@ def _print_counts(report: SetReport, console: Console) -> None:
         table.add_row(f"{number:,}", what)
     table.add_row(f"{report.sharing.separate:,}", "tokens an epoch, every prompt read for both responses")
     table.add_row(
-        f"{report.sharing.saved:.1%}", f"of them saved by prompt sharing ({report.sharing.shared:,} are left)"
+        f"{report.sharing.saved:.1%}", f"of them that prompt sharing saves ({report.sharing.shared:,} are left)"
     )
     console.print(table)
 
