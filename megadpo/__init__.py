@@ -3,6 +3,7 @@
 The map of the house, in the order in which a preference pair walks through it. A room imports rooms above it only.
 
     errors, rank_logging    the errors a user can act on; loggers that speak on rank 0
+    cpus                    how many of them this process may use: affinity mask and container quota
     files                   text files replaced whole, and errors of writing that say what to do
     config/                 schema (every key, its unit, range and default), validation, compose (Hydra and YAML)
     checkpoint_files        which checkpoint a path means, and what it says about itself

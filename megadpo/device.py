@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import resource
 import sys
 import time
@@ -20,11 +21,30 @@ from unittest import mock
 
 import torch
 
+from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
 
 # Factories that Megatron calls with device='cuda': token counts, norms, scalers and communication buffers.
 _FACTORIES = ("tensor", "zeros", "empty", "ones", "full")
 _TESTED_MEGATRON = ">=0.16.1,<0.17"
+# Dense bf16 TFLOP/s of tensor cores in NVIDIA's data sheets, by the words of a card's name; the first that fit count.
+_BF16_TFLOPS = {
+    ("GB200",): 2500.0,
+    ("B200",): 2250.0,
+    ("GH200",): 989.4,
+    ("H200", "NVL"): 835.5,
+    ("H200",): 989.4,
+    ("H100", "NVL"): 835.5,
+    ("H100", "PCIe"): 756.0,
+    ("H100",): 989.4,
+    ("H800",): 989.4,
+    ("A100",): 312.0,
+    ("A800",): 312.0,
+    ("L40S",): 362.0,
+}
 
 
 Mark: TypeAlias = "float | torch.cuda.Event"
@@ -58,12 +78,42 @@ class Device:
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
 
+    def compute_capability(self) -> tuple[int, int]:
+        """(major, minor) of the CUDA device."""
+        return torch.cuda.get_device_capability(self.torch_device)
+
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: allocated by torch on CUDA, resident set on CPU."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """FLOP/s of dense matrix products in `dtype` that the card's data sheet promises; None on CPU.
+
+        None also, with a line in the log, for a card that the table does not hold, and for all but bf16.
+        """
+        if self.kind == "cpu":
+            return None
+        name = torch.cuda.get_device_name(self.torch_device)
+        words = set(re.split(r"[\s-]+", name))
+        known = next((peak for card, peak in _BF16_TFLOPS.items() if words.issuperset(card)), None)
+        # A partition of a card computes as fast as its share.
+        if known is None or dtype is not torch.bfloat16 or "MIG" in words:
+            logger.warning(
+                "throughput/mfu is left out: no peak rate is known for %s in %s (known: bf16 on %s)",
+                name,
+                str(dtype).removeprefix("torch."),
+                ", ".join(" ".join(card) for card in _BF16_TFLOPS),
+            )
+            return None
+        return known * 1e12
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`: to CUDA from pinned memory, as any other copy waits for the device's queued work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def select_device(kind: str) -> Device:
@@ -89,15 +139,14 @@ def select_device(kind: str) -> Device:
 
 
 def _share_cpu_threads() -> None:
-    """Splits the cores over the ranks of this machine; more threads than cores make the ranks fight over them.
+    """Splits the usable CPUs over the ranks of this machine; with more threads than that the ranks fight over them.
 
     OMP_NUM_THREADS is honoured, except that torchrun sets it to 1 where the user has not: under a launcher a 1 says
     nothing.
     """
     said = os.environ.get("OMP_NUM_THREADS")
     if said is None or (said == "1" and "LOCAL_WORLD_SIZE" in os.environ):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextlib.contextmanager
@@ -117,6 +166,7 @@ def megatron_device(device: Device) -> Iterator[None]:
         # Megatron decorates small functions with torch.compile, which costs minutes of start-up and gains nothing here.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_rng_patch())
+        stack.enter_context(_weight_gradient_patch())
         yield
 
 
@@ -206,5 +256,32 @@ def _rng_patch() -> Iterator[None]:
     with (
         mock.patch.object(megatron_random, "_set_cuda_rng_state", set_state),
         mock.patch.object(megatron_random, "_get_cuda_rng_state", get_state),
+    ):
+        yield
+
+
+class _WeightGradientKernels:
+    """The one function of Megatron's CUDA extension `fused_weight_gradient_mlp_cuda` that fp32 gradients need."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_outputs: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """Adds grad_outputsᵀ · inputs into `main_grad`."""
+        if inputs.dtype is main_grad.dtype:
+            main_grad.addmm_(grad_outputs.t(), inputs)
+        else:
+            main_grad += grad_outputs.t() @ inputs
+
+
+@contextlib.contextmanager
+def _weight_gradient_patch() -> Iterator[None]:
+    """Megatron adds weight gradients into its buffer inside the matrix product where an extension for CUDA is there.
+
+    Without it every microbatch makes a gradient of every weight and adds it up afterwards.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    with (
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", _WeightGradientKernels, create=True),
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
     ):
         yield

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"errors", "files", "rank_logging"},
+    {"cpus", "errors", "files", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
     {"device"},
@@ -40,9 +40,9 @@ HOMES = {
     "hydra": ["megadpo.config.compose", "tools"],
     "omegaconf": ["megadpo.config.compose", "tools"],
     "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "megadpo.verification", "tools"],
-    "datasets": ["megadpo.data.sources"],
+    "datasets": ["megadpo.data.sources", "tools.bench"],
     "pyarrow": ["megadpo.data.sources"],
-    "matplotlib": ["tools.inspection"],
+    "matplotlib": ["tools.inspection", "tools.bench"],
     "wandb": ["megadpo.trackers"],
     "tensorboard": ["megadpo.trackers"],
     "torch.utils.tensorboard": ["megadpo.trackers"],
@@ -55,6 +55,7 @@ HOMES = {
         "megadpo.forward_step",
         "megadpo.train_step",
         "megadpo.checkpoint",
+        "tools.bench",
     ],
 }
 # Modules whose only third-party import is torch.

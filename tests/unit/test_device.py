@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megadpo.device import Device, megatron_device, select_device
 from megadpo.errors import ConfigError
 
 CPU = Device("cpu", torch.device("cpu"))
-PATCHED = (torch, torch.cuda, torch.Tensor, megatron_random)
+PATCHED = (torch, torch.cuda, torch.Tensor, megatron_random, layers)
 
 
 def attributes() -> list[dict[str, Any]]:
@@ -54,6 +54,17 @@ def test_values_of_patched_factories() -> None:
         assert torch.full((2,), 3.0, device="cuda").tolist() == [3.0, 3.0]
         assert torch.tensor([1, 2], device="cuda").tolist() == [1, 2]
         assert torch.zeros(2, device="cuda").tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_to_the_main_gradient(dtype: torch.dtype) -> None:
+    inputs, grads = torch.randn(6, 3).to(dtype), torch.randn(6, 4).to(dtype)
+    main_grad = torch.ones(4, 3)
+    with megatron_device(CPU):
+        assert layers._grad_accum_fusion_available
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, grads, main_grad)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(main_grad, 1 + grads.float().t() @ inputs.float(), rtol=tolerance, atol=tolerance)
 
 
 def test_tensor_types_are_named_as_on_cuda() -> None:
@@ -194,7 +205,7 @@ def test_more_ranks_than_cards_is_a_config_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("local_ranks", "threads_each"), [(1, 6), (2, 3), (4, 1), (12, 1)])
 def test_local_ranks_share_the_cores(local_ranks: int, threads_each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr("megadpo.device.usable_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     select_device("cpu")
     assert torch.get_num_threads() == threads_each
@@ -202,12 +213,51 @@ def test_local_ranks_share_the_cores(local_ranks: int, threads_each: int, monkey
 
 @pytest.mark.usefixtures("threads")
 def test_without_a_launcher_the_users_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr("megadpo.device.usable_cpus", lambda: 6)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
     select_device("cpu")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+    ],
+)
+def test_peak_rates_of_cards(card: str, tflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert Device("cuda", torch.device("cuda", 0)).peak_flops(torch.bfloat16) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype"),
+    [
+        ("NVIDIA RTX A1000", torch.bfloat16),
+        ("NVIDIA H100 80GB HBM3", torch.float32),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16),
+    ],
+)
+def test_a_card_of_unknown_rate_is_named(
+    card: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert Device("cuda", torch.device("cuda", 0)).peak_flops(dtype) is None
+    assert f"throughput/mfu is left out: no peak rate is known for {card} in" in caplog.text
+
+
+def test_a_cpu_has_no_peak_rate_and_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    assert CPU.peak_flops(torch.bfloat16) is None
+    assert caplog.text == ""
 
 
 def test_peak_memory_is_in_bytes() -> None:
