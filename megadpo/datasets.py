@@ -139,10 +139,10 @@ def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path,
     for name, view in views.items():
         view.check_vocabulary(vocab_size)
         _log_counts(view.counts, name, data.max_length)
+        _warn_oversized(view, name, data)
     for store in stores.values():
         _log_findings(store.about)
     train = views.pop(_TRAIN)
-    _warn_oversized(train, data)
     if global_rank() == 0:
         logger.info(
             "the first training pair as the model sees it:\n%s", describe_pair(train[0], load_tokenizer(tokenizer_dir))
@@ -192,14 +192,15 @@ def _log_findings(about: About) -> None:
         )
 
 
-def _warn_oversized(train: PairView, data: DataConfig) -> None:
+def _warn_oversized(view: PairView, name: str, data: DataConfig) -> None:
     budget = data.tokens_per_microbatch
-    oversized = int((train.stream_lengths(share_prompt=data.share_prompt) > budget).sum())
+    oversized = int((view.stream_lengths(share_prompt=data.share_prompt) > budget).sum())
     if oversized:
         logger.warning(
-            "%d of %d pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
-            "takes more memory than the budget says",
+            "%d of %d %s pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
+            "takes more memory than the budget says, and under a pipeline a step's other microbatches are padded to it",
             oversized,
-            len(train),
+            len(view),
+            name,
             budget,
         )

@@ -1,4 +1,4 @@
-"""Multiply-adds that pairs cost, from true lengths: what balances the ranks' work.
+"""Multiply-adds that pairs cost, from true lengths: what balances the ranks' work, and what telemetry counts as done.
 
 Two FLOPs a multiply-add; matrix products only. Attention counts the keys that a query sees, so causal attention is half
 a square; the head counts response tokens only; padding and anything computed twice count nothing.
@@ -47,6 +47,18 @@ def pair_flops(rates: FlopRates, prompt: int, chosen: int, rejected: int, *, sha
         tokens = 2 * prompt + chosen + rejected
         keys = _causal(prompt + chosen) + _causal(prompt + rejected)
     return rates.per_token * tokens + rates.per_key * keys + rates.per_response_token * (chosen + rejected)
+
+
+def step_flops(policy_forward: int, reference_forward: int) -> int:
+    """FLOPs of a training step from those of its forward passes: the policy's backward costs two more forwards."""
+    return 3 * policy_forward + reference_forward
+
+
+def achieved_flops(flops_per_s: float, *, ranks: int, peak: float | None) -> dict[str, float]:
+    """What is logged of a run's FLOP/s: a rank's mean, and its share of a card's `peak` where that is known."""
+    per_rank = flops_per_s / ranks
+    achieved = {"throughput/tflops_per_rank": per_rank / 1e12}
+    return achieved if peak is None else {**achieved, "throughput/mfu": per_rank / peak}
 
 
 def _causal(length: int) -> int:

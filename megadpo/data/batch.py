@@ -15,6 +15,10 @@ import torch
 
 from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.tokenization import TokenizedPair
+from megadpo.device import to_device
+
+# Nobody reads what padding attends to, so it attends in short segments: over a long one it would cost a square.
+_PADDING_SEGMENT = 64
 
 Number = TypeVar("Number", int, npt.NDArray[np.int64])
 
@@ -24,8 +28,9 @@ class PreferenceBatch:
     """Packed sequences of B pairs (B may be 0: a filler that keeps the collectives in step).
 
     `response_rows_N` are the rows whose hidden state predicts a response token, `targets_N` those tokens,
-    `sequence_index_N` the sequence each belongs to, `pair_indices` the pairs' rows in the source. Rows behind the last
-    sequence are padding in a segment of their own.
+    `sequence_index_N` the sequence each belongs to: these three go pair by pair, all of a pair's chosen response before
+    its rejected one. `pair_indices` are the pairs' rows in the source. Rows behind the last sequence are padding in
+    segments of their own.
     """
 
     tokens_1T: torch.Tensor
@@ -43,15 +48,15 @@ class PreferenceBatch:
         return len(self.pair_indices)
 
     def to(self, device: torch.device) -> PreferenceBatch:
-        """The same batch with its tensors on `device` ."""
+        """The same batch with its tensors on `device`."""
         return PreferenceBatch(
-            tokens_1T=self.tokens_1T.to(device),
-            positions_T=self.positions_T.to(device),
+            tokens_1T=to_device(self.tokens_1T, device),
+            positions_T=to_device(self.positions_T, device),
             plan=self.plan,
-            response_rows_N=self.response_rows_N.to(device),
-            targets_N=self.targets_N.to(device),
-            sequence_index_N=self.sequence_index_N.to(device),
-            response_tokens_S=self.response_tokens_S.to(device),
+            response_rows_N=to_device(self.response_rows_N, device),
+            targets_N=to_device(self.targets_N, device),
+            sequence_index_N=to_device(self.sequence_index_N, device),
+            response_tokens_S=to_device(self.response_tokens_S, device),
             pair_indices=self.pair_indices,
         )
 
@@ -69,7 +74,7 @@ def stream_length(pair: TokenizedPair, *, share_prompt: bool) -> int:
 def build_batch(
     pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int, share_prompt: bool
 ) -> PreferenceBatch:
-    """The batch of `pairs` in a stream of `num_tokens` rows, the surplus filled with a masked tail segment.
+    """The batch of `pairs` in a stream of `num_tokens` rows, the surplus filled with masked segments at its end.
 
     With `share_prompt` a pair is prompt · chosen · rejected, where rejected sees the prompt and itself and its
     positions go on from the prompt's; without, it is the two sequences prompt · chosen and prompt · rejected.
@@ -83,8 +88,10 @@ def build_batch(
     if padding < 0:
         raise ValueError(f"{stream.length} tokens do not fit a stream of {num_tokens}")
     if padding:
-        start = stream.append(np.full(padding, pad_token_id), first_position=0)
-        stream.segments.append(Segment(start, num_tokens, key_ranges=((start, num_tokens),)))
+        first = stream.append(np.full(padding, pad_token_id), first_position=0)
+        for start in range(first, num_tokens, _PADDING_SEGMENT):
+            own = (start, min(start + _PADDING_SEGMENT, num_tokens))
+            stream.segments.append(Segment(*own, key_ranges=(own,)))
     response_tokens = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
     return PreferenceBatch(
         tokens_1T=_joined(stream.tokens)[None],

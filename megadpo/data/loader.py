@@ -21,15 +21,19 @@ class GlobalBatch:
     """The pairs of one step over all ranks, and this data-parallel rank's microbatches of them.
 
     `logical_tokens` counts prompt + chosen + prompt + rejected of every pair; `computed_tokens` what all ranks put
-    through the model, padding and fillers included. `stream_tokens` is the length of the longest microbatch: all have
-    it under a pipeline, otherwise each keeps its own. `pair_indices` are the pairs' rows in the source, in order.
+    through the model, `padding_tokens` of them padding and fillers. `stream_tokens` is the length of the longest
+    microbatch: all have it under a pipeline, otherwise each keeps its own. `flops` are those of the policy's forward
+    pass over all pairs, `reference_flops` the reference's. `pair_indices` are the pairs' rows in the source, in order.
     """
 
     microbatches: tuple[PreferenceBatch, ...]
     pair_indices: tuple[int, ...]
     logical_tokens: int
     computed_tokens: int
+    padding_tokens: int
     stream_tokens: int
+    flops: int
+    reference_flops: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,10 @@ class BatchShape:
 
 
 class BatchBuilder:
-    """Builds global batches from lists of pairs, for one layout and one token budget."""
+    """Builds global batches from lists of pairs, for one layout and one token budget.
+
+    `flop_rates` are the policy's, and balance the ranks; `reference_flop_rates` are None where no reference is run.
+    """
 
     def __init__(
         self,
@@ -59,26 +66,30 @@ class BatchBuilder:
         pad_token_id: int,
         share_prompt: bool,
         flop_rates: FlopRates,
+        reference_flop_rates: FlopRates | None = None,
     ) -> None:
         self.shape = shape
         self.tokens_per_microbatch = tokens_per_microbatch
         self.pad_token_id = pad_token_id
         self.share_prompt = share_prompt
         self.flop_rates = flop_rates
+        self.reference_flop_rates = reference_flop_rates
 
     def build(self, pairs: Sequence[TokenizedPair]) -> GlobalBatch:
         """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted."""
         shape = self.shape
         lengths = [stream_length(pair, share_prompt=self.share_prompt) for pair in pairs]
+        flops = [self._flops(self.flop_rates, pair) for pair in pairs]
         schedule = schedule_step(
             lengths,
-            [self._flops(pair) for pair in pairs],
+            flops,
             budget=self.tokens_per_microbatch,
             data_parallel=shape.data_size,
             microbatch_multiple=shape.microbatch_multiple,
         )
         widths = self._stream_widths(schedule, lengths)
         own_bins = schedule.bins_by_rank[shape.data_rank]
+        computed_tokens = sum(map(sum, widths))
         return GlobalBatch(
             microbatches=tuple(
                 build_batch(
@@ -91,13 +102,20 @@ class BatchBuilder:
             ),
             pair_indices=tuple(pair.index for pair in pairs),
             logical_tokens=sum(stream_length(pair, share_prompt=False) for pair in pairs),
-            computed_tokens=sum(map(sum, widths)),
+            computed_tokens=computed_tokens,
+            padding_tokens=computed_tokens - sum(lengths),
             stream_tokens=max(map(max, widths)),
+            flops=sum(flops),
+            reference_flops=self._reference_flops(pairs),
         )
 
-    def _flops(self, pair: TokenizedPair) -> int:
+    def _reference_flops(self, pairs: Sequence[TokenizedPair]) -> int:
+        rates = self.reference_flop_rates
+        return 0 if rates is None else sum(self._flops(rates, pair) for pair in pairs)
+
+    def _flops(self, rates: FlopRates, pair: TokenizedPair) -> int:
         lengths = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
-        return pair_flops(self.flop_rates, *lengths, share_prompt=self.share_prompt)
+        return pair_flops(rates, *lengths, share_prompt=self.share_prompt)
 
     def _stream_widths(self, schedule: StepSchedule, lengths: Sequence[int]) -> list[list[int]]:
         """Stream length of every rank's every microbatch."""
@@ -139,6 +157,10 @@ class TrainingData:
     def steps_per_epoch(self) -> int:
         """Optimizer steps that one pass over the pairs takes."""
         return -(-len(self.pairs) // self.global_batch_size)
+
+    def batches(self, *, steps_done: int, total_steps: int) -> Iterator[GlobalBatch]:
+        """The global batches of the steps that are left."""
+        return map(self.batch_after, range(steps_done, total_steps))
 
     def batch_after(self, steps_done: int) -> GlobalBatch:
         """The global batch of the step that follows `steps_done` finished ones."""

@@ -23,6 +23,7 @@ from threading import Thread
 
 import numpy as np
 
+from megadpo.cpus import usable_cpus
 from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row, text_size
 from megadpo.data.sources import Source, open_source
 from megadpo.data.store import (
@@ -126,8 +127,7 @@ def open_store(prepared: PreparedStore) -> PairStore:
 
 def available_cpus() -> int:
     """CPUs that this process may use, but no more workers than one reading process can feed."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, _MOST_WORKERS)
+    return min(usable_cpus(), _MOST_WORKERS)
 
 
 def _fill(

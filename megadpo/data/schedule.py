@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 Bin = tuple[int, ...]
 
+# Bins are evened out to within this part of the budget; every doubling costs one more packing.
+_EVENNESS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class StepSchedule:
@@ -26,11 +29,30 @@ class StepSchedule:
 
 
 def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
-    """Positions 0…n−1 in bins of at most `budget` tokens: first fit, longest first, ties by position.
+    """Positions 0…n−1 in bins of at most `budget` tokens: as few as first fit makes, and of about the same length.
 
-    A pair longer than the budget gets a bin of its own. Bins are in order of their first position, and so are the
-    positions in each.
+    Under a pipeline every stream of a step is padded to the longest, so a full bin beside a nearly empty one costs as
+    much as two full ones. A pair longer than the budget gets a bin of its own. Bins are in order of their first
+    position, and so are the positions in each.
     """
+    bins = _first_fit(lengths, budget)
+    fitting = [length for length in lengths if length <= budget]
+    if not fitting:
+        return bins
+    shared = len(bins) - (len(lengths) - len(fitting))
+    least, most = max(max(fitting), -(-sum(fitting) // shared)), budget
+    while most - least > budget // _EVENNESS:
+        limit = (least + most) // 2
+        evener = _first_fit(lengths, limit)
+        if len(evener) <= len(bins):
+            bins, most = evener, limit
+        else:
+            least = limit + 1
+    return bins
+
+
+def _first_fit(lengths: Sequence[int], limit: int) -> list[Bin]:
+    """Bins of at most `limit` tokens, or one longer pair: the longest first, each into the first bin with room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -38,7 +60,7 @@ def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
         fit = next((b for b, free in enumerate(room) if length <= free), None)
         if fit is None:
             bins.append([position])
-            room.append(max(0, budget - length))
+            room.append(max(0, limit - length))
         else:
             bins[fit].append(position)
             room[fit] -= length

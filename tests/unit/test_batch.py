@@ -78,6 +78,13 @@ def test_padding_is_a_tail_of_its_own() -> None:
         assert torch.equal(getattr(batch, name), getattr(exact, name)), name
 
 
+def test_a_long_tail_attends_in_short_segments() -> None:
+    """Each sees itself alone: nobody reads what padding attends to, and over 200 rows at once it costs the square."""
+    batch = build_batch(PAIRS, num_tokens=12 + 200, pad_token_id=99, share_prompt=False)
+    assert batch.plan == packed_plan([3, 4, 3, 2, 64, 64, 64, 8])
+    assert batch.tokens_1T[0, 12:].tolist() == [99] * 200
+
+
 def test_a_filler_is_all_padding() -> None:
     batch = build_batch([], num_tokens=4, pad_token_id=7, share_prompt=True)
     assert batch.tokens_1T.tolist() == [[7, 7, 7, 7]]
@@ -133,6 +140,8 @@ def test_each_row_predicts_its_target_from_all_that_stands_before_it(
     batch = build_batch(pairs, num_tokens=length + padding, pad_token_id=0, share_prompt=share_prompt)
     prompts = [p.prompt.tolist() for p in pairs] * 2
     responses = [p.chosen.tolist() for p in pairs] + [p.rejected.tolist() for p in pairs]
+    pair_by_pair = [sequence for i in range(len(pairs)) for sequence in (i, len(pairs) + i)]
+    assert batch.sequence_index_N.unique_consecutive().tolist() == pair_by_pair
     for sequence, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         own = batch.sequence_index_N == sequence
         assert batch.targets_N[own].tolist() == response

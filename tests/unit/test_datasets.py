@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -143,8 +144,11 @@ def test_workers_tokenize_large_sets(root: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_pairs_over_the_token_budget_are_warned_about(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load(root, "data.tokens_per_microbatch=500")
-    assert "pairs are longer than data.tokens_per_microbatch=500" in caplog.text
+    """Once a set, counted, before anything is trained."""
+    load(root, "data.tokens_per_microbatch=500", "data.validation_fraction=0.25")
+    told = re.findall(r"(\d+) of \d+ (\w+) pairs are longer than data\.tokens_per_microbatch=500", caplog.text)
+    assert [name for _, name in told] == ["training", "validation"]
+    assert all(int(count) > 0 for count, _ in told)
 
 
 def test_a_vocabulary_that_is_too_small_names_a_pair(root: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from megadpo.flops import FlopRates, pair_flops
+from megadpo.flops import FlopRates, achieved_flops, pair_flops, step_flops
 from megadpo.models.hf_config import read_architecture
 from tests.helpers.tiny_models import write_tiny_model
 
@@ -32,3 +32,13 @@ def test_pairs_count_what_is_seen() -> None:
     # prompt of 2, responses of 1 and 3: keys seen 1+2+3 and, by the second response, 2+1, 2+2, 2+3
     assert pair_flops(rates, 2, 1, 3, share_prompt=True) == 6 * 1000 + (6 + 12) * 10 + 4 * 100
     assert pair_flops(rates, 2, 1, 3, share_prompt=False) == 8 * 1000 + (6 + 15) * 10 + 4 * 100
+
+
+def test_a_step_is_three_forwards_of_the_policy_and_one_of_the_reference() -> None:
+    assert step_flops(1000, 10) == 3010
+
+
+def test_utilisation_is_a_ranks_share_of_its_cards_peak() -> None:
+    achieved = achieved_flops(8e14, ranks=4, peak=1e15)
+    assert achieved == {"throughput/tflops_per_rank": 200.0, "throughput/mfu": 0.2}
+    assert achieved_flops(8e14, ranks=4, peak=None) == {"throughput/tflops_per_rank": 200.0}

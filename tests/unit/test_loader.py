@@ -7,9 +7,10 @@ import pytest
 
 from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch, TrainingData, epoch_order, evaluation_batches
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.flops import FlopRates
+from megadpo.flops import FlopRates, pair_flops
 
 RATES = FlopRates(per_token=10, per_key=1, per_response_token=5)
+REFERENCE_RATES = FlopRates(per_token=100, per_key=3, per_response_token=7)
 
 
 def make_pairs(count: int) -> list[TokenizedPair]:
@@ -44,6 +45,7 @@ def builder(
         pad_token_id=2,
         share_prompt=share_prompt,
         flop_rates=RATES,
+        reference_flop_rates=REFERENCE_RATES,
     )
 
 
@@ -131,6 +133,8 @@ def test_the_layout_changes_no_pair_and_no_token(name: str) -> None:
         assert len(batch.pair_indices) == 9
         assert batch.logical_tokens == expected.logical_tokens == logical
         assert batch.computed_tokens == computed
+        assert batch.padding_tokens == computed - logical
+        assert (batch.flops, batch.reference_flops) == (expected.flops, expected.reference_flops)
         assert batch.stream_tokens == max(width for other in batches for width in widths(other))
         assert len(batch.microbatches) == len(batches[0].microbatches)
         assert len(batch.microbatches) % layout.get("microbatches", 1) == 0
@@ -177,6 +181,24 @@ def test_sharing_computes_each_prompt_once_and_counts_the_same_logical_tokens() 
     assert shared.computed_tokens == separate.computed_tokens - sum(len(pair.prompt) for pair in pairs)
     assert max(widths(shared)) <= 80
     assert len(shared.microbatches) < len(separate.microbatches)
+
+
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_flops_are_those_of_the_pairs_whatever_is_padded(share_prompt: bool) -> None:
+    pairs = make_pairs(6)
+    sizes = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    batch = builder(share_prompt=share_prompt, multiple=32, fixed=True).build(pairs)
+    assert batch.padding_tokens > 0
+    assert batch.flops == sum(pair_flops(RATES, *lengths, share_prompt=share_prompt) for lengths in sizes)
+    reference = sum(pair_flops(REFERENCE_RATES, *lengths, share_prompt=share_prompt) for lengths in sizes)
+    assert batch.reference_flops == reference
+
+
+def test_the_steps_that_are_left_are_those_of_a_whole_run() -> None:
+    data = training_data(make_pairs(10))
+    whole, rest = (list(data.batches(steps_done=done, total_steps=7)) for done in (0, 4))
+    assert [batch.pair_indices for batch in whole[4:]] == [batch.pair_indices for batch in rest]
+    assert [batch.pair_indices for batch in whole] == [data.batch_after(done).pair_indices for done in range(7)]
 
 
 @pytest.mark.parametrize(("share_prompt", "first_rank"), [(True, [0, 3]), (False, [1, 3])])
