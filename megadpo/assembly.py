@@ -8,7 +8,7 @@ import torch
 
 from megadpo.checkpoint import load_checkpoint, load_weights
 from megadpo.checkpoint_files import stored_dtype
-from megadpo.config.schema import Config, Dtype, ReferenceMode
+from megadpo.config.schema import AttentionKernel, Config, Dtype, ReferenceMode
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
 from megadpo.losses import PreferenceLoss
@@ -17,6 +17,7 @@ from megadpo.models.builder import ModelOptions, build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
+from megadpo.models.varlen import choose_attention, why_not_varlen
 from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_parallel
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
@@ -46,6 +47,14 @@ def check_weight_files(config: Config, source: ModelSource, arch: Architecture) 
         check_hf_weights(read_architecture(config.reference.hf_path), config.reference.hf_path)
 
 
+def log_attention(config: Config, arch: Architecture, device: Device) -> None:
+    """Says which kernel serves the model's attention, and why not the faster one; ConfigError as `choose_attention`."""
+    kernel = _attention(config, arch, device)
+    lacks = why_not_varlen(device, torch_dtype(config), arch.head_dim)
+    asked = config.device.attention != AttentionKernel.auto
+    logger.info("attention: %s%s", kernel, "" if asked or lacks is None else f" (varlen: {lacks})")
+
+
 def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
     """What the layout asks of a batch."""
     return BatchShape(
@@ -59,12 +68,14 @@ def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
 
 def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
     """What turns pairs into this rank's microbatches."""
+    own_reference = config.reference.hf_path
     return BatchBuilder(
         shape=batch_shape(state, sequence_parallel=bool(config.parallel.sequence_parallel)),
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         pad_token_id=pad_token_id,
         share_prompt=config.data.share_prompt,
         flop_rates=arch.flop_rates,
+        reference_flop_rates=(arch if own_reference is None else read_architecture(own_reference)).flop_rates,
     )
 
 
@@ -76,7 +87,8 @@ def build_reference(
     if own is None:
         chunks = load_starting_model(config, source, arch, state, device)
     else:
-        chunks = load_model(read_architecture(own), state, own, **_model_options(config, device))
+        own_arch = read_architecture(own)
+        chunks = load_model(own_arch, state, own, **_model_options(config, own_arch, device))
     return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
 
 
@@ -84,7 +96,7 @@ def load_starting_model(
     config: Config, source: ModelSource, arch: Architecture, state: ParallelState, device: Device
 ) -> list[PolicyModel]:
     """This rank's chunks of the model with the weights that a run starts from, in the configured precision."""
-    options = _model_options(config, device)
+    options = _model_options(config, arch, device)
     if source.checkpoint is None:
         return load_model(arch, state, source.hf_dir, **options)
     stored = stored_dtype(source.checkpoint)
@@ -95,12 +107,20 @@ def load_starting_model(
     return chunks
 
 
-def _model_options(config: Config, device: Device) -> ModelOptions:
+def _model_options(config: Config, arch: Architecture, device: Device) -> ModelOptions:
     return {
         "device": device,
         "dtype": torch_dtype(config),
         "sequence_parallel": bool(config.parallel.sequence_parallel),
+        "attention": _attention(config, arch, device),
+        "logits_mib": config.model.logits_mib,
     }
+
+
+def _attention(config: Config, arch: Architecture, device: Device) -> str:
+    return choose_attention(
+        str(config.device.attention), device=device, dtype=torch_dtype(config), head_dim=arch.head_dim
+    )
 
 
 def build_policy(
@@ -115,7 +135,8 @@ def build_policy(
     if checkpoint is None:
         modules = load_starting_model(config, source, arch, state, device)
     else:
-        modules = build_model(arch, state, **_model_options(config, device))
+        modules = build_model(arch, state, **_model_options(config, arch, device))
+    modules[-1].token_statistics = config.train.log_token_statistics
     chunks = wrap_data_parallel(modules)
     optimizer = build_optimizer(
         chunks,
@@ -142,8 +163,8 @@ def build_loss(config: Config) -> PreferenceLoss:
     )
 
 
-def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int) -> LoopSettings:
-    """When to log, evaluate and save, the learning rate, and what the first loss must be."""
+def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device: Device) -> LoopSettings:
+    """When to log, evaluate and save, the learning rate, what the first loss must be, and what a card can do."""
     own = config.reference.hf_path
     start = config.model.hf_path
     reference_is_start = own is None or (start is not None and Path(own).samefile(start))
@@ -160,4 +181,5 @@ def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int) -> Loo
             total_steps=total_steps,
         ),
         value_without_preference=loss.value_without_preference if reference_is_start else None,
+        peak_flops=device.peak_flops(torch_dtype(config)),
     )

@@ -9,6 +9,7 @@ import torch
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.logprobs import TokenScores
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
 from megadpo.reference import Reference
@@ -28,11 +29,10 @@ def evaluate(
         reference_logps = reference.log_probs(batch)
 
         def closure(
-            index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor, scores: list = reference_logps
+            index: int, microbatch: PreferenceBatch, scores: TokenScores, reference: list = reference_logps
         ) -> dict[str, torch.Tensor]:
-            return preference_statistics(loss, microbatch, logps_N, scores[index])[1]
+            return preference_statistics(loss, microbatch, scores, reference[index])[1]
 
-        with torch.no_grad():
-            for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):
-                add_sums(total, sums)
+        for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):
+            add_sums(total, sums)
     return total

@@ -15,11 +15,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.logprobs import sequence_sums
-from megadpo.losses import PairLogProbs, PreferenceLoss, pair_statistics
+from megadpo.logprobs import TokenScores, sequence_sums
+from megadpo.losses import TOKEN_STATISTICS, PairLogProbs, PreferenceLoss, pair_statistics
 
-# What the last stage makes of one microbatch's response log-probs [N]: its index, its batch, the log-probs.
-Closure = Callable[[int, PreferenceBatch, torch.Tensor], Any]
+# What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
+Closure = Callable[[int, PreferenceBatch, TokenScores], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,10 @@ def run_schedule(
 ) -> list[Any]:
     """Runs Megatron's pipeline schedule over this rank's microbatches; what the closure gave per microbatch, in order.
 
-    The list is empty on every stage but the last. With `forward_only` the closure's result comes back untouched;
-    otherwise it is Megatron's triple (sum of losses, number of pairs, data) and the data come back. Collectives: the
-    schedule's own over the pipeline and tensor groups, and in training the gradient reduction over the data group.
+    The list is empty on every stage but the last. With `forward_only` nothing gets a gradient and the closure's result
+    comes back untouched; otherwise it is Megatron's triple (sum of losses, number of pairs, data) and the data come
+    back. Collectives: the schedule's own over the pipeline and tensor groups, and in training the gradient reduction
+    over the data group.
     """
 
     def iterator() -> Iterator[tuple[int, PreferenceBatch]]:
@@ -60,26 +61,32 @@ def run_schedule(
         )
         return output, partial(_finish, index, microbatch)
 
-    def _finish(index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor, non_loss_data: bool = False) -> Any:
-        return closure(index, microbatch, logps_N)
+    def _finish(index: int, microbatch: PreferenceBatch, scores: TokenScores, non_loss_data: bool = False) -> Any:
+        return closure(index, microbatch, scores)
 
-    results: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iterator() for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batch.microbatches),
-        seq_length=batch.stream_tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    # Not inference_mode: gloo's thread fills the buffers that sequence-parallel layers gather into, and torch refuses
+    # such writes to inference tensors. It would save 0.5 % of a pass.
+    with torch.set_grad_enabled(not forward_only):
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iterator() for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batch.microbatches),
+            seq_length=batch.stream_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
     return results
 
 
-def sum_log_probs(microbatch: PreferenceBatch, logps_N: torch.Tensor) -> SequenceLogProbs:
+def sum_log_probs(microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
     """Per-pair sums of the response tokens' log-probs."""
-    sums_S = sequence_sums(logps_N, microbatch.sequence_index_N, 2 * microbatch.num_pairs)
-    return SequenceLogProbs(sums_S[: microbatch.num_pairs], sums_S[microbatch.num_pairs :])
+    pairs = microbatch.num_pairs
+    # The rows come pair by pair, the lengths all chosen ones first.
+    lengths_S = microbatch.response_tokens_S.view(2, pairs).T.reshape(-1)
+    sums_B2 = sequence_sums(scores.logps_N, lengths_S).view(pairs, 2)
+    return SequenceLogProbs(sums_B2[:, 0], sums_B2[:, 1])
 
 
 def pair_log_probs(microbatch: PreferenceBatch, policy: SequenceLogProbs, reference: SequenceLogProbs) -> PairLogProbs:
@@ -98,19 +105,33 @@ def pair_log_probs(microbatch: PreferenceBatch, policy: SequenceLogProbs, refere
 def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torch.device) -> list[SequenceLogProbs]:
     """Per-pair log-probs of this rank's microbatches under a model, without gradients; [] on all but the last stage."""
 
-    def closure(index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor) -> SequenceLogProbs:
-        return sum_log_probs(microbatch, logps_N)
+    def closure(index: int, microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
+        return sum_log_probs(microbatch, scores)
 
-    with torch.no_grad():
-        return run_schedule(chunks, batch, closure, device=device, forward_only=True)
+    return run_schedule(chunks, batch, closure, device=device, forward_only=True)
 
 
 def preference_statistics(
-    loss: PreferenceLoss, microbatch: PreferenceBatch, logps_N: torch.Tensor, reference: SequenceLogProbs
+    loss: PreferenceLoss, microbatch: PreferenceBatch, scores: TokenScores, reference: SequenceLogProbs
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, the pair count among them)."""
-    logps = pair_log_probs(microbatch, sum_log_probs(microbatch, logps_N), reference)
+    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, and the counts to divide by)."""
+    logps = pair_log_probs(microbatch, sum_log_probs(microbatch, scores), reference)
     loss_B = loss(logps)
     sums = pair_statistics(loss_B, logps, beta=loss.beta)
-    sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=logps_N.device)
-    return loss_B.sum(), sums
+    sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=loss_B.device)
+    return loss_B.sum(), sums | token_sums(microbatch, scores)
+
+
+def token_sums(microbatch: PreferenceBatch, scores: TokenScores) -> dict[str, torch.Tensor]:
+    """Sums of TOKEN_STATISTICS over a microbatch's tokens and the counts of those, fp64 scalars; {} without them."""
+    if scores.statistics is None:
+        return {}
+    is_chosen_N = microbatch.sequence_index_N < microbatch.num_pairs
+    values_N = (
+        scores.statistics.entropy_N,
+        torch.ones_like(is_chosen_N),
+        scores.statistics.is_top1_N & is_chosen_N,
+        is_chosen_N,
+    )
+    names = [name for statistic in TOKEN_STATISTICS.items() for name in statistic]
+    return {name: value_N.double().sum() for name, value_N in zip(names, values_N, strict=True)}

@@ -3,19 +3,51 @@
 Legend: N response rows, H hidden size, V vocabulary slice of this tensor-parallel rank, C rows of one chunk.
 
 Each rank multiplies a chunk of rows with its slice of the head, keeps the rows' local maximum, sum of exponentials and
-target logit in fp32, and drops the chunk's logits. Two small all-reduces combine the slices. The backward computes the
-chunk's logits again.
+target logit in fp32, and uses the chunk's memory again for the next one. Two small all-reduces combine the slices. The
+backward computes the chunks again, unless there was only one: then it is kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Upper bound on one chunk's fp32 logits (in bf16 a copy of half the size stands beside them).
-_CHUNK_BYTES = 64 * 2**20
+_FP32_BYTES = 4
+# Token statistics copy a chunk in this many parts, one after the other.
+_PARTS = 16
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """What is logged of N response tokens, without gradient.
+
+    `entropy_N` (fp32, nats) is of the whole distribution that the target is drawn from, `is_top1_N` (bool) whether the
+    target is its most likely token, the first one of equals.
+    """
+
+    entropy_N: torch.Tensor
+    is_top1_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """log p(target) of N response tokens as fp32 [N] with gradient, and their statistics where they were asked for."""
+
+    logps_N: torch.Tensor
+    statistics: TokenStatistics | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Where a rank's rows of the head lie in the vocabulary: `real` of them, from `start` on, are not padding."""
+
+    group: dist.ProcessGroup
+    start: int
+    real: int
 
 
 def response_log_probs(
@@ -26,30 +58,91 @@ def response_log_probs(
     group: dist.ProcessGroup,
     vocab_start: int,
     vocab_size: int,
-) -> torch.Tensor:
+    logits_bytes: int,
+    token_statistics: bool = False,
+) -> TokenScores:
     """log p(target) of each row as fp32 [N], differentiable in `hidden_NH` and `weight_VH`.
 
     `weight_VH` is the rank's rows [vocab_start, vocab_start + V) of the head; rows from `vocab_size` on are padding and
     get no probability. `hidden_NH` is replicated over `group`; its gradient is the rank's own contribution, which
-    the caller sums over the group (a reduce-scatter or an all-reduce, whichever made it replicated). Targets lie in
-    [0, vocab_size): the data are checked for it. Collectives in the forward: one max and one sum all-reduce of [N] and
-    [2, N] over `group`. None in the backward.
+    the caller sums over the group (a reduce-scatter or an all-reduce, whichever made it replicated). The gradient of a
+    weight inside Megatron's DDP goes straight into its fp32 `main_grad`. Targets lie in [0, vocab_size): the data are
+    checked for it. Whatever is made beside the results and the rows' gradient fits into `logits_bytes` (one row at
+    least). Collectives in the forward: one max all-reduce of [N] and one sum all-reduce of [2, N] over `group`, [4, N]
+    with `token_statistics`. None in the backward.
     """
-    result: torch.Tensor = _ResponseLogProbs.apply(hidden_NH, weight_VH, targets_N, group, vocab_start, vocab_size)
-    return result
+    real = min(max(vocab_size - vocab_start, 0), weight_VH.shape[0])
+    rows = chunk_rows(weight_VH.shape[0], dtype=weight_VH.dtype, logits_bytes=logits_bytes)
+    has_backward = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
+    logps_N, entropy_N, is_top1_N = _ResponseLogProbs.apply(
+        hidden_NH,
+        weight_VH,
+        targets_N,
+        _Slice(group, vocab_start, real),
+        rows,
+        token_statistics,
+        has_backward and hidden_NH.shape[0] <= rows,
+    )
+    return TokenScores(logps_N, TokenStatistics(entropy_N, is_top1_N) if token_statistics else None)
 
 
-def _chunks(num_rows: int, vocab: int) -> list[slice]:
-    """Row slices whose fp32 logits stay within the chunk's memory budget; every rank of a group gets the same ones."""
-    rows = max(1, _CHUNK_BYTES // (4 * vocab))
+def chunk_rows(vocab: int, *, dtype: torch.dtype, logits_bytes: int) -> int:
+    """Rows whose logits over `vocab` columns fit into `logits_bytes`, at least 1: the same on every rank of a group.
+
+    A logit takes an fp32 number and, in a model of another format, one in that; the copy of a part that token
+    statistics make is counted whether they are on or not, so that they change nothing else.
+    """
+    logit_bytes = _FP32_BYTES + (0 if dtype is torch.float32 else dtype.itemsize)
+    return max(1, (logits_bytes - vocab * _FP32_BYTES) * _PARTS // (vocab * (logit_bytes * _PARTS + _FP32_BYTES)))
+
+
+class _Workspace:
+    """Memory of one chunk's logits, in fp32 and in the format of a head that has another; every chunk uses it anew."""
+
+    def __init__(self, rows: int, weight_VH: torch.Tensor) -> None:
+        vocab, hidden = weight_VH.shape
+        # The second bound is one row of `add_product`, for heads that are wider than high.
+        self.fp32 = weight_VH.new_empty(max(rows * vocab, 2 * hidden), dtype=torch.float32)
+        self.low = None if weight_VH.dtype is torch.float32 else weight_VH.new_empty(rows * vocab)
+
+    def view(self, rows: int, vocab: int) -> torch.Tensor:
+        """The fp32 numbers as [rows, vocab]."""
+        return self.fp32[: rows * vocab].view(rows, vocab)
+
+    def logits(self, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [C, V], rounded to the head's format on the way."""
+        logits_CV = self.view(hidden_CH.shape[0], weight_VH.shape[0])
+        if self.low is None:
+            return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+        low_CV = self.low[: logits_CV.numel()].view_as(logits_CV)
+        return logits_CV.copy_(torch.mm(hidden_CH, weight_VH.T, out=low_CV))
+
+    def in_head_format(self, values_CV: torch.Tensor) -> torch.Tensor:
+        """`values_CV` rounded to the head's format; its fp32 memory is free from here on where that is another."""
+        if self.low is None:
+            return values_CV
+        return self.low[: values_CV.numel()].view_as(values_CV).copy_(values_CV)
+
+    def add_product(self, total_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        """Adds gradᵀ · hidden to the fp32 `total_VH` in place; a product in a lower format needs no further memory.
+
+        It comes in tiles of vocabulary rows that fit, with their fp32 copies, where the fp32 logits were.
+        """
+        if self.low is None:
+            total_VH.addmm_(grad_CV.T, hidden_CH)
+            return
+        hidden = hidden_CH.shape[1]
+        rows = self.fp32.numel() * _FP32_BYTES // (hidden * (_FP32_BYTES + self.low.itemsize))
+        for start in range(0, total_VH.shape[0], rows):
+            tile = total_VH[start : start + rows]
+            copy = self.fp32[: tile.numel()].view_as(tile)
+            product = self.fp32[tile.numel() :].view(self.low.dtype)[: tile.numel()].view_as(tile)
+            torch.mm(grad_CV[:, start : start + rows].T, hidden_CH, out=product)
+            tile += copy.copy_(product)
+
+
+def _chunks(num_rows: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
-
-
-def _chunk_logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, real_columns: int) -> torch.Tensor:
-    """fp32 logits [C, V] of one chunk, padding columns at minus infinity."""
-    logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH).float()
-    logits_CV[:, real_columns:] = float("-inf")
-    return logits_CV
 
 
 class _ResponseLogProbs(torch.autograd.Function):
@@ -59,54 +152,159 @@ class _ResponseLogProbs(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         targets_N: torch.Tensor,
-        group: dist.ProcessGroup,
-        vocab_start: int,
-        vocab_size: int,
-    ) -> torch.Tensor:
-        num_rows, local_vocab = hidden_NH.shape[0], weight_VH.shape[0]
-        real_columns = min(max(vocab_size - vocab_start, 0), local_vocab)
-        local_targets_N = targets_N - vocab_start
-        is_local_N = (local_targets_N >= 0) & (local_targets_N < real_columns)
+        vocab: _Slice,
+        rows: int,
+        token_statistics: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        local_targets_N = targets_N - vocab.start
+        is_local_N = (local_targets_N >= 0) & (local_targets_N < vocab.real)
         local_targets_N = torch.where(is_local_N, local_targets_N, 0)
+        rows = max(1, min(rows, hidden_NH.shape[0]))
+        space = _Workspace(rows, weight_VH)
+        sums = _Sums(hidden_NH, token_statistics)
+        for chunk in _chunks(hidden_NH.shape[0], rows) if vocab.real else []:
+            logits_CV = space.logits(hidden_NH[chunk], weight_VH[: vocab.real])
+            sums.add_chunk(chunk, logits_CV, local_targets_N[chunk], is_local_N[chunk])
+        local_max_N = sums.max_N
+        sums.combine(vocab, targets_N)
+        log_normaliser_N = sums.max_N + sums.exp_N.log()
 
-        max_N = hidden_NH.new_empty(num_rows, dtype=torch.float32)
-        sums_2N = hidden_NH.new_empty(2, num_rows, dtype=torch.float32)  # Σ exp(logit − max), target logit
-        for rows in _chunks(num_rows, local_vocab):
-            logits_CV = _chunk_logits(hidden_NH[rows], weight_VH, real_columns)
-            # A slice that is all padding has no maximum; the floor keeps exp(−inf − max) at zero instead of NaN.
-            max_N[rows] = logits_CV.amax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
-            target_C = logits_CV.gather(1, local_targets_N[rows, None]).squeeze(1)
-            sums_2N[1, rows] = torch.where(is_local_N[rows], target_C, 0.0)
-            sums_2N[0, rows] = logits_CV.sub_(max_N[rows, None]).exp_().sum(dim=-1)
-        if group.size() > 1 and num_rows > 0:
-            local_max_N = max_N.clone()
-            dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=group)
-            sums_2N[0] *= (local_max_N - max_N).exp_()
-            dist.all_reduce(sums_2N, group=group)
-        log_normaliser_N = max_N + sums_2N[0].log()
-
-        ctx.save_for_backward(hidden_NH, weight_VH, local_targets_N, is_local_N, log_normaliser_N)
-        ctx.real_columns = real_columns
-        return sums_2N[1] - log_normaliser_N
+        ctx.save_for_backward(hidden_NH, weight_VH, local_targets_N, is_local_N, local_max_N, log_normaliser_N)
+        ctx.vocab, ctx.rows, ctx.space = vocab, rows, space if keep else None
+        if not token_statistics:
+            return sums.target_N - log_normaliser_N, None, None
+        entropy_N, is_top1_N = sums.entropy(), sums.is_top1()
+        ctx.mark_non_differentiable(entropy_N, is_top1_N)
+        return sums.target_N - log_normaliser_N, entropy_N, is_top1_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_N,) = grad_outputs
-        hidden_NH, weight_VH, local_targets_N, is_local_N, log_normaliser_N = ctx.saved_tensors
-        grad_hidden_NH = torch.empty_like(hidden_NH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for rows in _chunks(hidden_NH.shape[0], weight_VH.shape[0]):
-            logits_CV = _chunk_logits(hidden_NH[rows], weight_VH, ctx.real_columns)
-            # d log p(target) / d logit = [target] − softmax
-            grad_CV = logits_CV.sub_(log_normaliser_N[rows, None]).exp_().mul_(-grad_N[rows, None])
-            own_C = torch.where(is_local_N[rows], grad_N[rows], 0.0)
-            grad_CV.scatter_add_(1, local_targets_N[rows, None], own_C[:, None])
-            grad_hidden_NH[rows] = grad_CV.to(weight_VH.dtype) @ weight_VH
-            grad_weight_VH += (grad_CV.to(hidden_NH.dtype).T @ hidden_NH[rows]).float()
-        return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
+        grad_N = grad_outputs[0]
+        hidden_NH, weight_VH, local_targets_N, is_local_N, local_max_N, log_normaliser_N = ctx.saved_tensors
+        real_VH = weight_VH[: ctx.vocab.real]
+        # What was kept is overwritten here: a second backward finds nothing and computes it again.
+        space, ctx.space = ctx.space, None
+        is_kept = space is not None
+        if space is None:
+            space = _Workspace(ctx.rows, weight_VH)
+        grad_hidden_NH = torch.zeros_like(hidden_NH)
+        weight_gradient = _WeightGradient(weight_VH) if ctx.needs_input_grad[1] else None
+        # d log p(target) / d logit = [target] − softmax, and softmax = exp(logit − max) · exp(max − normaliser)
+        scale_N = -grad_N * (local_max_N - log_normaliser_N).exp_()
+        own_N = torch.where(is_local_N, grad_N, 0.0)
+        for chunk in _chunks(hidden_NH.shape[0], ctx.rows) if ctx.vocab.real else []:
+            if is_kept:
+                grad_CV = space.view(hidden_NH.shape[0], ctx.vocab.real)
+            else:
+                grad_CV = space.logits(hidden_NH[chunk], real_VH).sub_(local_max_N[chunk, None]).exp_()
+            grad_CV.mul_(scale_N[chunk, None]).scatter_add_(1, local_targets_N[chunk, None], own_N[chunk, None])
+            grad_CV = space.in_head_format(grad_CV)
+            torch.mm(grad_CV, real_VH, out=grad_hidden_NH[chunk])
+            if weight_gradient is not None:
+                space.add_product(weight_gradient.total_VH[: ctx.vocab.real], grad_CV, hidden_NH[chunk])
+        grad_weight_VH = None if weight_gradient is None else weight_gradient.hand_over()
+        return grad_hidden_NH, grad_weight_VH, None, None, None, None, None
 
 
-def sequence_sums(logps_N: torch.Tensor, sequence_index_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Per-sequence sums of token log-probs as fp64 [num_sequences]; fp32 would lose 1e-3 at sums of −8 000."""
-    sums = torch.zeros(num_sequences, dtype=torch.float64, device=logps_N.device)
-    return sums.index_add(0, sequence_index_N, logps_N.double())
+class _Sums:
+    """What the rows' log-probs are made of, fp32 [N] each: first over this rank's slice, then over the vocabulary.
+
+    `max_N`, and under it `exp_N` = Σ exp(logit − max), `target_N` the target's logit and, for token statistics,
+    `shifted_N` = Σ exp(logit − max)·(logit − max) and `earlier_N`, how many slices hold the maximum before the target.
+    """
+
+    def __init__(self, hidden_NH: torch.Tensor, token_statistics: bool) -> None:
+        num_rows = hidden_NH.shape[0]
+        # A slice that is all padding has no maximum; this floor keeps exp(−inf − max) at zero instead of NaN.
+        self.max_N = hidden_NH.new_full((num_rows,), _LOWEST, dtype=torch.float32)
+        self.rows = hidden_NH.new_zeros(4 if token_statistics else 2, num_rows, dtype=torch.float32)
+        self.exp_N, self.target_N = self.rows[0], self.rows[1]
+        self.first_max_N = hidden_NH.new_zeros(num_rows, dtype=torch.long) if token_statistics else None
+
+    def add_chunk(
+        self, chunk: slice, logits_CV: torch.Tensor, targets_C: torch.Tensor, is_local_C: torch.Tensor
+    ) -> None:
+        """Takes a chunk's logits in, leaving exp(logit − max) in their place."""
+        if self.first_max_N is None:
+            self.max_N[chunk] = logits_CV.amax(dim=-1)
+        else:
+            self.max_N[chunk], self.first_max_N[chunk] = logits_CV.max(dim=-1)
+        target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
+        self.target_N[chunk] = torch.where(is_local_C, target_C, 0.0)
+        logits_CV.sub_(self.max_N[chunk, None])
+        if self.first_max_N is None:
+            logits_CV.exp_()
+        else:
+            self.rows[2, chunk] = _exponentiate(logits_CV)
+        self.exp_N[chunk] = logits_CV.sum(dim=-1)
+
+    def combine(self, vocab: _Slice, targets_N: torch.Tensor) -> None:
+        """Turns the sums over this rank's slice into those over the vocabulary: one max and one sum all-reduce."""
+        is_shared = vocab.group.size() > 1 and targets_N.numel() > 0
+        local_max_N = self.max_N
+        if is_shared:
+            self.max_N = local_max_N.clone()
+            dist.all_reduce(self.max_N, op=dist.ReduceOp.MAX, group=vocab.group)
+        shift_N = local_max_N - self.max_N
+        if self.first_max_N is not None:
+            self.rows[2] += shift_N * self.exp_N
+            self.rows[2] *= shift_N.exp()
+            self.rows[3] = (shift_N == 0) & (vocab.start + self.first_max_N < targets_N)
+        self.exp_N *= shift_N.exp_()
+        if is_shared:
+            dist.all_reduce(self.rows, group=vocab.group)
+
+    def entropy(self) -> torch.Tensor:
+        """log Σ exp(logit) − E[logit], nats."""
+        return self.exp_N.log() - self.rows[2] / self.exp_N
+
+    def is_top1(self) -> torch.Tensor:
+        """Whether the target is the most likely token, the first one of equals."""
+        return (self.target_N >= self.max_N) & (self.rows[3] == 0)
+
+
+def _exponentiate(shifted_CV: torch.Tensor) -> torch.Tensor:
+    """Σ exp(x)·x of each row [C], leaving exp(x) in place of x."""
+    sums = []
+    for part in shifted_CV.split(-(-shifted_CV.shape[0] // _PARTS)):
+        shifted = part.clone()
+        sums.append(torch.linalg.vecdot(part.exp_(), shifted))
+    return torch.cat(sums)
+
+
+class _WeightGradient:
+    """The fp32 sum of a weight's gradient: Megatron's own where its DDP has given the weight one.
+
+    The protocol is that of Megatron's gradient accumulation fusion: what is added to `main_grad` is announced by
+    `grad_added_to_main_grad`, and the gradient handed to autograd is a filler that DDP's hook then throws away. Only
+    where the weight has a second use in the same chunk (`zero_out_wgrad`: tied embeddings) the hook adds what autograd
+    has summed up, so that the filler must be zero.
+    """
+
+    def __init__(self, weight_VH: Any) -> None:
+        self.weight = weight_VH
+        self.is_megatrons = hasattr(weight_VH, "main_grad") and weight_VH.main_grad.dtype is torch.float32
+        self.total_VH: torch.Tensor = (
+            weight_VH.main_grad if self.is_megatrons else torch.zeros_like(weight_VH, dtype=torch.float32)
+        )
+
+    def hand_over(self) -> torch.Tensor:
+        """The gradient for autograd, in the weight's format."""
+        if not self.is_megatrons:
+            return self.total_VH.to(self.weight.dtype)
+        self.weight.grad_added_to_main_grad = True
+        filler_VH: torch.Tensor = (
+            torch.zeros_like(self.weight)
+            if getattr(self.weight, "zero_out_wgrad", False)
+            else torch.empty_like(self.weight)
+        )
+        return filler_VH
+
+
+def sequence_sums(values_N: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
+    """Sums of S sequences' token values as fp64 [S], the same on every run; a sequence's values follow one another.
+
+    fp32 would lose 1e-3 at sums of −8 000. The lengths must add up to N, which is not checked: on a GPU it would wait.
+    """
+    return torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0.0)

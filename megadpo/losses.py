@@ -21,6 +21,11 @@ STATISTICS = (
     "logps/rejected",
     "logps/accuracies",
 )
+# What may be logged of every response token, TRL's metric names, and the count of the tokens that each is a mean over:
+# the entropy of all of them, the share of the chosen ones that are the policy's first choice.
+TOKEN_STATISTICS = {"entropy": "response_tokens", "mean_token_accuracy": "chosen_tokens"}
+# Everything that is summed up over ranks and steps.
+SUMS = (*STATISTICS, "pairs", *TOKEN_STATISTICS, *TOKEN_STATISTICS.values())
 
 
 @dataclass(frozen=True, slots=True)

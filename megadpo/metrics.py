@@ -8,6 +8,8 @@ from enum import Enum
 
 import torch
 
+from megadpo.losses import STATISTICS, TOKEN_STATISTICS
+
 
 class Reduction(Enum):
     """How the contributions of all ranks become one number."""
@@ -30,7 +32,11 @@ def reduce_metrics(
     """The reduced value of every metric, on every rank; one `gather` ([K] → [world, K], fp64) for all of them."""
     if not metrics:
         return {}
-    row_K = torch.stack([torch.as_tensor(m.value, dtype=torch.float64, device=device) for m in metrics.values()])
+    on_host = [0.0 if isinstance(m.value, torch.Tensor) else m.value for m in metrics.values()]
+    row_K = torch.tensor(on_host, dtype=torch.float64).to(device)  # one copy for all
+    for column, metric in enumerate(metrics.values()):
+        if isinstance(metric.value, torch.Tensor):
+            row_K[column] = metric.value
     rows = gather(row_K).cpu()
     reduced = {}
     for column, (name, metric) in enumerate(metrics.items()):
@@ -46,6 +52,7 @@ def add_sums(total: dict[str, torch.Tensor], sums: Mapping[str, torch.Tensor]) -
 
 
 def preference_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over pairs from summed statistics that include the count under 'pairs'; the count itself stays a sum."""
-    pairs = sums["pairs"]
-    return {name: value if name == "pairs" else value / pairs for name, value in sums.items()}
+    """Means over pairs, and over tokens where those were counted, from the sums of losses.SUMS; 'pairs' stays a sum."""
+    means = {name: sums[name] / sums["pairs"] for name in STATISTICS}
+    means |= {name: sums[name] / sums[count] for name, count in TOKEN_STATISTICS.items() if sums[count]}
+    return means | {"pairs": sums["pairs"]}

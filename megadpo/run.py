@@ -16,6 +16,7 @@ from megadpo.assembly import (
     build_policy,
     build_reference,
     check_weight_files,
+    log_attention,
     loop_settings,
     torch_dtype,
 )
@@ -78,6 +79,7 @@ def _begin(config: Config) -> Config:
 def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
+    log_attention(config, arch, device)
     on_main(lambda: check_weight_files(config, source, arch))
     side_files = on_main(lambda: read_side_files(source.hf_dir))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
@@ -208,7 +210,7 @@ def _run_loop(
             validation=datasets.validation,
             state=state,
             device=device,
-            settings=loop_settings(config, loss, total_steps),
+            settings=loop_settings(config, loss, total_steps, device),
             trackers=trackers,
         )
         return trainer.run(start.step)

@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import build_batches, check_weight_files, load_starting_model
+from megadpo.assembly import build_batches, check_weight_files, load_starting_model, log_attention
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import GlobalBatch, evaluation_batches
+from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
@@ -69,6 +70,7 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
 def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
+    log_attention(config, arch, device)
     on_main(lambda: check_weight_files(config, source, arch))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
     warn_long_sequences(datasets, arch.max_position_embeddings)
@@ -109,7 +111,7 @@ def _score_groups(
         on_main(lambda: writers.append(stack.enter_context(ScoreWriter(files.scores))))
         bar = stack.enter_context(ProgressBar("scoring", total=len(pairs), done=done, visible=state.is_main))
         first, started = done, time.perf_counter()
-        for batch in batches:
+        for batch in stack.enter_context(prefetched(batches)):
             logps = score_batch(chunks, batch, state, device)
             lines = [
                 _line(index, *both, int(pairs.chosen_lengths[place]), int(pairs.rejected_lengths[place]))

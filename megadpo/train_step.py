@@ -18,6 +18,7 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.device import Device, Mark
 from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.logprobs import TokenScores
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
 from megadpo.reference import Reference
@@ -50,15 +51,16 @@ def train_step(
     reference_span = (reference_started, device.mark())
 
     def closure(
-        index: int, microbatch: PreferenceBatch, logps_N: torch.Tensor
+        index: int, microbatch: PreferenceBatch, scores: TokenScores
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        loss_sum, sums = preference_statistics(loss, microbatch, logps_N, reference_logps[index])
-        return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=logps_N.device), sums
+        loss_sum, sums = preference_statistics(loss, microbatch, scores, reference_logps[index])
+        return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=loss_sum.device), sums
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     per_microbatch = run_schedule(chunks, batch, closure, device=device.torch_device, forward_only=False)
+    # Megatron reads the norm here in order to clip, and the number of pairs before: a step's only waits for the device.
     _, grad_norm, _ = optimizer.step()
     total: dict[str, torch.Tensor] = {}
     for sums in per_microbatch:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
 from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
+from megadpo.data.prefetch import prefetched
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.device import Device, Mark
 from megadpo.errors import TrainingError
-from megadpo.losses import STATISTICS
+from megadpo.flops import achieved_flops, step_flops
+from megadpo.losses import SUMS
 from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
 from megadpo.optimizer import LearningRate
 from megadpo.parallel.collectives import gather_rows
@@ -36,7 +38,7 @@ class LoopSettings:
     """When the loop stops, logs, evaluates and saves (in updates), and the learning rate of every update.
 
     `value_without_preference` is the loss that the first update must show because the reference is the starting policy;
-    None where it is not.
+    None where it is not. `peak_flops` is the FLOP/s that a rank's card can do at most; None where that is not known.
     """
 
     total_steps: int
@@ -45,6 +47,7 @@ class LoopSettings:
     save_every: int | None
     learning_rate: LearningRate
     value_without_preference: float | None
+    peak_flops: float | None
 
 
 @dataclass(slots=True)
@@ -55,19 +58,25 @@ class Interval:
     steps: int = 0
     step_spans: list[Span] = field(default_factory=list)
     reference_spans: list[Span] = field(default_factory=list)
+    data_s: float = 0.0
     grad_norm: float = 0.0
     logical_tokens: int = 0
     computed_tokens: int = 0
+    padding_tokens: int = 0
+    flops: int = 0
 
-    def add(self, result: StepResult, batch: GlobalBatch, span: Span) -> None:
-        """Adds one step."""
+    def add(self, result: StepResult, batch: GlobalBatch, span: Span, data_s: float) -> None:
+        """Adds one step, `data_s` seconds of which were spent waiting for its batch."""
         add_sums(self.sums, result.sums)
         self.steps += 1
         self.step_spans.append(span)
         self.reference_spans.append(result.reference_span)
+        self.data_s += data_s
         self.grad_norm += result.grad_norm
         self.logical_tokens += batch.logical_tokens
         self.computed_tokens += batch.computed_tokens
+        self.padding_tokens += batch.padding_tokens
+        self.flops += step_flops(batch.flops, batch.reference_flops)
 
 
 class Trainer:
@@ -109,21 +118,23 @@ class Trainer:
         if steps_done == 0:
             self.evaluate_all(0)
         interval = Interval()
-        for step in range(steps_done + 1, settings.total_steps + 1):
-            is_last = step == settings.total_steps
-            self._one_step(step, interval)
-            if step % settings.log_every == 0 or is_last:
-                self._log_interval(step, interval)
-                interval = Interval()
-            if is_last or (settings.eval_every and step % settings.eval_every == 0):
-                self.evaluate_all(step)
-            if is_last or (settings.save_every and step % settings.save_every == 0):
-                self.save(step)
+        with prefetched(self.data.batches(steps_done=steps_done, total_steps=settings.total_steps)) as batches:
+            for step in range(steps_done + 1, settings.total_steps + 1):
+                is_last = step == settings.total_steps
+                self._one_step(step, batches, interval)
+                if step % settings.log_every == 0 or is_last:
+                    self._log_interval(step, interval)
+                    interval = Interval()
+                if is_last or (settings.eval_every and step % settings.eval_every == 0):
+                    self.evaluate_all(step)
+                if is_last or (settings.save_every and step % settings.save_every == 0):
+                    self.save(step)
         return self.last_metrics
 
-    def _one_step(self, step: int, interval: Interval) -> None:
-        started = self.device.mark()
-        batch = self.data.batch_after(step - 1)
+    def _one_step(self, step: int, batches: Iterator[GlobalBatch], interval: Interval) -> None:
+        started, asked = self.device.mark(), time.perf_counter()
+        batch = next(batches)
+        data_s = time.perf_counter() - asked
         result = self.update(batch, self.settings.learning_rate.after(step - 1))
         if not math.isfinite(result.grad_norm):
             raise TrainingError(
@@ -133,19 +144,19 @@ class Trainer:
             )
         if step == 1 and self.settings.value_without_preference is not None:
             self._check_no_preference(self._reduced(result.sums), self.settings.value_without_preference)
-        interval.add(result, batch, (started, self.device.mark()))
+        interval.add(result, batch, (started, self.device.mark()), data_s)
 
-    def _reduced(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Means over all pairs of all ranks from this rank's sums; zeros stand in where this rank has none.
+    def _reduced(
+        self, sums: Mapping[str, torch.Tensor], further: Mapping[str, Metric] | None = None
+    ) -> dict[str, float]:
+        """Means over all pairs of all ranks from this rank's sums, and further metrics, in one exchange.
 
-        Tensor-parallel peers hold the same sums: one of them speaks.
+        Zeros stand in where this rank has no sums. Tensor-parallel peers hold the same sums: one of them speaks.
         """
         counted = self.state.is_last_stage and self.state.tensor_rank == 0
-        metrics = {
-            name: Metric(sums[name] if counted and name in sums else 0.0, Reduction.SUM)
-            for name in (*STATISTICS, "pairs")
-        }
-        return preference_means(reduce_metrics(metrics, gather=gather_rows, device=self.device.torch_device))
+        metrics = {name: Metric(sums[name] if counted and name in sums else 0.0, Reduction.SUM) for name in SUMS}
+        reduced = reduce_metrics({**metrics, **(further or {})}, gather=gather_rows, device=self.device.torch_device)
+        return preference_means({name: reduced.pop(name) for name in SUMS}) | reduced
 
     def _check_no_preference(self, means: Mapping[str, float], expected: float) -> None:
         error = abs(means["loss"] - expected)
@@ -158,31 +169,31 @@ class Trainer:
             )
 
     def _log_interval(self, step: int, interval: Interval) -> None:
-        means = self._reduced(interval.sums)
-        pairs = means.pop("pairs")
-        maxima = reduce_metrics(
+        steps = interval.steps
+        reduced = self._reduced(
+            interval.sums,
             {
                 "time/step_s": Metric(self._seconds(interval.step_spans), Reduction.MAX),
                 "time/reference_s": Metric(self._seconds(interval.reference_spans), Reduction.MAX),
+                "time/data_s": Metric(interval.data_s, Reduction.MAX),
                 "memory/peak_gib": Metric(self.device.peak_memory_bytes() / 2**30, Reduction.MAX),
             },
-            gather=gather_rows,
-            device=self.device.torch_device,
         )
-        seconds, steps = maxima["time/step_s"], interval.steps
+        seconds, pairs = reduced["time/step_s"], reduced["pairs"]
+        ranks = self.state.tensor_size * self.state.pipeline_size * self.state.data_size
         metrics = {
-            **means,
+            **reduced,
             "grad_norm": interval.grad_norm / steps,
             "lr": self.settings.learning_rate.after(step - 1),
             "epoch": self.data.epochs_after(step),
             "pairs": pairs / steps,
             "tokens": interval.logical_tokens / steps,
             "tokens/computed": interval.computed_tokens / steps,
-            "time/step_s": seconds / steps,
-            "time/reference_s": maxima["time/reference_s"] / steps,
+            "tokens/padding": interval.padding_tokens / interval.computed_tokens,
+            **{name: reduced[name] / steps for name in ("time/step_s", "time/reference_s", "time/data_s")},
             "throughput/pairs_per_s": pairs / seconds,
             "throughput/tokens_per_s": interval.logical_tokens / seconds,
-            "memory/peak_gib": maxima["memory/peak_gib"],
+            **achieved_flops(interval.flops / seconds, ranks=ranks, peak=self.settings.peak_flops),
         }
         self._track(step, metrics)
         self.on_step(step, metrics)
@@ -197,7 +208,8 @@ class Trainer:
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         for name, pairs in self.validation.items():
-            sums = self.evaluate(self._evaluation(pairs))
+            with prefetched(self._evaluation(pairs)) as batches:
+                sums = self.evaluate(batches)
             prefix = f"eval/{name}/" if name else "eval/"
             metrics.update({f"{prefix}{key}": value for key, value in self._reduced(sums).items()})
         metrics["eval/time_s"] = time.perf_counter() - started

@@ -79,6 +79,14 @@ class DeviceKind(Choice):
     cpu = "cpu"
 
 
+class AttentionKernel(Choice):
+    """What computes attention."""
+
+    auto = "auto"  # varlen where it can serve
+    sdpa = "sdpa"  # torch's scaled-dot-product attention, one call per segment of the stream; on every device
+    varlen = "varlen"  # torch's flash attention, one call per stream: CUDA, bf16, torch 2.10 or newer
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The model to train."""
@@ -94,6 +102,12 @@ class ModelConfig:
 
     shape: dict[str, Any] | None = None
     """Fields of config.json that fix the architecture, set by named models; the weights must have it. Null: any."""
+
+    logits_mib: int = 128
+    """Memory for logits in MiB, >= 1: the output layer takes as many response rows at a time as fit, at least one.
+
+    The default lets matrix products run at full speed; with a large hidden size on a GPU more may be faster.
+    """
 
 
 @dataclass(kw_only=True, slots=True)
@@ -256,6 +270,9 @@ class TrainConfig:
     log_every: int = 1
     """Updates between lines of metrics, >= 1."""
 
+    log_token_statistics: bool = False
+    """Log the policy's entropy and mean_token_accuracy too, TRL's names. Off: it costs a little of each step."""
+
     eval_every: int | None = None
     """Updates between evaluations, >= 1. Null: before the first update and at the end only."""
 
@@ -283,6 +300,9 @@ class DeviceConfig:
 
     kind: DeviceKind = DeviceKind.auto
     """auto takes CUDA where there is one."""
+
+    attention: AttentionKernel = AttentionKernel.auto
+    """Kernel of the attention layers. auto takes varlen where it can serve, sdpa elsewhere, and logs which."""
 
 
 @dataclass(kw_only=True, slots=True)

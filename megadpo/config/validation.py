@@ -14,7 +14,7 @@ from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
-from megadpo.config.schema import Config, LossName, Schedule, Tracker, show
+from megadpo.config.schema import AttentionKernel, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
 from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
 
@@ -48,6 +48,7 @@ class _Range:
 
 
 _RANGES = {
+    "model.logits_mib": _Range(low=1),
     "data.validation_fraction": _Range(low=0, high=1),
     "data.max_length": _Range(low=2),
     "data.tokens_per_microbatch": _Range(low=1),
@@ -93,6 +94,7 @@ def validate(
         *_check_loss(config),
         *_check_optimizer(config),
         *_check_run(config),
+        *_check_device(config),
         *_check_secrets(config),
     ]
     if violations:
@@ -350,6 +352,18 @@ def _check_run(config: Config) -> list[str]:
         )
     if len(set(config.trackers)) < len(config.trackers):
         violations.append(f"trackers={show(config.trackers)}: must name each tracker once: drop the repetition")
+    return violations
+
+
+def _check_device(config: Config) -> list[str]:
+    if config.device.attention != AttentionKernel.varlen:
+        return []
+    remedy = "use device.attention=auto or sdpa"
+    violations = []
+    if config.device.kind == DeviceKind.cpu:
+        violations.append(f"device.attention=varlen: needs CUDA, it is device.kind=cpu: {remedy}")
+    if config.precision.dtype == Dtype.fp32:
+        violations.append(f"device.attention=varlen: needs precision.dtype=bf16, it is fp32: {remedy}")
     return violations
 
 

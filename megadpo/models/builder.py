@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -21,6 +22,8 @@ from megadpo.models.conversion.load_save import load_hf_weights
 from megadpo.models.hf_config import Architecture
 from megadpo.models.layer_specs import native_block_spec
 from megadpo.models.policy import PolicyModel
+from megadpo.models.sdpa import sdpa_attend
+from megadpo.models.varlen import varlen_attend
 from megadpo.parallel.state import ParallelState
 
 
@@ -30,6 +33,8 @@ class ModelOptions(TypedDict):
     device: Device
     dtype: torch.dtype
     sequence_parallel: bool
+    attention: str
+    logits_mib: int
 
 
 def transformer_config(
@@ -40,7 +45,7 @@ def transformer_config(
     The schedule divides gradients by the all-reduced number of pairs (`calculate_per_token_loss`), and sends pipeline
     messages one by one: batched, they cross when the previous and the next stage are the same rank.
     """
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -69,24 +74,30 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight comes from the checkpoint
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # An extension of apex on CUDA; what device.py puts in its place on CPU.
+        gradient_accumulation_fusion=layers._grad_accum_fusion_available,
+        use_te_activation_func=True,  # by which the layer spec's own activation is used
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
     )
-    if arch.rope_attention_scaling != 1.0:
-        # Megatron scales cos and sin by its YaRN concentration factor, 0.1·mscale·ln(scale) + 1 over the same with
-        # mscale_all_dim. These three values make that factor the scaling that transformers computed.
-        config.yarn_rotary_scaling_factor = math.e
-        config.yarn_mscale = 10.0 * (arch.rope_attention_scaling - 1.0)
-        config.yarn_mscale_all_dim = 0.0
-    return config
 
 
 def build_model(
-    arch: Architecture, state: ParallelState, *, device: Device, dtype: torch.dtype, sequence_parallel: bool
+    arch: Architecture,
+    state: ParallelState,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    attention: str = "sdpa",
+    logits_mib: int = 128,
 ) -> list[PolicyModel]:
-    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
+    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage.
+
+    `attention` is what `choose_attention` says; without it the kernel that serves everywhere. The head makes logits
+    within `logits_mib` at a time.
+    """
     config = transformer_config(arch, state, dtype=dtype, sequence_parallel=sequence_parallel)
     interleaved = state.virtual_pipeline_size > 1
     chunks = []
@@ -96,9 +107,11 @@ def build_model(
             arch,
             config,
             native_block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
+            prepare_attention=varlen_attend if attention == "varlen" else partial(sdpa_attend, dtype=dtype),
             pre_process=state.pipeline_rank == 0 and stage == 0,
             post_process=state.is_last_stage and stage == state.virtual_pipeline_size - 1,
             vp_stage=vp_stage,
+            logits_mib=logits_mib,
         )
         _mark_tensor_parallel_weights(chunk)
         chunks.append(chunk.to(device.torch_device))
@@ -130,8 +143,18 @@ def load_model(
     device: Device,
     dtype: torch.dtype,
     sequence_parallel: bool,
+    attention: str = "sdpa",
+    logits_mib: int = 128,
 ) -> list[PolicyModel]:
     """`build_model` filled from the safetensors of a Hugging Face directory; each rank reads the slices it needs."""
-    chunks = build_model(arch, state, device=device, dtype=dtype, sequence_parallel=sequence_parallel)
+    chunks = build_model(
+        arch,
+        state,
+        device=device,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        attention=attention,
+        logits_mib=logits_mib,
+    )
     load_hf_weights(chunks, arch, hf_path, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     return chunks

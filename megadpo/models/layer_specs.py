@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megadpo.models.attention import SegmentAttention
+from megadpo.models.activation import swiglu
+from megadpo.models.attention import PlanAttention
 
 
 class RMSNorm(torch.nn.Module):
@@ -47,7 +48,7 @@ def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubm
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=SegmentAttention,
+                    core_attention=PlanAttention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -57,7 +58,9 @@ def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubm
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, activation_func=swiglu, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             # The names under which Transformer Engine's fused layers keep the same weights, so that a checkpoint

@@ -19,9 +19,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.attention_plan import AttentionPlan
-from megadpo.logprobs import response_log_probs
-from megadpo.models.attention import PlanParams
+from megadpo.logprobs import TokenScores, response_log_probs
+from megadpo.models.attention import MicrobatchAttention
 from megadpo.models.hf_config import Architecture
+from megadpo.models.rotary import RotaryTable
+from megadpo.models.sdpa import PrepareAttention
 
 
 class ResponseHead(ColumnParallelLinear):
@@ -32,15 +34,18 @@ class ResponseHead(ColumnParallelLinear):
     """
 
     vocab_size: int
+    logits_bytes: int
 
     def forward(
         self,
         hidden_T1H: torch.Tensor,
         response_rows_N: torch.Tensor,
         targets_N: torch.Tensor,
+        *,
         weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """fp32 log-probs [N] of the targets, equal on all tensor-parallel ranks.
+        token_statistics: bool = False,
+    ) -> TokenScores:
+        """fp32 log-probs [N] of the targets, with their statistics if asked for; equal on all tensor-parallel ranks.
 
         Selects the response rows before the matrix product: prompt rows never meet the vocabulary. `weight` is the
         embedding's when the two are tied on this stage. Collectives: under sequence parallelism an all-gather of the
@@ -61,11 +66,16 @@ class ResponseHead(ColumnParallelLinear):
             group=group,
             vocab_start=group.rank() * self.output_size_per_partition,
             vocab_size=self.vocab_size,
+            logits_bytes=self.logits_bytes,
+            token_statistics=token_statistics,
         )
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk of the language model, called with a packed stream and its attention plan."""
+    """One pipeline chunk of the language model, called with a packed stream and its attention plan.
+
+    Set `token_statistics` for the last stage to tell more of each token than its log-prob.
+    """
 
     def __init__(
         self,
@@ -73,9 +83,11 @@ class PolicyModel(GPTModel):
         config: TransformerConfig,
         spec: ModuleSpec | TransformerBlockSubmodules,
         *,
+        prepare_attention: PrepareAttention,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        logits_mib: int,
     ) -> None:
         super().__init__(
             config=config,
@@ -90,10 +102,14 @@ class PolicyModel(GPTModel):
         )
         # A plain attribute: a buffer would follow the model into bf16 and into checkpoints.
         self.inv_freq = torch.tensor(arch.inv_freq, dtype=torch.float32)
+        self.rope_scaling = arch.rope_attention_scaling
+        self.prepare_attention = prepare_attention
+        self.token_statistics = False
         if post_process:
             # ResponseHead adds a forward and no parameters; building a second layer would allocate the head twice.
             self.output_layer.__class__ = ResponseHead
             self.output_layer.vocab_size = arch.vocab_size
+            self.output_layer.logits_bytes = logits_mib * 2**20
 
     def forward(
         self,
@@ -102,7 +118,7 @@ class PolicyModel(GPTModel):
         plan: AttentionPlan,
         response_rows_N: torch.Tensor,
         targets_N: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | TokenScores:
         """Response log-probs fp32 [N] on the last stage, hidden states [T, 1, H] on the others."""
         hidden: torch.Tensor | None = None
         if self.pre_process:
@@ -110,18 +126,23 @@ class PolicyModel(GPTModel):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._rotary_table(positions_T),
-            packed_seq_params=PlanParams.of(plan),
+            packed_seq_params=self._attention(positions_T, plan),
         )
         if not self.post_process:
             assert hidden is not None
             return hidden
         tied: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logps_N: torch.Tensor = self.output_layer(hidden, response_rows_N, targets_N, weight=tied)
-        return logps_N
+        scores: TokenScores = self.output_layer(
+            hidden, response_rows_N, targets_N, weight=tied, token_statistics=self.token_statistics
+        )
+        return scores
 
-    def _rotary_table(self, positions_T: torch.Tensor) -> torch.Tensor:
-        """Angles [T, 1, 1, D] in fp32, by position: rows restart at every sequence of the stream."""
-        self.inv_freq = self.inv_freq.to(positions_T.device)
-        angles_TD2 = torch.outer(positions_T.float(), self.inv_freq)
-        return torch.cat((angles_TD2, angles_TD2), dim=-1)[:, None, None, :]
+    def _attention(self, positions_T: torch.Tensor, plan: AttentionPlan) -> MicrobatchAttention:
+        """What all layers' attention needs to know of the microbatch."""
+        device, dtype = positions_T.device, self.config.params_dtype
+        self.inv_freq = self.inv_freq.to(device)
+        return MicrobatchAttention(
+            num_tokens=plan.num_tokens,
+            attend=self.prepare_attention(plan, device),
+            rotary=RotaryTable.of(positions_T, self.inv_freq, scaling=self.rope_scaling, dtype=dtype),
+        )

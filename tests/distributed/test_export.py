@@ -84,6 +84,9 @@ def test_training_lines_are_means_of_their_interval(run: tuple[Path, Path, Path]
     assert lines[0]["epoch"] == pytest.approx(8 / 12)
     assert lines[0]["tokens"] / 2 < lines[0]["tokens/computed"] < lines[0]["tokens"]  # prompts are computed once
     assert 0 < lines[0]["time/reference_s"] < lines[0]["time/step_s"]
+    assert 0 <= lines[0]["time/data_s"] < lines[0]["time/step_s"]
+    assert 0 < lines[0]["tokens/padding"] < 1
+    assert lines[0]["throughput/tflops_per_rank"] > 0
 
 
 def test_side_files_are_the_source_s_own(run: tuple[Path, Path, Path]) -> None:
@@ -112,9 +115,10 @@ def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]
     assert keys >= {
         *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected", "logps/accuracies", "grad_norm", "lr", "epoch", "pairs", "tokens"),
-        *("tokens/computed", "time/step_s", "time/reference_s", "throughput/pairs_per_s", "throughput/tokens_per_s"),
-        "memory/peak_gib",
+        *("tokens/computed", "tokens/padding", "time/step_s", "time/reference_s", "time/data_s"),
+        *("throughput/pairs_per_s", "throughput/tokens_per_s", "throughput/tflops_per_rank", "memory/peak_gib"),
     }
+    assert "throughput/mfu" not in keys  # a CPU has no data sheet
 
 
 def test_ranks_that_have_drifted_apart_are_not_exported(run: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -12,8 +12,16 @@ import torch
 
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
+from tests.helpers.logprob_jobs import train_and_measure_chunks
 from tests.helpers.pairs import make_pairs
-from tests.helpers.runs import assert_close_weights, exported_weights, metrics, training_lines, write_jsonl
+from tests.helpers.runs import (
+    assert_close_weights,
+    assert_same_trajectory,
+    exported_weights,
+    metrics,
+    training_lines,
+    write_jsonl,
+)
 from tests.helpers.tiny_models import write_tiny_model
 
 Lines = list[dict[str, Any]]
@@ -151,6 +159,19 @@ def test_sharing_prompts_computes_less_and_changes_no_number(run: Callable[..., 
         for key in ("grad_norm", "logps/chosen", "logps/rejected"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     assert_close_weights(exported_weights(separate), exported_weights(shared), largest=2e-4)
+
+
+def test_memory_for_logits_limits_the_rows_at_a_time_and_changes_no_number(
+    inputs: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = [*inputs[1], "train.global_batch_size=16", "train.max_steps=2"]
+    little, much = (f"train.run_dir={tmp_path / name}" for name in ("little", "much"))
+    ((rows,), (all_rows,)) = (
+        launch(1, train_and_measure_chunks, [*words, little, "model.logits_mib=1"]),
+        launch(1, train_and_measure_chunks, [*words, much]),
+    )
+    assert rows * 401 * 4 <= 2**20 < all_rows * 401 * 4
+    assert_same_trajectory(tmp_path / "much", tmp_path / "little", lr=1e-3)
 
 
 def test_columns_of_other_names(run: Callable[..., Path]) -> None:

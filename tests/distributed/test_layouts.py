@@ -108,6 +108,10 @@ def test_one_pair_a_step(generated: tuple[Path, Path], tmp_path: Path) -> None:
         world, layout = LAYOUTS[name]
         launch(world, train, [*common, f"train.run_dir={tmp_path / name}", *layout])
         assert_same_trajectory(tmp_path / "one", tmp_path / name, lr=LR)
+    # The pipeline's messages have another length in each step: one pair and one filler of its width.
+    first, second = training_lines(tmp_path / "pp2_vpp2")
+    assert first["tokens/computed"] != second["tokens/computed"]
+    assert first["tokens/padding"] == second["tokens/padding"] == 0.5
 
 
 def test_bf16_starts_at_ln_2_and_agrees_over_layouts(generated: tuple[Path, Path], tmp_path: Path) -> None:

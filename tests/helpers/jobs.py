@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +29,8 @@ from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
 from megadpo.train_step import StepResult, train_step
+from megadpo.trainer import Trainer
+from tests.helpers.host_reads import HostReads
 from tests.helpers.tokenized import tokenized_pairs
 
 
@@ -47,6 +50,27 @@ def train_while_a_directory_vanishes(overrides: list[str], directory: Path) -> s
 
     with mock.patch.object(megadpo.run, "train_step", update):
         return train(overrides)
+
+
+def host_reads_of_a_step(overrides: list[str], silent_step: int) -> tuple[list[str], list[str]]:
+    """`train`; the places that read tensors on the host in a step that does not log, and when the next line is due."""
+    silent, logged = HostReads(), HostReads()
+    one_step, log_interval = Trainer._one_step, Trainer._log_interval
+
+    def watched_step(self: Trainer, step: int, *args: Any) -> None:
+        with silent if step == silent_step else nullcontext():
+            one_step(self, step, *args)
+
+    def watched_log(self: Trainer, *args: Any) -> None:
+        with logged:
+            log_interval(self, *args)
+
+    with (
+        mock.patch.object(Trainer, "_one_step", watched_step),
+        mock.patch.object(Trainer, "_log_interval", watched_log),
+    ):
+        train(overrides)
+    return silent.files, logged.files
 
 
 def train_in_environment(overrides: list[str], environment: dict[str, str]) -> str:

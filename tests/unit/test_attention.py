@@ -5,69 +5,41 @@ Legend: T rows, A query heads, G key/value heads, D head dimension.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.attention_plan import AttentionPlan, Segment
-from megadpo.models.attention import PlanParams, SegmentAttention
-from tests.helpers.plans import packed_plan
+from megadpo.attention_plan import AttentionPlan
+from megadpo.models.attention import MicrobatchAttention, PlanAttention
+from megadpo.models.rotary import RotaryTable, rotate
+from megadpo.models.sdpa import sdpa_attend
+from megadpo.models.segments import Segments
+from tests.helpers.plans import PLANS, dense, packed_plan
 
 A, D = 4, 8
 
 
-def lower_triangle(num_tokens: int) -> torch.Tensor:
-    return torch.ones(num_tokens, num_tokens).tril().bool()
-
-
-def packed(*lengths: int) -> tuple[AttentionPlan, torch.Tensor]:
-    """The plan and, from the meaning of packing, which [query, key] may meet: the past of one's own sequence."""
-    sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    same_TT = sequence_T[:, None] == sequence_T[None, :]
-    return packed_plan(lengths), same_TT & lower_triangle(sum(lengths))
-
-
-def shared_prompt(prompt: int, chosen: int, rejected: int) -> tuple[AttentionPlan, torch.Tensor]:
-    """prompt · chosen · rejected: the past, except that rejected never sees chosen."""
-    first, end = prompt + chosen, prompt + chosen + rejected
-    plan = AttentionPlan(end, (Segment(0, first, ((0, first),)), Segment(first, end, ((0, prompt), (first, end)))))
-    allowed_TT = lower_triangle(end)
-    allowed_TT[first:, prompt:first] = False
-    return plan, allowed_TT
-
-
-def split_response() -> tuple[AttentionPlan, torch.Tensor]:
-    """A shared prompt whose rejected response is cut in two segments: the last range begins before its queries."""
-    _, allowed_TT = shared_prompt(4, 3, 5)
-    plan = AttentionPlan(
-        12,
-        (Segment(0, 7, ((0, 7),)), Segment(7, 9, ((0, 4), (7, 9))), Segment(9, 12, ((0, 4), (7, 12)))),
-    )
-    return plan, allowed_TT
-
-
-PLANS = {
-    "one": packed(9),
-    "packed": packed(5, 7, 3),
-    "one-token segments": packed(1, 4, 1, 1),
-    "shared prompt": shared_prompt(4, 3, 5),
-    "shared prompt, responses of one token": shared_prompt(6, 1, 1),
-    "split response": split_response(),
-}
-
-
-def attention(softmax_scale: float | None = None) -> SegmentAttention:
+def attention(softmax_scale: float | None = None) -> PlanAttention:
     config = TransformerConfig(num_layers=1, hidden_size=A * D, num_attention_heads=A)
-    return SegmentAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale)
+    return PlanAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale)
 
 
-def call(module: SegmentAttention, plan: AttentionPlan | None, *qkv: torch.Tensor) -> torch.Tensor:
-    params = PlanParams(qkv_format="sbhd", plan=plan)
+def angles(positions_T: torch.Tensor, dtype: torch.dtype) -> RotaryTable:
+    return RotaryTable.of(positions_T, 0.3 ** torch.arange(D // 2), scaling=1.0, dtype=dtype)
+
+
+def call(
+    module: PlanAttention, plan: AttentionPlan, *qkv: torch.Tensor, rotary: RotaryTable | None = None
+) -> torch.Tensor:
+    """The module under the plan; without angles of its own every row is at position 0, which turns nothing."""
+    microbatch = MicrobatchAttention(
+        num_tokens=plan.num_tokens,
+        attend=sdpa_attend(plan, torch.device("cpu"), qkv[0].dtype),
+        rotary=rotary or angles(torch.zeros(qkv[0].shape[0]), qkv[0].dtype),
+    )
     result: torch.Tensor = module(
-        *qkv, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=params
+        *qkv, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=microbatch
     )
     return result
 
@@ -76,15 +48,6 @@ def random_qkv(num_tokens: int, kv_heads: int, dtype: torch.dtype) -> list[torch
     generator = torch.Generator().manual_seed(7)
     shapes = [(num_tokens, 1, heads, D) for heads in (A, kv_heads, kv_heads)]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
-def dense(allowed_TT: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
-    """softmax(scale · QKᵀ, where allowed) V in fp64, as [T, 1, A·D]; query head a reads key head a·G/A."""
-    heads_per_group = query.shape[2] // key.shape[2]
-    q_ATD = query.double().squeeze(1).transpose(0, 1)
-    k_ATD, v_ATD = (t.double().squeeze(1).transpose(0, 1).repeat_interleave(heads_per_group, 0) for t in (key, value))
-    scores_ATT = (scale * q_ATD @ k_ATD.transpose(1, 2)).masked_fill(~allowed_TT, -math.inf)
-    return (scores_ATT.softmax(-1) @ v_ATD).transpose(0, 1).flatten(1)[:, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -116,15 +79,58 @@ def test_the_softmax_scale_is_used(name: str) -> None:
     torch.testing.assert_close(output, dense(allowed_TT, *qkv, scale=0.9), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("plan", [None, packed_plan([4]), packed_plan([4, 2])])
-def test_a_plan_of_another_length_is_refused(plan: AttentionPlan | None) -> None:
-    with pytest.raises(ValueError, match="attention over 5 rows needs a plan for as many"):
-        call(attention(), plan, *random_qkv(5, 2, torch.float32))
+def test_queries_and_keys_are_rotated_and_values_are_not() -> None:
+    plan, allowed_TT = PLANS["shared prompt"]
+    query, key, value = random_qkv(plan.num_tokens, 2, torch.float64)
+    rotary = angles(torch.tensor([*range(7), *range(4, 9)]), torch.float64)
+    output = call(attention(), plan, query, key, value, rotary=rotary)
+    expected = dense(allowed_TT, rotate(query, rotary), rotate(key, rotary), value, scale=D**-0.5)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_plan_params_leave_the_layout_to_rows() -> None:
-    """'thd' would make Megatron restart the rotary positions on its own."""
+@pytest.mark.parametrize("lengths", [[4], [4, 2]])
+def test_a_plan_of_another_length_is_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"attention over 5 rows has a plan for {sum(lengths)}"):
+        call(attention(), packed_plan(lengths), *random_qkv(5, 2, torch.float32))
+
+
+def test_megatron_is_left_the_layout_of_rows() -> None:
+    """'thd' would make Megatron take the stream apart on its own."""
     plan = packed_plan([2, 3])
-    params = PlanParams.of(plan)
-    assert params.plan is plan
-    assert params.qkv_format == "sbhd"
+    attend = sdpa_attend(plan, torch.device("cpu"), torch.float32)
+    microbatch = MicrobatchAttention(num_tokens=5, attend=attend, rotary=angles(torch.zeros(5), torch.float32))
+    assert microbatch.qkv_format == "sbhd"
+
+
+def test_a_segment_s_mask_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of each layer would be kept for the backward: gigabytes for long pairs."""
+    plan, _ = PLANS["pairs and a padding tail"]
+    attend = sdpa_attend(plan, torch.device("cpu"), torch.float32)
+    masks: list[torch.Tensor] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: torch.Tensor, attn_mask: torch.Tensor | None, **options: object) -> torch.Tensor:
+        if attn_mask is not None:
+            masks.append(attn_mask)
+        return original(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr("megadpo.models.sdpa.scaled_dot_product_attention", recorded)
+    qkv = [t.detach().squeeze(1) for t in random_qkv(plan.num_tokens, 2, torch.float32)]
+    for _ in range(3):
+        attend(*qkv, None)
+    assert [mask.shape for mask in masks] == 3 * [(5, 9), (2, 3)]
+    assert len({mask.data_ptr() for mask in masks}) == 2
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_gathered_keys_are_those_of_the_plan(name: str) -> None:
+    plan, _ = PLANS[name]
+    segments = Segments.of(plan, torch.device("cpu"))
+    keys = torch.arange(plan.num_tokens, dtype=torch.float64)[:, None].requires_grad_()
+    gathered = segments.gather_keys(keys)
+    seen = [row for s in plan.segments for start, stop in s.key_ranges for row in range(start, stop)]
+    assert gathered.squeeze(1).tolist() == seen
+    weights = torch.rand(len(seen), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (gathered * weights).sum().backward()
+    expected = torch.zeros(plan.num_tokens, 1, dtype=torch.float64).index_add(0, torch.tensor(seen), weights)
+    torch.testing.assert_close(keys.grad, expected, rtol=1e-15, atol=0)

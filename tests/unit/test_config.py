@@ -39,6 +39,7 @@ KEYS = {
         "7",
         "must be a mapping of names to values or null",
     ),
+    "model.logits_mib": ("64", 64, "0", "must be a finite number >= 1"),
     "data.train_path": ("[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"], "3", "must be text, or a list of that"),
     "data.validation_path": ("{easy: e.jsonl}", {"easy": "e.jsonl"}, "[x]", "must be text or a mapping of names"),
     "data.validation_fraction": ("0.25", 0.25, "1", "must be in [0, 1)"),
@@ -78,6 +79,7 @@ KEYS = {
     "train.seed": ("11", 11, "-1", "must be in [0, 4294967296)"),
     "train.shuffle": ("false", False, "no-thanks", "must be true or false"),
     "train.log_every": ("10", 10, "0", "must be a finite number >= 1"),
+    "train.log_token_statistics": ("true", True, "1", "must be true or false"),
     "train.eval_every": ("10", 10, "0", "must be a finite number >= 1"),
     "train.save_every": ("10", 10, "true", "must be a whole number or null"),
     "train.run_dir": ("out/run", "out/run", "5", "must be text or null"),
@@ -85,6 +87,7 @@ KEYS = {
     "checkpoint.keep_last": ("1", 1, "0", "must be a finite number >= 1"),
     "trackers": ("[jsonl,wandb]", ["jsonl", "wandb"], "mlflow", "must be one of jsonl, tensorboard, wandb"),
     "device.kind": ("cpu", "cpu", "tpu", "must be one of auto, cuda, cpu"),
+    "device.attention": ("sdpa", "sdpa", "flash", "must be one of auto, sdpa, varlen"),
 }
 
 
@@ -168,7 +171,13 @@ def test_every_number_has_a_range() -> None:
 
 def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
     assert config_to_dict(build(files)) == {
-        "model": {"name": "hf", "hf_path": files["model.hf_path"], "checkpoint": None, "shape": None},
+        "model": {
+            "name": "hf",
+            "hf_path": files["model.hf_path"],
+            "checkpoint": None,
+            "shape": None,
+            "logits_mib": 128,
+        },
         "data": {
             "train_path": [files["data.train_path"]],
             "validation_path": None,
@@ -206,6 +215,7 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "seed": 0,
             "shuffle": True,
             "log_every": 1,
+            "log_token_statistics": False,
             "eval_every": None,
             "save_every": None,
             "run_dir": None,
@@ -213,7 +223,7 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
         },
         "checkpoint": {"keep_last": 2},
         "trackers": ["jsonl", "tensorboard"],
-        "device": {"kind": "auto"},
+        "device": {"kind": "auto", "attention": "auto"},
     }
 
 
@@ -294,7 +304,7 @@ def test_hf_without_weights_says_where_they_may_come_from(files: dict[str, str])
         ("loss/more=ipo", "loss/more=ipo: groups have no packages or subgroups"),
         ("+model=hf", "model=hf: model=demo is given too: choose one of them"),
         ("loss=ip", "loss=ip: no such loss: did you mean loss=ipo?"),
-        ("device=cpu", "device=cpu: device is a group of keys: set one of device.kind"),
+        ("device=cpu", "device=cpu: device is a group of keys: set one of device.kind, device.attention"),
         ("beta=0.2", "beta=0.2: unknown key; did you mean loss.beta?"),
         ("loss.bata=0.2", "loss.bata=0.2: unknown key; did you mean loss.beta?"),
         ("+optim.lr=1", "optim.lr=1: unknown key; did you mean optimizer.lr?"),
@@ -434,6 +444,14 @@ def test_sensible_configurations_pass(overrides: list[str], world_size: int, fil
         ("trackers=tensorboard", "trackers=[tensorboard]: must include jsonl, which reports and resuming read: "),
         ("trackers=[]", "trackers=[]: must include jsonl"),
         ("trackers=[jsonl,jsonl]", "trackers=[jsonl, jsonl]: must name each tracker once"),
+        (
+            "device.attention=varlen device.kind=cpu",
+            "device.attention=varlen: needs CUDA, it is device.kind=cpu: use device.attention=auto or sdpa",
+        ),
+        (
+            "device.attention=varlen precision.dtype=fp32",
+            "device.attention=varlen: needs precision.dtype=bf16, it is fp32: use device.attention=auto or sdpa",
+        ),
         (
             "model.checkpoint=/",
             "model.checkpoint=/: must be the only source of weights, model.hf_path=",

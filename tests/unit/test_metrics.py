@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megadpo.losses import STATISTICS, SUMS
 from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
 
 CPU = torch.device("cpu")
@@ -54,12 +55,12 @@ def test_nothing_to_reduce_asks_nobody() -> None:
     assert gather.calls == []
 
 
-def test_means_divide_everything_but_the_count() -> None:
-    assert preference_means({"loss": 6.0, "rewards/margins": -3.0, "pairs": 4.0}) == {
-        "loss": 1.5,
-        "rewards/margins": -0.75,
-        "pairs": 4.0,
-    }
+def test_means_are_over_pairs_and_over_the_tokens_that_were_counted() -> None:
+    sums = dict.fromkeys(SUMS, 0.0) | {"loss": 6.0, "rewards/margins": -3.0, "pairs": 4.0}
+    means = dict.fromkeys(STATISTICS, 0.0) | {"loss": 1.5, "rewards/margins": -0.75, "pairs": 4.0}
+    assert preference_means(sums) == means
+    tokens = {"entropy": 30.0, "response_tokens": 20.0, "mean_token_accuracy": 3.0, "chosen_tokens": 12.0}
+    assert preference_means(sums | tokens) == means | {"entropy": 1.5, "mean_token_accuracy": 0.25}
 
 
 def test_adding_sums_leaves_the_addends_alone() -> None:

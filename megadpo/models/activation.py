@@ -1,0 +1,40 @@
+"""The gated activation between the two matrices of a feed-forward layer.
+
+Legend: F columns of the intermediate size on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up of the first projection's halves [..., 2F], as [..., F]; keeps its input alone for the backward.
+
+    One operation, because Megatron's unfused form keeps silu(gate) and a copy of `up` as well, and its fused one needs
+    a compiler.
+    """
+    result: torch.Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.mul(silu(gate), grad, out=grad_up)
+        return grad_gate_up

@@ -1,0 +1,65 @@
+"""The attention kernel that runs everywhere: torch's scaled-dot-product attention, one call per segment.
+
+Legend: T rows of the stream, K rows of all segments' keys, A query heads and G key/value heads of this rank, D head
+dimension; Q rows of one segment, L rows of its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megadpo.attention_plan import AttentionPlan
+from megadpo.models.segments import Segments
+
+# Attention output [T, A, D] of query [T, A, D], key and value [T, G, D] and the softmax scale (None: 1/√D).
+Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+# What makes one for the layers of a microbatch, of its plan.
+PrepareAttention: TypeAlias = Callable[[AttentionPlan, torch.device], Attend]
+
+
+def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> Attend:
+    """Attention under the plan, prepared once a microbatch: every layer uses the same indices and masks.
+
+    A segment whose keys are its queries is causal without a mask. The others get one that is aligned at the bottom
+    right: torch's own for that alignment would be made, and kept for the backward, by every layer.
+    """
+    segments = Segments.of(plan, device)
+    lengths = list(zip(segments.query_lengths, segments.key_lengths, strict=True))
+    masks = [None if q == k else _bottom_right_mask(q, k, device, dtype) for q, k in lengths]
+
+    def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
+        # Split, not sliced: the gradient of a slice is a tensor of the whole stream's size.
+        queries = q_TAD.split(segments.query_lengths)
+        keys = segments.gather_keys(k_TGD).split(segments.key_lengths)
+        values = segments.gather_keys(v_TGD).split(segments.key_lengths)
+        outputs = [_one(*states, scale) for states in zip(queries, keys, values, masks, strict=True)]
+        return torch.cat(outputs)
+
+    return attend
+
+
+def _bottom_right_mask(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a query sees a key, minus infinity elsewhere: the last query sees all keys, each before it one less."""
+    mask_QL = torch.full((queries, keys), float("-inf"), dtype=dtype, device=device)
+    return mask_QL.triu_(keys - queries + 1)
+
+
+def _one(
+    q_QAD: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, mask_QL: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """Attention output [Q, A, D] of one segment, causal where there is no mask."""
+    q, k, v = (states.transpose(0, 1)[None] for states in (q_QAD, k_LGD, v_LGD))
+    output_1AQD = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask_QL,
+        is_causal=mask_QL is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output_1AQD[0].transpose(0, 1)

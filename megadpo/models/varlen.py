@@ -1,0 +1,103 @@
+"""torch's variable-length flash attention behind an AttentionPlan: all segments of a stream in one kernel call.
+
+The kernel takes queries and keys as sequences laid end to end, each with its own two lengths, and aligns causality at
+the bottom right where they differ. So a segment is one sequence: its rows as queries, and as keys its earlier ranges
+followed by the range that ends with it.
+
+Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from megadpo.attention_plan import AttentionPlan
+from megadpo.device import Device, to_device
+from megadpo.errors import ConfigError
+from megadpo.models.sdpa import Attend
+from megadpo.models.segments import Segments
+
+_MAX_HEAD_DIM = 256
+
+
+def choose_attention(wanted: str, *, device: Device, dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel that serves such a model, 'varlen' or 'sdpa': with `auto` varlen wherever it can.
+
+    Raises ConfigError where varlen is wanted and can't.
+    """
+    if wanted == "sdpa":
+        return "sdpa"
+    problem = why_not_varlen(device, dtype, head_dim)
+    if problem is None:
+        return "varlen"
+    if wanted == "varlen":
+        raise ConfigError(f"device.attention=varlen: {problem}: use device.attention=auto or sdpa")
+    return "sdpa"
+
+
+def why_not_varlen(device: Device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps the kernel from serving such a model on `device`, as a clause; None where nothing does."""
+    if device.kind != "cuda":
+        return "needs a CUDA device"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"needs torch 2.10 or newer, this is {torch.__version__}"
+    # On ROCm another kernel answers, whose alignment of unequal lengths is not known here.
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return f"needs a build of torch for CUDA with flash attention, {torch.__version__} is another"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, the model is in {str(dtype).removeprefix('torch.')}"
+    if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+        return f"needs a head dimension that is a multiple of 8 up to {_MAX_HEAD_DIM}, the model's is {head_dim}"
+    capability = device.compute_capability()
+    shown = ".".join(map(str, capability))
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, the device has {shown}"
+    # Its shared memory is too small for these sizes' backward.
+    if 192 < head_dim <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
+        return f"has no backward for head dimension {head_dim} on compute capability {shown}"
+    return None
+
+
+def varlen_attend(plan: AttentionPlan, device: torch.device) -> Attend:
+    """Attention under the plan, prepared once a microbatch; no layer waits for the device.
+
+    The forward is the same to the last bit each time; the kernel's backward is with
+    torch.use_deterministic_algorithms(True) only.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    kernel: Callable[..., Any] = varlen_attn
+    options = _causal_options(kernel)
+    segments = Segments.of(plan, device)
+    starts_q = _starts(segments.query_lengths, device)
+    starts_k = _starts(segments.key_lengths, device)
+    longest_q, longest_k = max(segments.query_lengths), max(segments.key_lengths)
+
+    def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
+        keys, values = segments.gather_keys(k_TGD), segments.gather_keys(v_TGD)
+        out_TAD: torch.Tensor = kernel(
+            q_TAD, keys, values, starts_q, starts_k, longest_q, longest_k, scale=scale, **options
+        )
+        return out_TAD
+
+    return attend
+
+
+def _causal_options(kernel: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that make torch's kernel causal and let it take fewer key heads than query heads.
+
+    torch 2.10 is asked by `is_causal` and 2.11 by `window_size`; 2.12 wants to be told of fewer heads as well.
+    """
+    known = inspect.signature(kernel).parameters
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return {**options, "enable_gqa": True} if "enable_gqa" in known else options
+
+
+def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int32 [segments + 1]: where each segment starts, and where the last one ends."""
+    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
