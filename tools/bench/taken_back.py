@@ -1,0 +1,168 @@
+"""Takes parts of the program back, by patches that live in a contender's process only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.ablations import Ablation
+from megadpo.assembly import build_reference
+from megadpo.attention_plan import AttentionPlan, Segment
+from megadpo.data.batch import PreferenceBatch
+from megadpo.data.loader import GlobalBatch, TrainingData
+from megadpo.data.tokenization import TokenizedPair
+from megadpo.forward_step import SequenceLogProbs
+from megadpo.logprobs import TokenScores
+from megadpo.models.policy import ResponseHead
+from megadpo.reference import Reference
+
+LogProbsOfPairs = dict[int, tuple[float, float]]
+
+
+def patches(ablation: Ablation) -> Sequence[AbstractContextManager[Any]]:
+    """What takes back the parts that are not in use and the configuration can't switch off; to be entered first."""
+    found: list[AbstractContextManager[Any]] = []
+    if not ablation.packed:
+        found.append(mock.patch("megadpo.data.loader.build_batch", padded_batch))
+    if not ablation.fused_head:
+        head = naive_head if ablation.response_rows else naive_head_on_all_rows
+        found.append(mock.patch.object(ResponseHead, "forward", head))
+    return found
+
+
+def padded_batch(
+    pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int, share_prompt: bool
+) -> PreferenceBatch:
+    """The batch of `pairs` with every sequence padded to the longest, one segment each; `num_tokens` is overruled."""
+    if share_prompt:
+        raise ValueError("padded sequences are whole ones: data.share_prompt=false")
+    sequences = [(len(pair.prompt), [*pair.prompt, *own]) for pair in pairs for own in (pair.chosen, pair.rejected)]
+    width = max(len(ids) for _, ids in sequences)
+    count = len(sequences)
+    starts = [width * i for i in range(count)]
+    tokens = torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for _, ids in sequences], dtype=torch.long)
+    rows = [torch.arange(s + p - 1, s + len(ids) - 1) for s, (p, ids) in zip(starts, sequences, strict=True)]
+    responses = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    rows_N = torch.cat(rows)
+    segments = tuple(Segment(start, start + width, key_ranges=((start, start + width),)) for start in starts)
+    return PreferenceBatch(
+        tokens_1T=tokens.view(1, -1),
+        positions_T=torch.arange(width).repeat(count),
+        plan=AttentionPlan(num_tokens=count * width, segments=segments),
+        response_rows_N=rows_N,
+        targets_N=tokens.view(-1)[rows_N + 1],
+        # Sequence 2·i is pair i's chosen response, which is number i; its rejected one is number B + i.
+        sequence_index_N=torch.cat([torch.full((len(r),), i // 2 + i % 2 * len(pairs)) for i, r in enumerate(rows)]),
+        response_tokens_S=torch.tensor([chosen for chosen, _ in responses] + [rejected for _, rejected in responses]),
+        pair_indices=tuple(pair.index for pair in pairs),
+    )
+
+
+def naive_head(
+    head: ResponseHead,
+    hidden_T1H: torch.Tensor,
+    response_rows_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    token_statistics: bool = False,
+) -> TokenScores:
+    """log_softmax and gather over the response rows, on one tensor-parallel rank."""
+    logps_NV = _log_softmax(head, hidden_T1H.squeeze(1).index_select(0, response_rows_N), weight)
+    return TokenScores(logps_NV.gather(1, targets_N[:, None]).squeeze(1), None)
+
+
+def naive_head_on_all_rows(
+    head: ResponseHead,
+    hidden_T1H: torch.Tensor,
+    response_rows_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    token_statistics: bool = False,
+) -> TokenScores:
+    """log_softmax over every row of the stream, on one tensor-parallel rank; then the response rows are picked."""
+    logps_TV = _log_softmax(head, hidden_T1H.squeeze(1), weight)
+    return TokenScores(logps_TV[response_rows_N, targets_N], None)
+
+
+def _log_softmax(head: ResponseHead, rows_NH: torch.Tensor, tied: torch.Tensor | None) -> torch.Tensor:
+    logits_NV = torch.nn.functional.linear(rows_NH, head.weight if tied is None else tied)
+    return logits_NV[:, : head.vocab_size].float().log_softmax(-1)
+
+
+class ReferenceTap:
+    """Keeps the log-probs of every pair that a run's reference gives; with `cached`, it gives them from a first pass.
+
+    `logps` holds (chosen, rejected) by the pair's row in the source.
+    """
+
+    def __init__(self, *, cached: bool) -> None:
+        self.cached = cached
+        self.logps: LogProbsOfPairs = {}
+        self._held: list[tuple[tuple[int, ...], SequenceLogProbs]] = []
+        self._data: TrainingData | None = None
+
+    def patches(self) -> Sequence[AbstractContextManager[Any]]:
+        """Has the run build its reference through here."""
+        return [
+            mock.patch("megadpo.run.TrainingData", self._training_data),
+            mock.patch("megadpo.run.build_reference", self._build),
+        ]
+
+    def _training_data(self, *args: Any, **kwargs: Any) -> TrainingData:
+        self._data = TrainingData(*args, **kwargs)
+        return self._data
+
+    def _build(self, *args: Any) -> Reference:
+        live = _Live(build_reference(*args), self)
+        if not self.cached:
+            return live
+        assert self._data is not None
+        for step in range(self._data.steps_per_epoch):
+            live.log_probs(self._data.batch_after(step))
+        self.write_down()
+        return _Replayed(self.logps)
+
+    def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
+        """Remembers a step's numbers, which stay on their device; stages without a head have none."""
+        self._held += [(m.pair_indices, own) for m, own in zip(batch.microbatches, logps, strict=False)]
+
+    def write_down(self) -> None:
+        """Moves what is held to `logps`."""
+        for indices, own in self._held:
+            chosen, rejected = own.chosen_B.tolist(), own.rejected_B.tolist()
+            self.logps.update(zip(indices, zip(chosen, rejected, strict=True), strict=True))
+        self._held = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    inner: Reference
+    tap: ReferenceTap
+
+    def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
+        """Those of the reference behind it."""
+        logps = self.inner.log_probs(batch)
+        self.tap.hold(batch, logps)
+        return logps
+
+
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    logps: LogProbsOfPairs
+
+    def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
+        """Those that were recorded."""
+        return [self._of(microbatch) for microbatch in batch.microbatches]
+
+    def _of(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
+        device = microbatch.tokens_1T.device
+        rows = [self.logps[index] for index in microbatch.pair_indices]
+        values_B2 = torch.tensor(rows, dtype=torch.float64, device=device).reshape(-1, 2)
+        return SequenceLogProbs(values_B2[:, 0], values_B2[:, 1])
