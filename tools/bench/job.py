@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import torch
+
+from megadpo.device import Device, select_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -72,6 +75,26 @@ class Link:
         """Sleeps until the parent asks for a step. Raises Finished when it wants no more."""
         if not sys.stdin.readline():
             raise Finished
+
+
+def play(run: Callable[[Job, Link], None]) -> None:
+    """Runs a contender's program on the job of its command line, until the parent wants no more steps."""
+    job, link = Job.from_json(sys.argv[1]), Link()
+    try:
+        run(job, link)
+    except Finished:
+        leave()
+
+
+def play_on_device(run: Callable[[Job, Link, Device], None]) -> None:
+    """`play` for programs that choose neither device nor threads themselves."""
+
+    def start(job: Job, link: Link) -> None:
+        device = select_device(job.device)
+        torch.set_num_threads(job.threads)
+        run(job, link, device)
+
+    play(start)
 
 
 def leave() -> NoReturn:

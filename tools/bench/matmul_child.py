@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench.job import DTYPES, Finished, Job, Link, leave
-from megadpo.device import Device, select_device
+from bench.job import DTYPES, Job, Link, play_on_device
+from megadpo.device import Device
 from megadpo.models.hf_config import Architecture, read_architecture
 
 # Rows of one product: a few sequences on CPU, where more gain nothing, and a full microbatch on a GPU.
@@ -92,10 +91,4 @@ def run(job: Job, link: Link, device: Device) -> None:
 
 
 if __name__ == "__main__":
-    own_job, own_link = Job.from_json(sys.argv[1]), Link()
-    own_device = select_device(own_job.device)
-    torch.set_num_threads(own_job.threads)
-    try:
-        run(own_job, own_link, own_device)
-    except Finished:
-        leave()
+    play_on_device(run)

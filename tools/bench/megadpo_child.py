@@ -7,7 +7,6 @@ turn of the loop are all in it.
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from unittest import mock
 import torch
 
 from bench.ablations import ABLATIONS, Ablation
-from bench.job import Finished, Job, Link, leave
+from bench.job import Job, Link, play
 from bench.taken_back import ReferenceTap, patches
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
@@ -98,10 +97,6 @@ def run(job: Job, link: Link) -> None:
 
 
 if __name__ == "__main__":
-    own_job, own_link = Job.from_json(sys.argv[1]), Link()
     configure_logging()
     silence_libraries()
-    try:
-        run(own_job, own_link)
-    except Finished:
-        leave()
+    play(run)

@@ -4,7 +4,6 @@ reference. What anyone would write first, without what makes it slow."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.job import DTYPES, Finished, Job, Link, leave
-from megadpo.device import Device, select_device
+from bench.job import DTYPES, Job, Link, play_on_device
+from megadpo.device import Device
 
 Pair = Sequence[Sequence[int]]
 
@@ -79,10 +78,4 @@ def run(job: Job, link: Link, device: Device) -> None:
 
 
 if __name__ == "__main__":
-    own_job, own_link = Job.from_json(sys.argv[1]), Link()
-    own_device = select_device(own_job.device)
-    torch.set_num_threads(own_job.threads)
-    try:
-        run(own_job, own_link, own_device)
-    except Finished:
-        leave()
+    play_on_device(run)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.job import DTYPES, Finished, Job, Link, leave
-from megadpo.device import Device, Mark, select_device
+from bench.job import DTYPES, Job, Link, play_on_device
+from megadpo.device import Device, Mark
 
 _FOREVER = 1_000_000
 
@@ -99,10 +97,4 @@ def run(job: Job, link: Link, device: Device) -> None:
 
 
 if __name__ == "__main__":
-    own_job, own_link = Job.from_json(sys.argv[1]), Link()
-    own_device = select_device(own_job.device)
-    torch.set_num_threads(own_job.threads)
-    try:
-        run(own_job, own_link, own_device)
-    except Finished:
-        leave()
+    play_on_device(run)
