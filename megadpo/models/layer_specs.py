@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -11,29 +10,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megadpo.models.activation import swiglu
 from megadpo.models.attention import PlanAttention
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension whose weight takes part in sequence parallelism.
-
-    Megatron's WrappedTorchNorm refuses sequence parallelism; all it takes is the mark on the weight, by which Megatron
-    sums the weight's gradient over the tensor-parallel ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The normalised input, same shape and dtype; the statistics are fp32 inside the kernel."""
-        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+from megadpo.models.norm import RMSNorm
 
 
 def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
