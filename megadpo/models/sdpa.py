@@ -1,6 +1,6 @@
 """The attention kernel that runs everywhere: torch's scaled-dot-product attention, one call per segment.
 
-Legend: T rows of the stream, K rows of all segments' keys, A query heads and G key/value heads of this rank, D head
+Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head
 dimension; Q rows of one segment, L rows of its keys.
 """
 
@@ -27,15 +27,14 @@ def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -
     A segment whose keys are its queries is causal without a mask. The others get one that is aligned at the bottom
     right: torch's own for that alignment would be made, and kept for the backward, by every layer.
     """
-    segments = Segments.of(plan, device)
+    segments = Segments.of(plan)
     lengths = list(zip(segments.query_lengths, segments.key_lengths, strict=True))
     masks = [None if q == k else _bottom_right_mask(q, k, device, dtype) for q, k in lengths]
 
     def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
         # Split, not sliced: the gradient of a slice is a tensor of the whole stream's size.
         queries = q_TAD.split(segments.query_lengths)
-        keys = segments.gather_keys(k_TGD).split(segments.key_lengths)
-        values = segments.gather_keys(v_TGD).split(segments.key_lengths)
+        keys, values = segments.keys(k_TGD), segments.keys(v_TGD)
         outputs = [_one(*states, scale) for states in zip(queries, keys, values, masks, strict=True)]
         return torch.cat(outputs)
 

@@ -1,90 +1,83 @@
 """An attention plan as kernels take it: segment after segment of queries, each with its keys beside it.
 
-Legend: T rows of the stream, K rows of all segments' keys (K >= T: a shared prompt's keys come twice), G heads.
+Legend: T rows of the stream, L rows of one segment's keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from megadpo.attention_plan import AttentionPlan
-from megadpo.device import to_device
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRows:
-    """Which rows of the stream are the keys of all segments, and how their gradients come back without collisions.
-
-    `rows_K` are the rows in segment order. `copies[n]` holds (places in `rows_K`, rows) of every row's n-th use: all T
-    rows have a first one, and no row comes twice in one entry, so that sums are deterministic.
-    """
-
-    rows_K: torch.Tensor
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+from megadpo.attention_plan import AttentionPlan, Range
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Lengths of the plan's segments, in order: queries cover the stream, keys are what `gather_keys` gives.
+    """The plan's segments, in order: their queries cover the stream, their keys are what `keys` gives.
 
-    `key_rows` is None where every segment sees exactly itself, so that the stream is its own key order. In each segment
-    the last query sees all keys, and each earlier one sees one key less.
+    `earlier` has each segment's key ranges before its own rows; these are the last keys of every segment. In each the
+    last query sees all keys, and each earlier one sees one key less.
     """
 
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    key_rows: KeyRows | None
+    earlier: tuple[tuple[Range, ...], ...]
 
     @classmethod
-    def of(cls, plan: AttentionPlan, device: torch.device) -> Segments:
-        """The plan's segments, with index tensors on `device`."""
+    def of(cls, plan: AttentionPlan) -> Segments:
+        """The plan's segments."""
+        earlier = tuple(
+            tuple((start, min(stop, segment.start)) for start, stop in segment.key_ranges if start < segment.start)
+            for segment in plan.segments
+        )
         query_lengths = tuple(segment.stop - segment.start for segment in plan.segments)
-        key_lengths = tuple(sum(stop - start for start, stop in segment.key_ranges) for segment in plan.segments)
-        if query_lengths == key_lengths:
-            return cls(query_lengths, key_lengths, None)
-        ranges = [key_range for segment in plan.segments for key_range in segment.key_ranges]
-        return cls(query_lengths, key_lengths, _key_rows(ranges, device))
+        key_lengths = tuple(
+            own + sum(stop - start for start, stop in ranges)
+            for own, ranges in zip(query_lengths, earlier, strict=True)
+        )
+        return cls(query_lengths, key_lengths, earlier)
 
-    def gather_keys(self, states: torch.Tensor) -> torch.Tensor:
-        """Rows [K, ...] of the keys (or values) [T, ...], segment after segment; differentiable."""
-        if self.key_rows is None:
-            return states
-        result: torch.Tensor = _Gather.apply(states, self.key_rows)
+    def keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each segment's rows [L, ...] of the keys (or values) [T, ...]; differentiable.
+
+        They are views where a segment sees its own rows only, and copies where it sees earlier ones.
+        """
+        if not any(self.earlier):
+            own: tuple[torch.Tensor, ...] = states.split(self.query_lengths)
+            return own
+        result: tuple[torch.Tensor, ...] = _Keys.apply(states, self)
         return result
 
-
-def _key_rows(ranges: list[tuple[int, int]], device: torch.device) -> KeyRows:
-    rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-    by_row = np.argsort(rows, kind="stable")
-    sorted_rows = rows[by_row]
-    # A row's uses lie side by side now, in order: a use's number is its distance from the row's first one.
-    number = np.arange(len(rows)) - np.searchsorted(sorted_rows, sorted_rows)
-    copies = [(by_row[number == n], sorted_rows[number == n]) for n in range(int(number.max()) + 1)]
-    return KeyRows(
-        rows_K=to_device(torch.from_numpy(rows), device),
-        copies=tuple(
-            (to_device(torch.from_numpy(p), device), to_device(torch.from_numpy(r), device)) for p, r in copies
-        ),
-    )
+    def gathered_keys(self, states: torch.Tensor) -> torch.Tensor:
+        """The rows of all segments' keys (or values) [T, ...] in one tensor, segment after segment; differentiable."""
+        return torch.cat(self.keys(states)) if any(self.earlier) else states
 
 
-class _Gather(torch.autograd.Function):
-    """index_select whose gradient needs no atomic additions: one gather of first uses, one addition a further use."""
+class _Keys(torch.autograd.Function):
+    """Slices whose gradients are summed in the order of the segments: the same on every run, and on every device."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, key_rows: KeyRows) -> torch.Tensor:
-        ctx.key_rows = key_rows
-        return states.index_select(0, key_rows.rows_K)
+    def forward(ctx: Any, states: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, ...]:
+        ctx.segments = segments
+        return tuple(
+            torch.cat([*_rows(states, earlier), own]) if earlier else own
+            for own, earlier in zip(states.split(segments.query_lengths), segments.earlier, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad_K,) = grads
-        (first, _), *further = ctx.key_rows.copies
-        grad_T = grad_K.index_select(0, first)
-        for places, rows in further:
-            grad_T.index_add_(0, rows, grad_K.index_select(0, places))
-        return grad_T, None
+        segments = ctx.segments
+        own = [grad[-length:] for grad, length in zip(grads, segments.query_lengths, strict=True)]
+        grad_states = torch.cat(own)
+        for grad, earlier in zip(grads, segments.earlier, strict=True):
+            lengths = [stop - start for start, stop in earlier]
+            for place, more in zip(_rows(grad_states, earlier), grad[: sum(lengths)].split(lengths), strict=True):
+                place += more
+        return grad_states, None
+
+
+def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> list[torch.Tensor]:
+    return [states[start:stop] for start, stop in ranges]

@@ -73,13 +73,13 @@ def varlen_attend(plan: AttentionPlan, device: torch.device) -> Attend:
 
     kernel: Callable[..., Any] = varlen_attn
     options = _causal_options(kernel)
-    segments = Segments.of(plan, device)
+    segments = Segments.of(plan)
     starts_q = _starts(segments.query_lengths, device)
     starts_k = _starts(segments.key_lengths, device)
     longest_q, longest_k = max(segments.query_lengths), max(segments.key_lengths)
 
     def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
-        keys, values = segments.gather_keys(k_TGD), segments.gather_keys(v_TGD)
+        keys, values = segments.gathered_keys(k_TGD), segments.gathered_keys(v_TGD)
         out_TAD: torch.Tensor = kernel(
             q_TAD, keys, values, starts_q, starts_k, longest_q, longest_k, scale=scale, **options
         )

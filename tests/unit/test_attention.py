@@ -123,14 +123,16 @@ def test_a_segment_s_mask_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_gathered_keys_are_those_of_the_plan(name: str) -> None:
+def test_keys_are_those_of_the_plan(name: str) -> None:
     plan, _ = PLANS[name]
-    segments = Segments.of(plan, torch.device("cpu"))
-    keys = torch.arange(plan.num_tokens, dtype=torch.float64)[:, None].requires_grad_()
-    gathered = segments.gather_keys(keys)
-    seen = [row for s in plan.segments for start, stop in s.key_ranges for row in range(start, stop)]
-    assert gathered.squeeze(1).tolist() == seen
-    weights = torch.rand(len(seen), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    segments = Segments.of(plan)
+    states = torch.arange(plan.num_tokens, dtype=torch.float64)[:, None].requires_grad_()
+    seen = [[row for start, stop in s.key_ranges for row in range(start, stop)] for s in plan.segments]
+    assert [keys.squeeze(1).tolist() for keys in segments.keys(states)] == seen
+    assert [len(rows) for rows in seen] == list(segments.key_lengths)
+    gathered, rows = segments.gathered_keys(states), [row for own in seen for row in own]
+    assert gathered.squeeze(1).tolist() == rows
+    weights = torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (gathered * weights).sum().backward()
-    expected = torch.zeros(plan.num_tokens, 1, dtype=torch.float64).index_add(0, torch.tensor(seen), weights)
-    torch.testing.assert_close(keys.grad, expected, rtol=1e-15, atol=0)
+    expected = torch.zeros(plan.num_tokens, 1, dtype=torch.float64).index_add(0, torch.tensor(rows), weights)
+    torch.testing.assert_close(states.grad, expected, rtol=1e-15, atol=0)

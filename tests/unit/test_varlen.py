@@ -109,17 +109,15 @@ def test_plain_packing_copies_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["shared prompt", "split response", "pairs and a padding tail"])
 def test_gradients_of_copied_keys_add_up_in_one_order(name: str) -> None:
-    """To the last bit, row by row: a row's first copy, then its second, its third."""
-    segments = Segments.of(PLANS[name][0], CPU)
-    assert segments.key_rows is not None
-    states_TD = torch.randn(PLANS[name][0].num_tokens, D, generator=torch.Generator().manual_seed(7)).requires_grad_()
-    keys_KD = segments.gather_keys(states_TD)
+    """To the last bit, row by row: what its own segment says, then the later ones in turn."""
+    plan = PLANS[name][0]
+    states_TD = torch.randn(plan.num_tokens, D, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    keys_KD = Segments.of(plan).gathered_keys(states_TD)
     gradient_KD = torch.randn(keys_KD.shape, generator=torch.Generator().manual_seed(8))
     keys_KD.backward(gradient_KD)
-    for row in range(len(states_TD)):
-        assert torch.equal(states_TD.grad[row], sum(gradient_KD[segments.key_rows.rows_K == row]))
-    for _, rows in segments.key_rows.copies:
-        assert len(rows.unique()) == len(rows)  # additions of one kernel call never meet
+    rows = [row for s in plan.segments for start, stop in s.key_ranges for row in range(start, stop)]
+    for row in range(plan.num_tokens):
+        assert torch.equal(states_TD.grad[row], sum(gradient_KD[torch.tensor(rows) == row]))
 
 
 @pytest.mark.parametrize("name", ["packed", "shared prompt"])
