@@ -33,8 +33,8 @@ class _SwiGLU(torch.autograd.Function):
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(silu(gate), grad, out=grad_up)
-        return grad_gate_up
+        grad_silu = grad * up
+        # The input has served: its gradient takes its place, in memory that is at hand.
+        torch.mul(silu(gate), grad, out=up)
+        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=gate)
+        return gate_up
