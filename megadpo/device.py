@@ -23,6 +23,7 @@ import torch
 
 from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
+from megadpo.gloo import megatron_over_gloo
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -167,7 +168,7 @@ def megatron_device(device: Device) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_rng_patch())
         stack.enter_context(_weight_gradient_patch())
-        stack.enter_context(_lone_rank_patch())
+        stack.enter_context(megatron_over_gloo())
         yield
 
 
@@ -285,30 +286,4 @@ def _weight_gradient_patch() -> Iterator[None]:
         mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", _WeightGradientKernels, create=True),
         mock.patch.object(layers, "_grad_accum_fusion_available", True),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def _lone_rank_patch() -> Iterator[None]:
-    """With one data-parallel rank Megatron reduces its gradients into themselves, and gathers its weights likewise.
-
-    NCCL then does nothing, gloo copies the buffer twice.
-    """
-    from megatron.core.distributed import param_and_grad_buffer
-
-    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(collective)
-        def wrapper(output: torch.Tensor, inputs: torch.Tensor, **options: Any) -> Any:
-            if options["group"].size() == 1 and not options["async_op"]:
-                assert output.data_ptr() == inputs.data_ptr()
-                return None
-            return collective(output, inputs, **options)
-
-        return wrapper
-
-    names = ("dist_reduce_scatter_func", "dist_all_gather_func")
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            own = unless_alone(getattr(param_and_grad_buffer, name))
-            stack.enter_context(mock.patch.object(param_and_grad_buffer, name, own))
         yield

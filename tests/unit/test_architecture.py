@@ -20,6 +20,7 @@ FLOORS = [
     {"cpus", "errors", "files", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
+    {"gloo"},
     {"device"},
     {"parallel"},
     {"attention_plan", "flops", "logprobs", "losses", "metrics"},
@@ -49,6 +50,7 @@ HOMES = {
     "torch.cuda": ["megadpo.device"],
     "megatron": [
         "megadpo.device",
+        "megadpo.gloo",
         "megadpo.parallel",
         "megadpo.models",
         "megadpo.optimizer",
