@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -80,6 +81,17 @@ class Interval:
         self.flops += step_flops(batch.flops, batch.reference_flops)
 
 
+@contextmanager
+def _startup_kept() -> Iterator[None]:
+    """Spares garbage collections what start-up has left: it lives as long as the run, and walking it takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class Trainer:
     """Moves a run through its steps; the same calls happen on every rank.
 
@@ -119,10 +131,8 @@ class Trainer:
         if steps_done == 0:
             self.evaluate_all(0)
         interval = Interval()
-        # What start-up has left lives as long as the run, and takes a full garbage collection 0.3 s to walk through.
-        gc.collect()
-        gc.freeze()
-        with prefetched(self.data.batches(steps_done=steps_done, total_steps=settings.total_steps)) as batches:
+        batches_ahead = prefetched(self.data.batches(steps_done=steps_done, total_steps=settings.total_steps))
+        with _startup_kept(), batches_ahead as batches:
             for step in range(steps_done + 1, settings.total_steps + 1):
                 is_last = step == settings.total_steps
                 self._one_step(step, batches, interval)

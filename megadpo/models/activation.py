@@ -14,6 +14,8 @@ from torch.nn.functional import silu
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up of the first projection's halves [..., 2F], as [..., F]; keeps its input alone for the backward.
 
+    The backward writes over the input, so it runs once, and nobody else may keep the input's values.
+
     One operation, because Megatron's unfused form keeps silu(gate) and a copy of `up` as well, and its fused one needs
     a compiler.
     """

@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The normalised input, same shape and dtype; the statistics are fp32."""
+        """The normalised input, same shape and dtype; computed in fp32."""
         if hidden.is_cuda:
             return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         result: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
@@ -50,9 +50,11 @@ class _RMSNorm(torch.autograd.Function):
         grad_TH = grads[0].reshape(x_TH.shape).float()
         scale_H = weight_H.float()
         product_TH = grad_TH * x_TH
-        grad_weight_H = torch.mv(product_TH.t(), rstd_T1.squeeze(1))
+        grad_weight_H = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_H = torch.mv(product_TH.t(), rstd_T1.squeeze(1)).to(weight_H.dtype)
         # x · rstd has gradient rstd · (g − x · rstd² · mean(g · x)), where g is the gradient times the weight.
         mean_T1 = torch.mv(product_TH, scale_H)[:, None].div_(x_TH.shape[-1])
         grad_x_TH = torch.mul(grad_TH, scale_H, out=product_TH).mul_(rstd_T1)
         grad_x_TH.addcmul_(x_TH, mean_T1.mul_(rstd_T1**3), value=-1)
-        return grad_x_TH.to(hidden.dtype).view(hidden.shape), grad_weight_H.to(weight_H.dtype), None
+        return grad_x_TH.to(hidden.dtype).view(hidden.shape), grad_weight_H, None

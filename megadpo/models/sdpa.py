@@ -1,7 +1,7 @@
 """The attention kernel that runs everywhere: torch's scaled-dot-product attention, one call per segment.
 
-Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head
-dimension; Q rows of one segment, L rows of its keys.
+Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head dimension;
+Q rows of one segment, L rows of its keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PrepareAttention: TypeAlias = Callable[[AttentionPlan, torch.device], Attend]
 
 
 def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> Attend:
-    """Attention under the plan, prepared once a microbatch: every layer uses the same indices and masks.
+    """Attention under the plan, prepared once a microbatch: every layer uses the same masks.
 
     A segment whose keys are its queries is causal without a mask. The others get one that is aligned at the bottom
     right: torch's own for that alignment would be made, and kept for the backward, by every layer.

@@ -18,8 +18,8 @@ from megadpo.attention_plan import AttentionPlan, Range
 class Segments:
     """The plan's segments, in order: their queries cover the stream, their keys are what `keys` gives.
 
-    `earlier` has each segment's key ranges before its own rows; these are the last keys of every segment. In each the
-    last query sees all keys, and each earlier one sees one key less.
+    `earlier` has each segment's key ranges before its own rows, which are the last of its keys. In each segment the
+    last query sees all keys, and each query before it one key less.
     """
 
     query_lengths: tuple[int, ...]
@@ -53,30 +53,51 @@ class Segments:
 
     def gathered_keys(self, states: torch.Tensor) -> torch.Tensor:
         """The rows of all segments' keys (or values) [T, ...] in one tensor, segment after segment; differentiable."""
-        return torch.cat(self.keys(states)) if any(self.earlier) else states
+        if not any(self.earlier):
+            return states
+        result: torch.Tensor = _GatheredKeys.apply(states, self)
+        return result
+
+    def slices(self, states: torch.Tensor) -> list[list[torch.Tensor]]:
+        """For each segment the slices of the stream's rows that its keys are made of, its own rows last."""
+        own = states.split(self.query_lengths)
+        return [[*_rows(states, earlier), rows] for rows, earlier in zip(own, self.earlier, strict=True)]
+
+    def sum_gradients(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The stream's gradient [T, ...] from those of each segment's keys.
+
+        Summed in the order of the segments: the same on every run, and on every device.
+        """
+        own = [grad[-length:] for grad, length in zip(grads, self.query_lengths, strict=True)]
+        total = torch.cat(own)
+        for grad, earlier in zip(grads, self.earlier, strict=True):
+            lengths = [stop - start for start, stop in earlier]
+            for place, more in zip(_rows(total, earlier), grad[: sum(lengths)].split(lengths), strict=True):
+                place += more
+        return total
 
 
 class _Keys(torch.autograd.Function):
-    """Slices whose gradients are summed in the order of the segments: the same on every run, and on every device."""
-
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, ...]:
         ctx.segments = segments
-        return tuple(
-            torch.cat([*_rows(states, earlier), own]) if earlier else own
-            for own, earlier in zip(states.split(segments.query_lengths), segments.earlier, strict=True)
-        )
+        return tuple(torch.cat(slices) if len(slices) > 1 else slices[0] for slices in segments.slices(states))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        segments = ctx.segments
-        own = [grad[-length:] for grad, length in zip(grads, segments.query_lengths, strict=True)]
-        grad_states = torch.cat(own)
-        for grad, earlier in zip(grads, segments.earlier, strict=True):
-            lengths = [stop - start for start, stop in earlier]
-            for place, more in zip(_rows(grad_states, earlier), grad[: sum(lengths)].split(lengths), strict=True):
-                place += more
-        return grad_states, None
+        return ctx.segments.sum_gradients(grads), None
+
+
+class _GatheredKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, segments: Segments) -> torch.Tensor:
+        ctx.segments = segments
+        return torch.cat([rows for slices in segments.slices(states) for rows in slices])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        return ctx.segments.sum_gradients(grad.split(ctx.segments.key_lengths)), None
 
 
 def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> list[torch.Tensor]:

@@ -25,6 +25,15 @@ def test_equals_the_formula(dtype: torch.dtype, tolerance: float) -> None:
     torch.testing.assert_close(ours.grad, formula.grad, rtol=tolerance, atol=tolerance)
 
 
+def test_runs_backward_once() -> None:
+    """The gradient takes the input's memory: a second backward is refused, not wrong."""
+    gate_up = torch.randn(5, 14, requires_grad=True)
+    output = swiglu(2 * gate_up)
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_keeps_its_input_alone() -> None:
     kept: list[torch.Tensor] = []
 

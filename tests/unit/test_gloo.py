@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def errors_of(case: tuple[str, str, bool, bool], group: dist.ProcessGroup, ranks
         if work is not None:
             work.wait()
         error = (output.double() - total[place]).abs().max() / total.abs().max()
-        worst["reduce_scatter"] = max(worst["reduce_scatter"], float(error))
+        worst["reduce_scatter"] = max(worst["reduce_scatter"], float(error.nan_to_num(torch.inf)))
 
         whole = torch.full((rows, 3), torch.nan, dtype=dtype)
         part = whole[place] if in_place else torch.empty(2, 3, dtype=dtype)
@@ -66,6 +67,20 @@ def errors_of(case: tuple[str, str, bool, bool], group: dist.ProcessGroup, ranks
     return worst
 
 
+def three_in_flight() -> list[list[float]]:
+    """The results of exchanges that are waited for in another order than they were started; one gathers a column."""
+    own = float(dist.get_rank())
+    summed = [torch.zeros(size) for size in (1, 40_000)]
+    columns = torch.stack((torch.full((3,), own), torch.zeros(3)), dim=1)
+    gathered = torch.zeros(RANKS * 3)
+    works = [reduce_scatter(total, torch.full((RANKS * len(total),), own), async_op=True) for total in summed]
+    works.append(all_gather(gathered, columns[:, 0], async_op=True))
+    for work in reversed(works):
+        assert work is not None
+        work.wait()
+    return [tensor.unique().tolist() for tensor in (*summed, gathered)]
+
+
 def talk() -> dict[str, Any]:
     """What one rank finds in every case, and what it is told of a reduction other than a sum."""
     with distributed(Device("cpu", CPU), timeout_s=60):
@@ -75,6 +90,7 @@ def talk() -> dict[str, Any]:
         for case in CASES:
             ranks, group = next(item for item in made[case[0]] if dist.get_rank() in item[0])
             found[case] = errors_of(case, group, ranks)
+        found["in flight"] = three_in_flight()
         with pytest.raises(ValueError, match="sums"):
             reduce_scatter(torch.zeros(1), torch.zeros(RANKS), op=dist.ReduceOp.MAX)
         world = torch.zeros(RANKS)
@@ -99,11 +115,21 @@ def test_without_a_group_all_ranks_take_part(found: list[dict[str, Any]]) -> Non
     assert [rank["world"] for rank in found] == RANKS * [[0.0, 1.0, 2.0, 3.0]]
 
 
+def test_exchanges_do_not_mix(found: list[dict[str, Any]]) -> None:
+    assert [rank["in flight"] for rank in found] == RANKS * [[[6.0], [6.0], [0.0, 1.0, 2.0, 3.0]]]
+
+
 def test_megatron_calls_them() -> None:
     with megatron_device(Device("cpu", CPU)):
         for module in (layers, mappings):
             assert module.dist_reduce_scatter_func is reduce_scatter
             assert module.dist_all_gather_func is all_gather
+        lone: Any = mock.Mock(**{"size.return_value": 1, "rank.return_value": 0})
+        # torch's own would ask a real group.
+        for collective in (param_and_grad_buffer.dist_reduce_scatter_func, param_and_grad_buffer.dist_all_gather_func):
+            output = torch.zeros(2)
+            collective(output, torch.ones(2), group=lone, async_op=False)
+            assert output.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["dist_reduce_scatter_func", "dist_all_gather_func"])
