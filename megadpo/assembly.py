@@ -13,9 +13,10 @@ from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
 from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
-from megadpo.models.builder import ModelOptions, build_model, load_model
+from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.varlen import choose_attention, why_not_varlen
 from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_parallel
@@ -88,7 +89,7 @@ def build_reference(
         chunks = load_starting_model(config, source, arch, state, device)
     else:
         own_arch = read_architecture(own)
-        chunks = load_model(own_arch, state, own, **_model_options(config, own_arch, device))
+        chunks = load_model(own_arch, state, own, _model_options(config, own_arch, device))
     return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
 
 
@@ -98,23 +99,23 @@ def load_starting_model(
     """This rank's chunks of the model with the weights that a run starts from, in the configured precision."""
     options = _model_options(config, arch, device)
     if source.checkpoint is None:
-        return load_model(arch, state, source.hf_dir, **options)
+        return load_model(arch, state, source.hf_dir, options)
     stored = stored_dtype(source.checkpoint)
     if (stored, config.precision.dtype) == (Dtype.fp32, Dtype.bf16):
         logger.warning("%s: the weights are stored as fp32 and are rounded to bf16", source.checkpoint)
-    chunks = build_model(arch, state, **options)
+    chunks = build_model(arch, state, options)
     load_weights(source.checkpoint, chunks, vocab_size=arch.vocab_size)
     return chunks
 
 
 def _model_options(config: Config, arch: Architecture, device: Device) -> ModelOptions:
-    return {
-        "device": device,
-        "dtype": torch_dtype(config),
-        "sequence_parallel": bool(config.parallel.sequence_parallel),
-        "attention": _attention(config, arch, device),
-        "logits_mib": config.model.logits_mib,
-    }
+    return ModelOptions(
+        device=device,
+        dtype=torch_dtype(config),
+        sequence_parallel=bool(config.parallel.sequence_parallel),
+        attention=_attention(config, arch, device),
+        logits_mib=config.model.logits_mib,
+    )
 
 
 def _attention(config: Config, arch: Architecture, device: Device) -> str:
@@ -135,7 +136,7 @@ def build_policy(
     if checkpoint is None:
         modules = load_starting_model(config, source, arch, state, device)
     else:
-        modules = build_model(arch, state, **_model_options(config, arch, device))
+        modules = build_model(arch, state, _model_options(config, arch, device))
     modules[-1].token_statistics = config.train.log_token_statistics
     chunks = wrap_data_parallel(modules)
     optimizer = build_optimizer(

@@ -33,6 +33,7 @@ from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.parallel.collectives import on_main
 from megadpo.parallel.state import ParallelState
@@ -55,7 +56,8 @@ def import_model(hf_dir: Path, out: Path, *, dtype: Dtype | None, device_kind: s
         on_main(lambda: check_hf_weights(arch, hf_dir))
         side_files = on_main(lambda: read_side_files(hf_dir))
         with told(f"reading {hf_dir}"):
-            chunks = load_model(arch, state, hf_dir, device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
+            options = ModelOptions(device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
+            chunks = load_model(arch, state, hf_dir, options)
         with told(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}"):
             description = ImportedModel(
                 source=str(hf_dir.resolve()),
@@ -87,7 +89,8 @@ def load_whole(
 ) -> list[PolicyModel]:
     """This rank's chunks of a checkpoint's model, in `dtype`. Collective over all ranks."""
     with told(f"reading {checkpoint}"):
-        chunks = build_model(arch, state, device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
+        options = ModelOptions(device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
+        chunks = build_model(arch, state, options)
         load_weights(checkpoint, chunks, vocab_size=arch.vocab_size)
     return chunks
 

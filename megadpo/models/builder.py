@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from megatron.core.tensor_parallel import layers
@@ -17,29 +16,17 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.device import Device
 from megadpo.models.conversion.load_save import load_hf_weights
 from megadpo.models.hf_config import Architecture
 from megadpo.models.layer_specs import native_block_spec
+from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.sdpa import sdpa_attend
 from megadpo.models.varlen import varlen_attend
 from megadpo.parallel.state import ParallelState
 
 
-class ModelOptions(TypedDict):
-    """What a model is built with besides its architecture and layout."""
-
-    device: Device
-    dtype: torch.dtype
-    sequence_parallel: bool
-    attention: str
-    logits_mib: int
-
-
-def transformer_config(
-    arch: Architecture, state: ParallelState, *, dtype: torch.dtype, sequence_parallel: bool
-) -> TransformerConfig:
+def transformer_config(arch: Architecture, state: ParallelState, options: ModelOptions) -> TransformerConfig:
     """Megatron's configuration of the model and its schedule.
 
     The schedule divides gradients by the all-reduced number of pairs (`calculate_per_token_loss`), and sends pipeline
@@ -61,13 +48,13 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.dtype is torch.bfloat16,
         tensor_model_parallel_size=state.tensor_size,
         pipeline_model_parallel_size=state.pipeline_size,
         virtual_pipeline_model_parallel_size=state.virtual_pipeline_size if state.virtual_pipeline_size > 1 else None,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=options.sequence_parallel,
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
@@ -83,22 +70,10 @@ def transformer_config(
     )
 
 
-def build_model(
-    arch: Architecture,
-    state: ParallelState,
-    *,
-    device: Device,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    attention: str = "sdpa",
-    logits_mib: int = 128,
-) -> list[PolicyModel]:
-    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage.
-
-    `attention` is what `choose_attention` says; without it the kernel that serves everywhere. The head makes logits
-    within `logits_mib` at a time.
-    """
-    config = transformer_config(arch, state, dtype=dtype, sequence_parallel=sequence_parallel)
+def build_model(arch: Architecture, state: ParallelState, options: ModelOptions) -> list[PolicyModel]:
+    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
+    config = transformer_config(arch, state, options)
+    prepare_attention = varlen_attend if options.attention == "varlen" else partial(sdpa_attend, dtype=options.dtype)
     interleaved = state.virtual_pipeline_size > 1
     chunks = []
     for stage in range(state.virtual_pipeline_size):
@@ -107,14 +82,14 @@ def build_model(
             arch,
             config,
             native_block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
-            prepare_attention=varlen_attend if attention == "varlen" else partial(sdpa_attend, dtype=dtype),
+            prepare_attention=prepare_attention,
             pre_process=state.pipeline_rank == 0 and stage == 0,
             post_process=state.is_last_stage and stage == state.virtual_pipeline_size - 1,
             vp_stage=vp_stage,
-            logits_mib=logits_mib,
+            logits_mib=options.logits_mib,
         )
         _mark_tensor_parallel_weights(chunk)
-        chunks.append(chunk.to(device.torch_device))
+        chunks.append(chunk.to(options.device.torch_device))
     return chunks
 
 
@@ -136,25 +111,9 @@ def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
 
 
 def load_model(
-    arch: Architecture,
-    state: ParallelState,
-    hf_path: Path | str,
-    *,
-    device: Device,
-    dtype: torch.dtype,
-    sequence_parallel: bool,
-    attention: str = "sdpa",
-    logits_mib: int = 128,
+    arch: Architecture, state: ParallelState, hf_path: Path | str, options: ModelOptions
 ) -> list[PolicyModel]:
     """`build_model` filled from the safetensors of a Hugging Face directory; each rank reads the slices it needs."""
-    chunks = build_model(
-        arch,
-        state,
-        device=device,
-        dtype=dtype,
-        sequence_parallel=sequence_parallel,
-        attention=attention,
-        logits_mib=logits_mib,
-    )
+    chunks = build_model(arch, state, options)
     load_hf_weights(chunks, arch, hf_path, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     return chunks

@@ -14,6 +14,7 @@ from megadpo.device import megatron_device, select_device
 from megadpo.forward_step import sum_log_probs
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
+from megadpo.models.options import ModelOptions
 from megadpo.optimizer import wrap_data_parallel
 from megadpo.parallel.state import build_parallel_state, distributed
 from tests.helpers.varlen_kernels import torch_2_12
@@ -41,11 +42,8 @@ def outputs_of_kernels(model: str, *, share_prompt: bool) -> tuple[dict[str, dic
         batch = build_batch(pairs, num_tokens=52, pad_token_id=0, share_prompt=share_prompt)
         results: dict[str, dict[str, np.ndarray]] = {}
         for attention in ("sdpa", "varlen"):
-            (chunk,) = wrap_data_parallel(
-                load_model(
-                    arch, state, model, device=device, dtype=torch.float32, sequence_parallel=False, attention=attention
-                )
-            )
+            options = ModelOptions(device=device, dtype=torch.float32, sequence_parallel=False, attention=attention)
+            (chunk,) = wrap_data_parallel(load_model(arch, state, model, options))
             output = chunk(batch.tokens_1T, batch.positions_T, batch.plan, batch.response_rows_N, batch.targets_N)
             sums = sum_log_probs(batch, output)
             (sums.chosen_B - 0.7 * sums.rejected_B).sum().backward()

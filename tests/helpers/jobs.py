@@ -25,6 +25,7 @@ from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.models.builder import load_model
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture
+from megadpo.models.options import ModelOptions
 from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
@@ -105,7 +106,8 @@ def score_and_export(
         results: dict[str, dict[int, tuple[float, float]]] = {}
         for model in models:
             arch = read_architecture(model)
-            chunks = load_model(arch, state, model, device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
+            options = ModelOptions(device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
+            chunks = load_model(arch, state, model, options)
             tokenizer = load_tokenizer(model)
             pairs = tokenized_pairs(data, model, max_length=max_length)
             builder = BatchBuilder(
@@ -160,7 +162,8 @@ def export_with_ranks_apart(model: str, out_dir: str) -> None:
     with megatron_device(device), distributed(device, timeout_s=60):
         state = build_parallel_state(tensor=2, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
         arch = read_architecture(model)
-        chunks = load_model(arch, state, model, device=device, dtype=torch.float32, sequence_parallel=True)
+        options = ModelOptions(device=device, dtype=torch.float32, sequence_parallel=True)
+        chunks = load_model(arch, state, model, options)
         with torch.no_grad():
             chunks[0].decoder.final_layernorm.weight.add_(1e-3 * state.tensor_rank)
         export_hf_weights(chunks, arch, out_dir, state=state)

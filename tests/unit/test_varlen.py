@@ -237,7 +237,8 @@ def test_a_run_builds_its_models_with_the_kernel_it_logs(
     arch, state = read_architecture(model), mock.create_autospec(ParallelState)
     monkeypatch.setattr(megadpo.assembly, "load_model", mock.create_autospec(load_model))
     load_starting_model(config, model_source(config.model), arch, state, device)
-    assert megadpo.assembly.load_model.call_args.kwargs["attention"] == kernel
+    options = megadpo.assembly.load_model.call_args.args[-1]
+    assert options.attention == kernel
     with caplog.at_level(logging.INFO):
         log_attention(config, arch, device)
     assert [record.getMessage() for record in caplog.records] == [line]

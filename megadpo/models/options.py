@@ -1,0 +1,24 @@
+"""What a model is built with besides its architecture and its place in the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megadpo.device import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Settings of a model's construction; what has a default computes the same numbers with any other value.
+
+    `attention` is what `choose_attention` says; by default the kernel that serves everywhere. The head makes logits
+    within `logits_mib` at a time.
+    """
+
+    device: Device
+    dtype: torch.dtype
+    sequence_parallel: bool
+    attention: str = "sdpa"
+    logits_mib: int = 128
