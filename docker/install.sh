@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Installs megadpo into an environment that brings its own torch, as NVIDIA's images do: nothing of what was compiled
+# for each other is replaced, the rest comes from constraints.txt. Fails, naming it, where that is not possible.
+# PYTHON names the interpreter of the environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python}"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+
+"$python" docker/brought.py write --pins constraints.txt --out "$work"
+# The image's own PIP_CONSTRAINT pins every package that it holds, also those that may be renewed; it would hold in the
+# isolated environments of builds, too.
+env -u PIP_CONSTRAINT "$python" -m pip install --no-cache-dir --constraint "$work/constraints.txt" --editable .
+"$python" docker/brought.py verify --out "$work"
