@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.jobs import compare_checkpoints, train
+from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
-from tests.helpers.runs import assert_same_trajectory, exported_weights, metrics, write_jsonl
+from tests.helpers.runs import (
+    assert_bit_equal,
+    assert_same_trajectory,
+    exported_weights,
+    metrics,
+    numbers,
+    write_jsonl,
+)
 from tests.helpers.tiny_models import write_tiny_model
 
 LR = 1e-3
-
-
-def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics that don't depend on the machine's mood."""
-    moody = ("time/", "throughput/", "memory/", "eval/time")
-    return [{k: v for k, v in line.items() if not k.startswith(moody)} for line in metrics(run_dir)]
 
 
 def interrupt_at(run_dir: Path, copy: Path, step: int) -> None:
@@ -68,20 +68,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     common = [*write_inputs(root), "precision.dtype=fp32"]
     launch(4, train, [*common, "parallel.pipeline=2", f"train.run_dir={root / 'whole'}"])
     return root, common
-
-
-def assert_bit_equal(expected: Path, actual: Path) -> None:
-    """Fails unless two runs have the same metrics, weights, and last checkpoint, moments and main weights included."""
-    assert numbers(actual) == numbers(expected)
-    before, after = exported_weights(expected), exported_weights(actual)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    last = (expected / "checkpoints" / "latest").read_text().strip()
-    assert (actual / "checkpoints" / "latest").read_text().strip() == last
-    ((names, different),) = launch(
-        1, compare_checkpoints, *(str(run / "checkpoints" / last) for run in (expected, actual))
-    )
-    assert different == []
-    assert any("exp_avg_sq" in tensor for tensor in names)
 
 
 def test_resumed_run_is_bit_equal(whole: tuple[Path, list[str]]) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.jobs import compare_checkpoints
+from tests.helpers.launch import launch
+
 
 def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl."""
@@ -20,9 +23,29 @@ def training_lines(run_dir: str | Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run_dir) if "loss" in line]
 
 
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics that don't depend on the machine's mood."""
+    moody = ("time/", "throughput/", "memory/", "eval/time")
+    return [{k: v for k, v in line.items() if not k.startswith(moody)} for line in metrics(run_dir)]
+
+
 def exported_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
     """The exported model's weights."""
     return load_file(Path(run_dir) / "hf" / "model.safetensors")
+
+
+def assert_bit_equal(expected: Path, actual: Path) -> None:
+    """Fails unless two runs have the same metrics, weights, and last checkpoint, moments and main weights included."""
+    assert numbers(actual) == numbers(expected)
+    before, after = exported_weights(expected), exported_weights(actual)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    last = (expected / "checkpoints" / "latest").read_text().strip()
+    assert (actual / "checkpoints" / "latest").read_text().strip() == last
+    ((names, different),) = launch(
+        1, compare_checkpoints, *(str(run / "checkpoints" / last) for run in (expected, actual))
+    )
+    assert different == []
+    assert any("exp_avg_sq" in tensor for tensor in names)
 
 
 def assert_same_trajectory(expected: str | Path, actual: str | Path, *, lr: float) -> None:
