@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -38,15 +39,16 @@ from megadpo.checkpoint_files import (
     step_directory,
     stored_vocab_size,
 )
-from megadpo.errors import CheckpointError, listing
+from megadpo.errors import CheckpointError, MegaDPOError, listing
 from megadpo.files import write_durably, writing
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.parallel.collectives import on_main
-from megadpo.rank_logging import get_logger
+from megadpo.rank_logging import get_logger, global_rank
 
 logger = get_logger(__name__)
 
 _RESTORE = "which is not the file that they were saved with: bring that one back, or name another checkpoint"
+WEIGHTS_FROM = "model.checkpoint=DIR (--checkpoint DIR)"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -95,19 +97,19 @@ def save_checkpoint(
 
 def save_imported(
     directory: Path,
-    modules: Sequence[MegatronModule],
+    write: Callable[[Path], None],
     description: ImportedModel,
     *,
     side_files: SideFiles,
     dtype: torch.dtype,
 ) -> None:
-    """Writes the weights of a model as a checkpoint that stands alone, with the side files inside as `hf/`.
+    """Makes a checkpoint that stands alone of the distributed files that `write(DIRECTORY)` writes, and the side files.
 
-    Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done.
+    Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done. Where it
+    can't be made, nothing is left.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an import that was killed
-    _write_content(partial, _model_state(modules))
 
     def finish() -> None:
         write_side_files(side_files, partial / HF_DIRECTORY, dtype=dtype)
@@ -115,11 +117,36 @@ def save_imported(
         with writing(directory, CheckpointError):
             partial.rename(directory)
 
-    on_main(finish)
+    try:
+        _write_content(partial, {}, _FilesOf(write))
+        on_main(finish)
+    except MegaDPOError:  # on every rank, none of which writes any more
+        if global_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _write_content(directory: Path, content: dict[str, Any]) -> None:
+class _FilesOf(SaveShardedStrategy):
+    """Has somebody else write the distributed files, instead of Megatron from tensors in memory."""
+
+    def __init__(self, write: Callable[[Path], None]) -> None:
+        super().__init__("torch_dist", 1)
+        self._write = write
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """They are among the files."""
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        """Writes the files; the state dict is empty."""
+        self._write(Path(checkpoint_dir))
+
+
+def _write_content(directory: Path, content: dict[str, Any], strategy: SaveShardedStrategy | None = None) -> None:
     """Makes `directory` and writes all ranks' sharded state into it; returns on each when every rank is done.
+
+    `strategy` writes it, by default Megatron's own.
 
     A MegaDPOError on every rank where it can't be written.
     """
@@ -133,8 +160,11 @@ def _write_content(directory: Path, content: dict[str, Any]) -> None:
     # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
     with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
         try:
-            dist_checkpointing.save(content, str(directory), content_metadata=dict(_METADATA))
+            dist_checkpointing.save(content, str(directory), strategy, content_metadata=dict(_METADATA))
         except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, MegaDPOError):
+                    raise cause from error
             raise CheckpointError(
                 f"checkpoint {directory} can't be written: {_causes(error)}: make room, or choose another directory"
             ) from error
@@ -162,7 +192,7 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
         **model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA)),
     }
-    with _readable(directory, "train.resume=DIR"):
+    with readable(directory, "train.resume=DIR"):
         loaded = dist_checkpointing.load(content, str(directory), strict="raise_all")
     for index, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
@@ -177,25 +207,30 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
     Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model, whose
     vocabulary has `vocab_size` entries without padding. Collective over all ranks.
     """
-    on_main(lambda: _check_vocabulary(directory, vocab_size))
+    on_main(lambda: check_vocabulary(directory, vocab_size))
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():
                 parameter.zero_()  # padding that the checkpoint's layout did not have
-    with _readable(directory, "model.checkpoint=DIR (--checkpoint DIR)"):
+    with readable(directory, WEIGHTS_FROM):
         loaded, left_over, missing = dist_checkpointing.load(_model_state(modules), str(directory), strict="return_all")
     problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.startswith("optimizer.")]
+    check_fitting(directory, problems)
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded[f"model{index}"])
+
+
+def check_fitting(directory: Path, problems: Sequence[str]) -> None:
+    """Raises CheckpointError of what there is that keeps a checkpoint's weights from being those of its model."""
     if problems:
         raise CheckpointError(
             f"{directory}: {len(problems)} weights don't fit its {HF_DIRECTORY}/config.json, {_RESTORE}:\n"
             f"{listing(problems)}"
         )
-    for index, module in enumerate(modules):
-        module.load_state_dict(loaded[f"model{index}"])
 
 
-def _check_vocabulary(directory: Path, vocab_size: int) -> None:
+def check_vocabulary(directory: Path, vocab_size: int) -> None:
     """Raises CheckpointError for another vocabulary than the saved one: padded, both may have the same shape."""
     stored = stored_vocab_size(directory)
     if stored != vocab_size:
@@ -206,11 +241,11 @@ def _check_vocabulary(directory: Path, vocab_size: int) -> None:
 
 
 @contextmanager
-def _readable(directory: Path, remedy: str) -> Iterator[None]:
+def readable(directory: Path, remedy: str) -> Iterator[None]:
     """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MegaDPOError):
         raise
     except (CheckpointException, Exception) as error:
         # Torn pickles and archives raise anything, and neither Megatron's errors nor torch's (a BaseException with

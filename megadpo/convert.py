@@ -1,21 +1,24 @@
 """Whole conversions: a Hugging Face directory to a checkpoint that stands alone, and a checkpoint back.
 
-The ranks of the launch are pipeline stages, so the weights are in memory once, whatever their number.
+No model is built: weights go from file to file in blocks, so memory does not grow with the model. The ranks of the
+launch and their threads share the blocks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rich.console import Console
+import torch
+import torch.distributed as dist
 
 from megadpo import __version__
 from megadpo.assembly import TORCH_DTYPES
-from megadpo.checkpoint import load_weights, save_imported
+from megadpo.checkpoint import WEIGHTS_FROM, check_fitting, check_vocabulary, readable, save_imported
 from megadpo.checkpoint_files import (
     HF_DIRECTORY,
     ImportedModel,
@@ -26,23 +29,27 @@ from megadpo.checkpoint_files import (
     trained_setting,
 )
 from megadpo.config.schema import Dtype
-from megadpo.device import Device
+from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
-from megadpo.export import conversion_card, export_model
-from megadpo.models.builder import build_model, load_model
+from megadpo.export import conversion_card, write_model
+from megadpo.models.conversion.dcp import BoxReader
 from megadpo.models.conversion.load_save import check_hf_weights
+from megadpo.models.conversion.mapping import hf_shapes
+from megadpo.models.conversion.safetensors_writer import BlockWriter, FileLayout, finish_files, lay_out, new_files
 from megadpo.models.conversion.side_files import read_side_files
+from megadpo.models.conversion.stored import HFBlock, stored_problems
+from megadpo.models.conversion.streaming import Worker, for_each_stored_block, store_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.models.options import ModelOptions
-from megadpo.models.policy import PolicyModel
-from megadpo.parallel.collectives import on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger, global_rank, launched_world_size
-from megadpo.session import open_pipeline
+from megadpo.parallel.collectives import on_every, on_main
+from megadpo.progress import ByteProgress
+from megadpo.rank_logging import get_logger, global_rank
+from megadpo.session import open_world
 
 logger = get_logger(__name__)
 
 _DTYPE_NAMES = {"bfloat16": Dtype.bf16, "float32": Dtype.fp32}
+# More threads hold more blocks, and one that waits for the disk should not leave it idle.
+_FEWEST_THREADS, _MOST_THREADS = 2, 4
 
 
 def import_model(hf_dir: Path, out: Path, *, dtype: Dtype | None, device_kind: str) -> None:
@@ -52,20 +59,20 @@ def import_model(hf_dir: Path, out: Path, *, dtype: Dtype | None, device_kind: s
     """
     arch = read_architecture(hf_dir)
     dtype = dtype or _config_dtype(hf_dir)
-    with open_pipeline(stages(arch), device_kind) as (state, device):
+    with open_world(device_kind):
         on_main(lambda: check_hf_weights(arch, hf_dir))
         side_files = on_main(lambda: read_side_files(hf_dir))
-        with told(f"reading {hf_dir}"):
-            options = ModelOptions(device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
-            chunks = load_model(arch, state, hf_dir, options)
-        with told(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}"):
-            description = ImportedModel(
-                source=str(hf_dir.resolve()),
-                dtype=str(dtype),
-                vocab_size=arch.vocab_size,
-                megadpo_version=__version__,
+        description = ImportedModel(
+            source=str(hf_dir.resolve()), dtype=str(dtype), vocab_size=arch.vocab_size, megadpo_version=__version__
+        )
+        with at_work(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}") as worker:
+            save_imported(
+                out,
+                lambda directory: store_hf_weights(arch, hf_dir, directory, dtype=TORCH_DTYPES[dtype], worker=worker),
+                description,
+                side_files=side_files,
+                dtype=TORCH_DTYPES[dtype],
             )
-            save_imported(out, chunks, description, side_files=side_files, dtype=TORCH_DTYPES[dtype])
 
 
 def export_checkpoint(checkpoint: Path, out: Path, *, dtype: Dtype | None, device_kind: str) -> None:
@@ -76,44 +83,82 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: Dtype | None, devic
     source, stored = checkpoint / HF_DIRECTORY, stored_dtype(checkpoint)
     arch = read_architecture(source)
     dtype = dtype or stored
-    with open_pipeline(stages(arch), device_kind) as (state, device):
+    with open_world(device_kind):
         side_files = on_main(lambda: read_side_files(source))
-        chunks = load_whole(checkpoint, arch, state, device, stored)
-        with told(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}"):
-            card = conversion_card(name=out.name, checkpoint=str(checkpoint), origin=_origin(checkpoint))
-            export_model(chunks, arch, side_files, out, state=state, dtype=TORCH_DTYPES[dtype], card=card)
+        reader = open_weights(checkpoint, arch)
+        card = conversion_card(name=out.name, checkpoint=str(checkpoint), origin=_origin(checkpoint))
+        with at_work(f"writing {arch.num_parameters:,} parameters in {dtype} to {out}") as worker:
+
+            def write(directory: Path) -> None:
+                layout = lay_out({name: (shape, TORCH_DTYPES[dtype]) for name, shape in hf_shapes(arch).items()})
+                with ExitStack() as stack:
+                    on_main(lambda: stack.enter_context(new_files(directory, layout)))
+                    on_every(
+                        lambda: _write_share(
+                            checkpoint, arch, reader, directory, layout, stored=TORCH_DTYPES[stored], worker=worker
+                        )
+                    )
+                    on_main(lambda: finish_files(directory, layout))
+
+            write_model(write, side_files, out, dtype=TORCH_DTYPES[dtype], card=card)
 
 
-def load_whole(
-    checkpoint: Path, arch: Architecture, state: ParallelState, device: Device, dtype: Dtype
-) -> list[PolicyModel]:
-    """This rank's chunks of a checkpoint's model, in `dtype`. Collective over all ranks."""
-    with told(f"reading {checkpoint}"):
-        options = ModelOptions(device=device, dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
-        chunks = build_model(arch, state, options)
-        load_weights(checkpoint, chunks, vocab_size=arch.vocab_size)
-    return chunks
+def open_weights(checkpoint: Path, arch: Architecture) -> BoxReader:
+    """Reads a checkpoint's weights on this rank; CheckpointError on all ranks unless they are those of the model.
 
+    Collective over all ranks.
+    """
 
-def stages(arch: Architecture) -> int:
-    """Pipeline stages: one for each process of the launch. ConfigError where they can't share the layers out evenly."""
-    world = launched_world_size()
-    if arch.num_layers % world:
-        fitting = [str(n) for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
-        raise ConfigError(
-            f"--nproc-per-node={world}: must divide the model's {arch.num_layers} layers, which the processes share: "
-            f"use one of {', '.join(fitting)}"
-        )
-    return world
+    def open_here() -> BoxReader:
+        check_vocabulary(checkpoint, arch.vocab_size)
+        with readable(checkpoint, WEIGHTS_FROM):
+            reader = BoxReader(checkpoint)
+        tensors = {key: entry for key, entry in reader.tensors().items() if not key.startswith("optimizer.")}
+        check_fitting(checkpoint, stored_problems(arch, tensors))
+        return reader
+
+    return on_every(open_here)
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Logs how long something took; meanwhile a spinner turns, on rank 0 in a terminal."""
+def at_work(what: str) -> Iterator[Worker]:
+    """This rank's place in a piece of work. Logs how long it took; meanwhile rank 0 shows how far its share is."""
     started = time.perf_counter()
-    with Console(stderr=True, quiet=global_rank() != 0).status(what):
-        yield
+    with ByteProgress(what, visible=global_rank() == 0) as bar:
+        yield Worker(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            threads=_threads(),
+            begin=bar.begin,
+            advance=bar.advance,
+        )
     logger.info("%s: %.1f s", what, time.perf_counter() - started)
+
+
+def _threads() -> int:
+    """Threads of one rank: the processes of a machine share its CPUs."""
+    share = usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(_FEWEST_THREADS, min(_MOST_THREADS, share))
+
+
+def _write_share(
+    checkpoint: Path,
+    arch: Architecture,
+    reader: BoxReader,
+    directory: Path,
+    layout: FileLayout,
+    *,
+    stored: torch.dtype,
+    worker: Worker,
+) -> None:
+    with BlockWriter(directory, layout) as writer:
+
+        def write(block: HFBlock) -> None:
+            writer.write(block.name, block.values.to(stored), row=block.row, column=block.column)
+
+        with readable(checkpoint, WEIGHTS_FROM):
+            for_each_stored_block(arch, reader, write, worker=worker)
+        writer.flush()
 
 
 def _config_dtype(hf_dir: Path) -> Dtype:

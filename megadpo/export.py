@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from megadpo import __version__
-from megadpo.errors import ConversionError
+from megadpo.errors import ConversionError, MegaDPOError
 from megadpo.files import writing
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.models.hf_config import Architecture
 from megadpo.parallel.collectives import on_main
 from megadpo.parallel.state import ParallelState
+from megadpo.rank_logging import global_rank
 
 _CARD_METRICS = (
     "loss",
@@ -39,14 +40,36 @@ def export_model(
     dtype: torch.dtype,
     card: str,
 ) -> None:
-    """Writes `out_dir` as a Hugging Face model: weights in `dtype`, the side files, and the card.
+    """Writes the model as the Hugging Face directory `out_dir`: weights in `dtype`, the side files, and the card.
+
+    Collective over all ranks; otherwise as `write_model`.
+    """
+    write_model(
+        lambda directory: export_hf_weights(chunks, arch, directory, state=state, dtype=dtype),
+        side_files,
+        out_dir,
+        dtype=dtype,
+        card=card,
+    )
+
+
+def write_model(
+    write: Callable[[Path], None], side_files: SideFiles, out_dir: Path, *, dtype: torch.dtype, card: str
+) -> None:
+    """Makes `out_dir` of the safetensors that `write(DIRECTORY)` writes, in `dtype`, the side files, and the card.
 
     The directory appears under its name when it is complete; where something stands there already (an empty directory
-    aside) nothing is lost. Collective over all ranks, which raise the same ConversionError.
+    aside) nothing is lost. Where the weights can't be written, nothing is left. Collective over all ranks, which raise
+    the same ConversionError.
     """
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an export that was killed
-    export_hf_weights(chunks, arch, partial, state=state, dtype=dtype)
+    try:
+        write(partial)
+    except MegaDPOError:  # on every rank, none of which writes any more
+        if global_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
     def finish() -> None:
         write_side_files(side_files, partial, dtype=dtype)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from threading import Lock
 from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megadpo.rank_logging import get_logger
 
@@ -25,11 +34,11 @@ _SECONDS_BETWEEN_LINES = 20.0
 class ProgressBar:
     """A bar with a title and a note while it is entered, where stderr is a terminal and it is `visible`."""
 
-    def __init__(self, title: str, *, total: int, done: int = 0, visible: bool) -> None:
+    def __init__(self, title: str, *, total: int, done: int = 0, visible: bool, in_bytes: bool = False) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -61,6 +70,26 @@ class ProgressBar:
         if not self._silent and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             logger.info("%s: %s", self._title, note)
+
+
+class ByteProgress(ProgressBar):
+    """Counts bytes that threads are done with."""
+
+    def __init__(self, title: str, *, visible: bool) -> None:
+        super().__init__(title, total=0, visible=visible, in_bytes=True)
+        self._done = self._total = 0
+        self._lock = Lock()
+
+    def begin(self, total: int) -> None:
+        """Says how many there are."""
+        self._total = total
+        self._bar.update(self._task, total=total)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        with self._lock:
+            self._done += count
+            self.tell(self._done, f"{self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB")
 
 
 class TrainingProgress(ProgressBar):

@@ -43,14 +43,16 @@ def open_session(config: Config, resolve: Callable[[Config], Config]) -> Iterato
 
 
 @contextmanager
-def open_pipeline(stages: int, device_kind: str) -> Iterator[tuple[ParallelState, Device]]:
-    """The launch's ranks as so many pipeline stages, for work on a model's weights that needs no configuration."""
+def open_world(device_kind: str) -> Iterator[Device]:
+    """Device and default group of the launch, for work that needs no configuration."""
     device = select_device(device_kind)
     with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
-        yield (
-            build_parallel_state(tensor=1, pipeline=stages, virtual_pipeline=None, seed=0, timeout_s=_TIMEOUT_S),
-            device,
-        )
+        yield device
+
+
+def build_pipeline(stages: int) -> ParallelState:
+    """The launch's ranks as so many pipeline stages."""
+    return build_parallel_state(tensor=1, pipeline=stages, virtual_pipeline=None, seed=0, timeout_s=_TIMEOUT_S)
 
 
 def _build_state(config: Config, device: Device) -> ParallelState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,25 +15,28 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from megadpo.assembly import TORCH_DTYPES, batch_shape
+from megadpo.checkpoint import WEIGHTS_FROM, load_weights, readable
 from megadpo.checkpoint_files import HF_DIRECTORY, stored_dtype
 from megadpo.config.schema import Dtype
-from megadpo.convert import load_whole, stages
+from megadpo.convert import at_work, open_weights
 from megadpo.data.dataset import Keys, iter_rows, parse_row
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.device import Device
 from megadpo.errors import ConfigError, ConversionError, listing
-from megadpo.models.conversion.compare import WeightDifference, different_weights
+from megadpo.models.builder import build_model
+from megadpo.models.conversion.compare import WeightDifference, different_weights, sum_up
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.conversion.side_files import different_side_files, read_side_files
 from megadpo.models.hf_config import Architecture, differences, read_architecture
+from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.collectives import on_main
+from megadpo.parallel.collectives import on_every, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
-from megadpo.rank_logging import get_logger, global_rank
+from megadpo.rank_logging import get_logger, global_rank, launched_world_size
 from megadpo.scoring import score_batch
-from megadpo.session import open_pipeline
+from megadpo.session import build_pipeline, open_world
 
 logger = get_logger(__name__)
 
@@ -53,20 +57,33 @@ def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs
     _check_same_model(arch, read_architecture(hf_dir), hf_dir, checkpoint)
     stored = stored_dtype(checkpoint)
     pairs = [] if pairs_file is None else _read_pairs(pairs_file, max_pairs, hf_dir, arch)
-    with open_pipeline(stages(arch), device_kind) as (state, device):
+    num_stages = stages(arch) if pairs else 1
+    with open_world(device_kind) as device:
         on_main(lambda: check_hf_weights(arch, hf_dir))
         same_files = on_main(lambda: _compare_side_files(hf_dir, checkpoint))
-        # Log-probs are compared in fp32, where rounding is too small to look like a difference.
-        chunks = load_whole(checkpoint, arch, state, device, Dtype.fp32 if pairs else stored)
-        different = _compare_weights(chunks, arch, hf_dir, stored)
+        different = _compare_weights(checkpoint, arch, hf_dir, stored)
         on_main(lambda: _show_weights(different, arch, stored))
         same_model = same_files and not different
         if not pairs:
             return same_model
+        state = build_pipeline(num_stages)
+        chunks = _load_whole(checkpoint, arch, state, device)
         scores = _checkpoint_logps(chunks, arch, pairs, state, device)
         del chunks  # transformers' model is about to need the room
         same_logps = on_main(lambda: _compare_logps(hf_dir, stored, pairs, scores), patience_s=_PATIENCE_S)
         return same_logps and same_model
+
+
+def stages(arch: Architecture) -> int:
+    """Pipeline stages: one for each process of the launch. ConfigError where they can't share the layers out evenly."""
+    world = launched_world_size()
+    if arch.num_layers % world:
+        fitting = [str(n) for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0]
+        raise ConfigError(
+            f"--nproc-per-node={world}: must divide the model's {arch.num_layers} layers, which the processes share: "
+            f"use one of {', '.join(fitting)}"
+        )
+    return world
 
 
 def _check_same_model(ours: Architecture, theirs: Architecture, hf_dir: Path, checkpoint: Path) -> None:
@@ -92,23 +109,19 @@ def _compare_side_files(hf_dir: Path, checkpoint: Path) -> bool:
 # Weights
 
 
-def _compare_weights(
-    chunks: Sequence[PolicyModel], arch: Architecture, hf_dir: Path, stored: Dtype
-) -> list[WeightDifference]:
-    """The weights that differ on any rank, by name. One all-gather over the world."""
-    compared, total = 0, sum(1 for chunk in chunks for _ in chunk.parameters())
-    with ProgressBar("comparing weights", total=total, visible=global_rank() == 0) as bar:
+def _compare_weights(checkpoint: Path, arch: Architecture, hf_dir: Path, stored: Dtype) -> list[WeightDifference]:
+    """The weights that differ, by name, the same on all ranks. Collective over all ranks."""
+    reader = open_weights(checkpoint, arch)
 
-        def advance() -> None:
-            nonlocal compared
-            compared += 1
-            bar.tell(compared, f"{compared} of {total} parameters")
+    def compare() -> list[WeightDifference]:
+        with readable(checkpoint, WEIGHTS_FROM):
+            return different_weights(arch, reader, hf_dir, stored=TORCH_DTYPES[stored], worker=worker)
 
-        mine = different_weights(chunks, arch, hf_dir, stored=TORCH_DTYPES[stored], advance=advance)
+    with at_work(f"comparing {arch.num_parameters:,} parameters") as worker:
+        mine = on_every(compare)
     everyone: list[list[WeightDifference]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    # A tied embedding lies on the first and on the last stage.
-    return sorted({difference for found in everyone for difference in found})
+    return sum_up(difference for found in everyone for difference in found)
 
 
 def _show_weights(different: Sequence[WeightDifference], arch: Architecture, stored: Dtype) -> None:
@@ -122,6 +135,20 @@ def _show_weights(different: Sequence[WeightDifference], arch: Architecture, sto
 
 
 # Log-probs
+
+
+def _load_whole(checkpoint: Path, arch: Architecture, state: ParallelState, device: Device) -> list[PolicyModel]:
+    """This rank's chunks of a checkpoint's model, in fp32, where rounding is too small to look like a difference.
+
+    Collective over all ranks.
+    """
+    started = time.perf_counter()
+    options = ModelOptions(device=device, dtype=torch.float32, sequence_parallel=False)
+    chunks = build_model(arch, state, options)
+    with Console(stderr=True, quiet=global_rank() != 0).status(f"reading {checkpoint}"):
+        load_weights(checkpoint, chunks, vocab_size=arch.vocab_size)
+    logger.info("reading %s: %.1f s", checkpoint, time.perf_counter() - started)
+    return chunks
 
 
 def _read_pairs(path: Path, max_pairs: int, hf_dir: Path, arch: Architecture) -> list[TokenizedPair]:

@@ -5,7 +5,7 @@
     python tools/convert.py export --checkpoint DIR --out DIR [--dtype bf16]
     python tools/convert.py verify --hf DIR --checkpoint DIR [--pairs FILE]
 
-Under `torchrun --nproc-per-node N` each process holds 1/N of the layers. An imported checkpoint is trained and scored
+Under `torchrun --nproc-per-node N` each process does 1/N of the work. An imported checkpoint is trained and scored
 from, at any layout, with model.checkpoint=DIR. --checkpoint takes a checkpoint, or a run (the one that `latest` names).
 Exit status: 0 done or equal, 2 refused, 3 different (verify); torchrun itself gives 0 or 1: zero or not is all it says.
 """
@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-pairs", type=int, help=f"rows of that file to compare, from its start; default: {MAX_PAIRS}"
     )
     for command in (importing, exporting, verifying):
-        command.add_argument("--device", choices=[str(k) for k in DeviceKind], default="auto", help="holds the model")
+        command.add_argument(
+            "--device",
+            choices=[str(k) for k in DeviceKind],
+            default="auto",
+            help="of the processes' groups, and of the model that --pairs needs",
+        )
     return parser
 
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megadpo.models.activation import swiglu
 from megadpo.models.attention import PlanAttention
+from megadpo.models.conversion.families import CHECKPOINT_NAMES
 from megadpo.models.norm import RMSNorm
 
 
@@ -44,12 +45,7 @@ def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubm
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
-            # The names under which Transformer Engine's fused layers keep the same weights, so that a checkpoint
-            # written with one kind of layers loads into the other.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=dict(CHECKPOINT_NAMES),
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -51,6 +51,24 @@ def _on_main(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     return cast(T, outcome)
 
 
+def on_every(action: Callable[[], T]) -> T:
+    """What `action` returns on each rank; where it raises a MegaDPOError on any, every rank raises that of the lowest.
+
+    One all-gather over the world.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except MegaDPOError as error:
+        failure = error
+    failures: list[MegaDPOError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise found
+    return cast(T, result)
+
+
 def check_all_agree(what: str, content: str) -> None:
     """Raises ConfigError on every rank unless all ranks hold the same `content`; names those that differ.
 

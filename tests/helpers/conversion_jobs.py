@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megadpo import checkpoint
+from megadpo.checkpoint import load_weights
 from megadpo.checkpoint_files import find_checkpoint
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Dtype
 from megadpo.convert import export_checkpoint, import_model
+from megadpo.device import megatron_device, select_device
 from megadpo.errors import MegaDPOError
+from megadpo.models.builder import build_model, load_model
+from megadpo.models.conversion import stored
+from megadpo.models.conversion.load_save import global_parameters
+from megadpo.models.hf_config import read_architecture
+from megadpo.models.options import ModelOptions
+from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.score_files import ScoreWriter
 from megadpo.scoring import run_scoring
 from megadpo.verification import verify
@@ -24,6 +38,77 @@ from tests.helpers.no_room import largest_file
 def import_hf(hf_dir: Path, out: Path, dtype: str | None = None) -> None:
     """`convert.py import` on this rank."""
     import_model(hf_dir, out, dtype=dtype and Dtype(dtype), device_kind="cpu")
+
+
+def import_hf_in_small_blocks(hf_dir: Path, out: Path) -> None:
+    """`import_hf` in blocks of a thousand values, which begin and end inside the rows of a key-value head."""
+    with mock.patch.object(stored, "_BLOCK_VALUES", 1000):
+        import_hf(hf_dir, out)
+
+
+def import_by_building_the_model(hf_dir: Path, out: Path) -> None:
+    """Megatron's own save of the weights in `hf_dir`, from a model in memory."""
+    device = select_device("cpu")
+    arch = read_architecture(hf_dir)
+    with megatron_device(device), distributed(device, timeout_s=60):
+        state = build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
+        options = ModelOptions(device=device, dtype=torch.bfloat16, sequence_parallel=False)
+        chunks = load_model(arch, state, hf_dir, options)
+        checkpoint._write_content(out, checkpoint._model_state(chunks))
+
+
+def differing_parameters(hf_dir: Path, imported: Path, layouts: Sequence[Mapping[str, int]]) -> list[str]:
+    """LAYOUT/PARAMETER of each that Megatron loads from a checkpoint otherwise than it is in `hf_dir`, on this rank."""
+    device, arch = select_device("cpu"), read_architecture(hf_dir)
+    different = []
+    with megatron_device(device), distributed(device, timeout_s=60):
+        for layout in layouts:
+            parallel_state.destroy_model_parallel()
+            state = build_parallel_state(**{"virtual_pipeline": None, **layout}, seed=0, timeout_s=60)  # type: ignore[arg-type]
+            options = ModelOptions(device=device, dtype=torch.bfloat16, sequence_parallel=False)
+            expected = load_model(arch, state, hf_dir, options)
+            chunks = build_model(arch, state, options)
+            load_weights(imported, chunks, vocab_size=arch.vocab_size)
+            pairs = zip(global_parameters(expected), global_parameters(chunks), strict=True)
+            different += [f"{layout}/{name}" for (name, a), (_, b) in pairs if not torch.equal(a, b)]
+    return different
+
+
+def refusals(cases: Sequence[tuple[str, Path, Path]]) -> list[str]:
+    """What each of the conversions, ("import_hf" or "export_hf", FROM, TO), is refused with on this rank."""
+    said = []
+    for name, source, target in cases:
+        try:
+            {"import_hf": import_hf, "export_hf": export_hf}[name](source, target)
+            said.append("done")
+        except MegaDPOError as error:
+            said.append(f"{type(error).__name__}: {error}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return said
+
+
+def peaks_of_conversions(small: Path, large: Path) -> dict[str, int]:
+    """Bytes by which the peak of this process's resident set grows while `large` is converted, after `small` was.
+
+    The peak never falls: a later conversion's growth is what it needs beyond the earlier ones.
+    """
+    import_hf(small, small / "checkpoint")
+    compare(small, small / "checkpoint")
+    export_hf(small / "checkpoint", small / "back")
+    marks = [_peak_bytes()]
+    import_hf(large, large / "checkpoint")
+    marks.append(_peak_bytes())
+    equal, _ = compare(large, large / "checkpoint")
+    marks.append(_peak_bytes())
+    export_hf(large / "checkpoint", large / "back")
+    marks.append(_peak_bytes())
+    assert equal
+    return {name: mark - marks[0] for name, mark in zip(("import", "verify", "export"), marks[1:], strict=True)}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def import_hf_without_room(hf_dir: Path, out: Path) -> None:

@@ -68,6 +68,7 @@ PURE = [
     "megadpo.losses",
     "megadpo.metrics",
     "megadpo.models.conversion.mapping",
+    "megadpo.models.conversion.stored",
 ]
 
 

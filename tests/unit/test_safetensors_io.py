@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megadpo.errors import ConversionError
-from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter
+from megadpo.models.conversion.safetensors_io import SafetensorsReader
+from megadpo.models.conversion.safetensors_writer import BlockWriter, FileLayout, finish_files, lay_out, new_files
 from megadpo.models.conversion.side_files import read_side_files, write_side_files
+from tests.helpers.safetensors_files import write_safetensors
 from tests.helpers.tiny_models import write_tiny_model
 
 
@@ -142,15 +145,35 @@ def test_reader_names_what_is_wrong(tmp_path: Path) -> None:
         SafetensorsReader(tmp_path / "old")
 
 
-def test_writer_splits_and_transformers_reads(tmp_path: Path, models: dict[str, Path]) -> None:
+def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def test_files_are_byte_for_byte_those_of_safetensors(tmp_path: Path) -> None:
+    dtypes = [torch.float16, torch.float64, torch.bfloat16, torch.float32]
+    shapes = [(3, 5), (7,), (2, 2), (2, 3), (4, 2), (3,)]
+    tensors = {f"ü.{9 - i}": torch.randn(shape).to(dtypes[i % 4]) for i, shape in enumerate(shapes)}
+    layout = lay_out(specs_of(tensors))
+    with new_files(tmp_path, layout):
+        with BlockWriter(tmp_path, layout) as writer:
+            for name, tensor in reversed(tensors.items()):
+                middle = (len(tensor) + 1) // 2
+                for start, rows in ((middle, tensor[middle:]), (0, tensor[:middle])):
+                    if tensor.dim() == 1:
+                        writer.write(name, rows, row=start)
+                    else:
+                        writer.write(name, rows[:, 1:], row=start, column=1)
+                        writer.write(name, rows[:, :1], row=start)
+            writer.flush()
+        finish_files(tmp_path, layout)
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_written_files_split_and_transformers_reads(tmp_path: Path, models: dict[str, Path]) -> None:
     hf = read_all(models["llama"])
     for name, limit, files in (("one", 10**9, ["model.safetensors"]), ("many", 110_000, None)):
-        out = tmp_path / name
-        with ShardedWriter(out, max_shard_bytes=limit) as writer:
-            for tensor_name, tensor in hf.items():
-                writer.add(tensor_name, tensor)
-            assert not list(out.glob("*.safetensors*"))
-            writer.finish()
+        out = write_safetensors(tmp_path / name, hf, max_shard_bytes=limit)
         write_side_files(read_side_files(models["llama"]), out, dtype=torch.float32)
         names = sorted(path.name for path in out.glob("*.safetensors"))
         assert not list(out.glob(".*"))
@@ -161,27 +184,30 @@ def test_writer_splits_and_transformers_reads(tmp_path: Path, models: dict[str, 
         state = AutoModelForCausalLM.from_pretrained(out).state_dict()
         assert all(torch.equal(state[tensor_name], tensor) for tensor_name, tensor in hf.items())
         with pytest.raises(ConversionError, match="already holds model"):
-            ShardedWriter(out)
+            write_safetensors(out, hf)
 
 
-def write_and_fail(directory: Path) -> None:
-    with ShardedWriter(directory, max_shard_bytes=8) as writer:
-        for name in "abc":
-            writer.add(name, torch.ones(2))
+def make_files_and_fail(directory: Path, layout: FileLayout) -> None:
+    with new_files(directory, layout):
+        assert len(list(directory.rglob("*.safetensors"))) == 3
         raise KeyboardInterrupt
 
 
 def test_killed_export_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    layout = lay_out(dict.fromkeys("abc", ((2,), torch.float32)), max_shard_bytes=8)
     with pytest.raises(KeyboardInterrupt):
-        write_and_fail(tmp_path)
+        make_files_and_fail(tmp_path, layout)
     assert not list(tmp_path.iterdir())
-    killed = ShardedWriter(tmp_path, max_shard_bytes=8)
-    killed.add("a", torch.ones(2))
-    killed.add("b", torch.ones(2))
+    killed = new_files(tmp_path, layout)
+    killed.__enter__()
     assert not list(tmp_path.glob("*.safetensors*"))
-    with ShardedWriter(tmp_path) as writer:
-        writer.add("c", torch.ones(2))
-        with pytest.raises(ConversionError, match="c was written twice"):
-            writer.add("c", torch.ones(2))
-        writer.finish()
+    write_safetensors(tmp_path, {"c": torch.ones(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
+    write_safetensors(tmp_path, {"a": torch.ones(4096)})
+    with SafetensorsReader(tmp_path) as reader:
+        os.truncate(tmp_path / "model.safetensors", 8192)
+        with pytest.raises(ConversionError, match=r"model\.safetensors became shorter while it was read"):
+            reader.read("a")

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from megadpo.convert import stages
 from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
 from megadpo.score_files import ScoreFiles, ScoreWriter
+from megadpo.verification import stages
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
@@ -20,12 +21,14 @@ from tools import convert, score
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """Takes back what a tool's own set-up of logging does to this process."""
+def process_as_it_was() -> Iterator[None]:
+    """Takes back what a tool does to this process: its set-up of logging, and groups that outlive an error."""
     logger = logging.getLogger("megadpo")
     before = (list(logger.handlers), logger.level, logger.propagate)
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,18 @@
-"""Which weights of a model differ from those of a Hugging Face directory, value by value."""
+"""Which weights of a checkpoint differ from those of a Hugging Face directory, value by value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megadpo.models.conversion.families import LM_HEAD
-from megadpo.models.conversion.load_save import global_parameters
-from megadpo.models.conversion.mapping import merge_shards, shard_plans
+from megadpo.models.conversion.dcp import BoxReader
+from megadpo.models.conversion.families import EMBEDDING, LM_HEAD
 from megadpo.models.conversion.safetensors_io import SafetensorsReader
+from megadpo.models.conversion.stored import HFBlock
+from megadpo.models.conversion.streaming import Worker, for_each_stored_block
 from megadpo.models.hf_config import Architecture
 
 # Of the same number of bytes as the floats: as numbers -0.0 equals 0.0, and NaN nothing.
@@ -28,31 +29,37 @@ class WeightDifference:
 
 
 def different_weights(
-    chunks: Sequence[torch.nn.Module],
-    arch: Architecture,
-    hf_dir: Path | str,
-    *,
-    stored: torch.dtype,
-    advance: Callable[[], None],
+    arch: Architecture, reader: BoxReader, hf_dir: Path | str, *, stored: torch.dtype, worker: Worker
 ) -> list[WeightDifference]:
-    """The tensors in `hf_dir` that this rank's (unwrapped, not tensor-parallel) chunks don't hold exactly.
+    """The parts of tensors in `hf_dir` that a checkpoint does not hold exactly, of this rank's share; see `sum_up`.
 
-    The files' values are cast to `stored`, the format that the chunks' weights once had, and compared bit by bit. A
-    head that lies beside tied embeddings is compared with those. Holds one parameter and its Hugging Face tensors
-    besides the model; calls `advance` after each. No communication.
+    The files' values are cast to `stored`, the format of the checkpoint's weights, and compared bit by bit. A head that
+    lies beside tied embeddings is compared with those. No communication.
     """
-    plans = shard_plans(arch, tp_rank=0, tp_size=1)
     different: list[WeightDifference] = []
-    with SafetensorsReader(hf_dir) as reader, torch.no_grad():
-        for megatron_name, parameter in global_parameters(chunks):
-            tensors = merge_shards([plans[megatron_name]], [parameter.cpu()])
-            if megatron_name == "embedding.word_embeddings.weight" and arch.tied_embeddings:
-                (embedding,) = tensors.values()
-                tensors |= {LM_HEAD.name: embedding} if LM_HEAD.name in reader.headers else {}
-            for name, tensor in tensors.items():
-                different += _difference(name, tensor, reader.read(name).to(stored).to(tensor.dtype))
-            advance()
+    with SafetensorsReader(hf_dir) as theirs:
+
+        def compare(block: HFBlock) -> None:
+            names = [block.name]
+            if arch.tied_embeddings and block.name == EMBEDDING.name and LM_HEAD.name in theirs.headers:
+                names.append(LM_HEAD.name)
+            ours = block.values.to(stored)
+            for name in names:
+                different.extend(_difference(name, ours, theirs.read(name, block.slices).to(stored)))
+
+        for_each_stored_block(arch, reader, compare, worker=worker)
     return different
+
+
+def sum_up(parts: Iterable[WeightDifference]) -> list[WeightDifference]:
+    """One difference a tensor, by name, from those of its parts."""
+    found: dict[str, WeightDifference] = {}
+    for part in parts:
+        so_far = found.get(part.name, WeightDifference(part.name, 0, 0.0))
+        # torch's maximum is NaN where one of them is.
+        largest = torch.tensor([so_far.largest, part.largest], dtype=torch.float64).max().item()
+        found[part.name] = WeightDifference(part.name, so_far.values + part.values, largest)
+    return sorted(found.values())
 
 
 def _difference(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> list[WeightDifference]:

@@ -63,10 +63,17 @@ class Family:
     ignorable: tuple[str, ...]
 
 
+# Names in a checkpoint of what the native layers call otherwise: those under which Transformer Engine's fused layers
+# keep the same weights, so that a checkpoint written with one kind of layers loads into the other.
+CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 _HF_LAYER = "model.layers.{layer}."
 _MEGATRON_LAYER = "decoder.layers.{layer}."
 
-_EMBEDDING = HFTensor("model.embed_tokens.weight", (Axis.VOCAB, Axis.HIDDEN))
+EMBEDDING = HFTensor("model.embed_tokens.weight", (Axis.VOCAB, Axis.HIDDEN))
 LM_HEAD = HFTensor("lm_head.weight", (Axis.VOCAB, Axis.HIDDEN))
 
 
@@ -74,7 +81,7 @@ def _layer(name: str, *axes: Axis) -> HFTensor:
     return HFTensor(_HF_LAYER + name, axes)
 
 
-_BEFORE_LAYERS = (Row("embedding.word_embeddings.weight", Split.VOCAB_ROWS, (_EMBEDDING,)),)
+_BEFORE_LAYERS = (Row("embedding.word_embeddings.weight", Split.VOCAB_ROWS, (EMBEDDING,)),)
 
 _INPUT_NORM = Row(
     _MEGATRON_LAYER + "input_layernorm.weight", Split.REPLICATED, (_layer("input_layernorm.weight", Axis.HIDDEN),)
@@ -143,7 +150,7 @@ _AFTER_LAYERS = (
     Row(
         "output_layer.weight",
         Split.VOCAB_ROWS,
-        (_EMBEDDING,),
+        (EMBEDDING,),
         when=lambda arch: arch.tied_embeddings,
         copy_of_another=True,
     ),

@@ -25,17 +25,16 @@ from megadpo.models.conversion.mapping import (
     shard_plans,
     weight_problems,
 )
-from megadpo.models.conversion.safetensors_io import SafetensorsReader, ShardedWriter, TensorHeader
+from megadpo.models.conversion.safetensors_io import FLOAT_DTYPES, SafetensorsReader, TensorHeader
+from megadpo.models.conversion.safetensors_writer import BlockWriter, finish_files, lay_out, new_files
 from megadpo.models.hf_config import Architecture
-from megadpo.parallel.collectives import broadcast_from_main, on_main
+from megadpo.parallel.collectives import on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
 
 _log = get_logger(__name__)
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-# Formats as safetensors spells them.
-_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class _NumberedLayer(Protocol):
@@ -65,16 +64,16 @@ def load_hf_weights(
     plans = shard_plans(arch, tp_rank=tp_rank, tp_size=tp_size)
     with SafetensorsReader(hf_dir) as reader, torch.no_grad():
         _check_headers(arch, reader.headers, hf_dir)
-        _warn_of_rounding(
+        warn_of_rounding(
             arch, reader.headers, next(p.dtype for chunk in model_chunks for p in chunk.parameters()), hf_dir
         )
         problems: list[str] = []
         for name, parameter in global_parameters(model_chunks):
             plan = _plan(plans, name, arch)
-            fill_shard(plan, partial(_read_finite, reader, problems, parameter.dtype), parameter)
+            fill_shard(plan, partial(read_finite, reader, problems, parameter.dtype), parameter)
             if arch.tied_embeddings and LM_HEAD.name in reader.headers and name == "embedding.word_embeddings.weight":
-                problems += _unequal_head(plan, reader)
-    _raise_on_all(problems, f"{hf_dir}: these weights cannot be trained; give other ones")
+                problems += unequal_head(plan, reader)
+    raise_on_all(problems, f"{hf_dir}: these weights cannot be trained; give other ones")
 
 
 def export_hf_weights(
@@ -90,15 +89,23 @@ def export_hf_weights(
 
     The weights of data-parallel rank 0 are cast to `dtype` (None keeps the parameters' own), gathered over the tensor
     group one parameter at a time, and sent stage by stage to the main rank, which writes them in table order. Extra
-    memory: one parameter twice (its shards and their merger) on tensor rank 0 of each stage, and one output file on the
-    main rank. `out_dir` must hold no weights yet. Returns on all ranks when the files are complete, or raises the same
-    ConversionError on each.
+    memory: one parameter twice (its shards and their merger) on tensor rank 0 of each stage. `out_dir` must hold no
+    weights yet. Returns on all ranks when the files are complete, or raises the same ConversionError on each.
     """
     mine = dict(global_parameters(model_chunks))
     plans = [shard_plans(arch, tp_rank=rank, tp_size=state.tensor_size) for rank in range(state.tensor_size)]
     stages = _stage_of_each(arch, mine, plans[0], state, dtype)
+    layout = lay_out(
+        {
+            hf_name: (shape, wire_dtype)
+            for name, (_, wire_dtype) in stages.items()
+            for hf_name, shape in plans[0][name].hf_shapes.items()
+        },
+        max_shard_bytes=max_shard_bytes,
+    )
     with ExitStack() as stack:
-        writer = _open_writer(stack, out_dir, max_shard_bytes, state)
+        on_main(lambda: stack.enter_context(new_files(out_dir, layout)))
+        writer = stack.enter_context(BlockWriter(out_dir, layout)) if state.is_main else None
         problems: list[str] = []
         for name, (stage, wire_dtype) in stages.items() if state.data_rank == 0 else ():
             rank_plans = [by_name[name] for by_name in plans]
@@ -109,10 +116,16 @@ def export_hf_weights(
                 device = next(iter(mine.values())).device
                 merged = _to_first_stage(merged, rank_plans[0], stage, wire_dtype, device, state)
             if writer is not None and merged is not None and not problems:
-                problems += _add(writer, merged)
+                problems += _write(writer, merged)
         # Only now: a rank that left the loop early would leave its peers waiting in it.
-        _raise_on_all(problems, f"{out_dir}: the model can't be exported")
-        on_main(partial(_finish, writer))
+        raise_on_all(problems, f"{out_dir}: the model can't be exported")
+
+        def finish() -> None:
+            if writer is not None:
+                writer.flush()
+            finish_files(out_dir, layout)
+
+        on_main(finish)
 
 
 def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -137,7 +150,7 @@ def _check_headers(arch: Architecture, headers: Mapping[str, TensorHeader], hf_d
     problems += [
         f"{name} has dtype {header.dtype}; quantized weights are not supported, dequantize them first"
         for name, header in headers.items()
-        if header.dtype not in _FLOAT_DTYPES
+        if header.dtype not in FLOAT_DTYPES
     ]
     if problems:
         raise ConversionError(
@@ -146,11 +159,11 @@ def _check_headers(arch: Architecture, headers: Mapping[str, TensorHeader], hf_d
         )
 
 
-def _warn_of_rounding(
+def warn_of_rounding(
     arch: Architecture, headers: Mapping[str, TensorHeader], dtype: torch.dtype, hf_dir: Path | str
 ) -> None:
     stored = [headers[name].dtype for name in hf_shapes(arch)]
-    rounded = Counter(name for name in stored if torch.promote_types(_FLOAT_DTYPES[name], dtype) is not dtype)
+    rounded = Counter(name for name in stored if torch.promote_types(FLOAT_DTYPES[name], dtype) is not dtype)
     if rounded:
         _log.warning(
             "%s: %d of %d tensors are stored as %s and are rounded to %s",
@@ -162,7 +175,7 @@ def _warn_of_rounding(
         )
 
 
-def _read_finite(
+def read_finite(
     reader: SafetensorsReader, problems: list[str], dtype: torch.dtype, name: str, slices: tuple[slice, ...]
 ) -> torch.Tensor:
     """The piece of a tensor; adds a line to `problems` where a value is NaN or infinite, or would be in `dtype`."""
@@ -176,7 +189,7 @@ def _read_finite(
     return piece
 
 
-def _unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
+def unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
     """A line where the head that a tied checkpoint holds besides differs from the embedding in this rank's rows."""
     return [
         f"{LM_HEAD.name} differs from {piece.hf_name} in rows {piece.start}:{piece.stop}, but config.json ties them; "
@@ -188,7 +201,7 @@ def _unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
     ]
 
 
-def _raise_on_all(problems: Sequence[str], what: str) -> None:
+def raise_on_all(problems: Sequence[str], what: str) -> None:
     """Raises one ConversionError on every rank where any rank has found a problem; one all-gather over the world."""
     found: list[Sequence[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, problems)
@@ -217,35 +230,14 @@ def _stage_of_each(
     return {name: (stage, held[stage][name]) for name, (stage,) in owners.items()}
 
 
-def _open_writer(
-    stack: ExitStack, out_dir: Path | str, max_shard_bytes: int, state: ParallelState
-) -> ShardedWriter | None:
-    """The writer on the main rank, None elsewhere; a directory that cannot be used is an error on every rank."""
-    writer, failure = None, None
-    if state.is_main:
-        try:
-            writer = stack.enter_context(ShardedWriter(out_dir, max_shard_bytes=max_shard_bytes))
-        except ConversionError as error:
-            failure = str(error)
-    failure = broadcast_from_main(failure)
-    if failure is not None:
-        raise ConversionError(failure)
-    return writer
-
-
-def _add(writer: ShardedWriter, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Hands whole tensors to the writer; what it could not do with them."""
+def _write(writer: BlockWriter, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Writes whole tensors; what could not be written."""
     try:
         for name, tensor in tensors.items():
-            writer.add(name, tensor)
+            writer.write(name, tensor)
     except ConversionError as error:
         return [str(error)]
     return []
-
-
-def _finish(writer: ShardedWriter | None) -> None:
-    if writer is not None:
-        writer.finish()
 
 
 def _gather(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,6 +121,20 @@ def fill_shard(plan: ShardPlan, read: Callable[[str, tuple[slice, ...]], torch.T
     shard.narrow(plan.axis, filled, shard.shape[plan.axis] - filled).zero_()
 
 
+def cut_rows(plan: ShardPlan, start: int, stop: int) -> ShardPlan:
+    """The plan of rows `start:stop` alone of a shard whose pieces are rows (`plan.axis` 0)."""
+    pieces: list[Piece] = []
+    position = 0
+    for piece in plan.pieces:
+        # Row `position` of the shard is row `piece.start` of its tensor.
+        shift = piece.start - position
+        position += piece.stop - piece.start
+        first, last = max(start + shift, piece.start), min(stop + shift, piece.stop)
+        if first < last:
+            pieces.append(Piece(piece.hf_name, first, last))
+    return replace(plan, shape=(stop - start, *plan.shape[1:]), pieces=tuple(pieces))
+
+
 def merge_shards(plans: Sequence[ShardPlan], shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole Hugging Face tensors from one parameter's shards of all tensor-parallel ranks, in rank order.
 
@@ -161,14 +175,16 @@ def _shard_plan(arch: Architecture, row: Row, name: str, layer: int, *, tp_rank:
     shapes = {tensor.name.format(layer=layer): _hf_shape(arch, tensor) for tensor in row.hf}
     names = list(shapes)
     whole = next(iter(shapes.values()))
-    axis = 1 if row.split is Split.COLUMNS else 0
-    if row.split is Split.REPLICATED:
+    # All of one rank's columns are all its rows as well, and rows are what `cut_rows` takes.
+    by_column = row.split is Split.COLUMNS and tp_size > 1
+    axis = 1 if by_column else 0
+    if row.split is Split.REPLICATED or (row.split is Split.COLUMNS and not by_column):
         size = whole[0]
         pieces = [Piece(names[0], 0, size)]
     elif row.split is Split.VOCAB_ROWS:
         size = arch.padded_vocab_size(tp_size) // tp_size
         pieces = [Piece(names[0], size * tp_rank, min(size * (tp_rank + 1), arch.vocab_size))]
-    elif row.split is Split.COLUMNS:
+    elif by_column:
         size = whole[1] // tp_size
         pieces = [Piece(names[0], size * tp_rank, size * (tp_rank + 1))]
     elif row.split is Split.GATE_UP_ROWS:

@@ -1,34 +1,37 @@
-"""Safetensors directories as Hugging Face lays them out: reads slices, and writes shard by shard."""
+"""Safetensors directories as Hugging Face lays them out: headers, and slices of the tensors."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megadpo.errors import ConversionError, listing
-from megadpo.files import writing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PARTIAL_DIR = ".export.partial"
+METADATA = "__metadata__"
+
+
+# Formats of weights by safetensors' names for them, in the order in which its files hold them.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What is read at a time where columns are picked from rows.
+_BLOCK_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies, its shape and its dtype as safetensors spells it (F32, BF16, …)."""
+    """Where a tensor lies (file, and its first byte there), its shape, its dtype as safetensors spells it (F32, …)."""
 
     file: str
+    offset: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -36,24 +39,26 @@ class TensorHeader:
 class SafetensorsReader:
     """Tensors of a Hugging Face directory: headers at once, data only in the slices that are asked for.
 
-    A context manager that keeps the files mapped. A missing or damaged file, an index that contradicts the files or
-    leads out of the directory, and a directory without safetensors are ConversionErrors.
+    A context manager that keeps the files open; threads may share it. Files are read, not mapped: mapped pages would
+    count as memory of this process. A missing or damaged file, an index that contradicts the files or leads out of the
+    directory, and a directory without safetensors are ConversionErrors.
     """
 
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
         try:
             weight_map = _read_weight_map(self._directory)
+            headers: dict[str, TensorHeader] = {}
             for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
-                self._files[file] = self._open(file)
-            self.headers: Mapping[str, TensorHeader] = _read_headers(self._files)
+                self._open(file, headers)
             if weight_map is not None:
-                _check_index(self._directory / INDEX_FILE, weight_map, self.headers)
+                _check_index(self._directory / INDEX_FILE, weight_map, headers)
         except BaseException:
             self._stack.close()
             raise
+        self.headers: Mapping[str, TensorHeader] = headers
 
     def __enter__(self) -> SafetensorsReader:
         return self
@@ -64,20 +69,66 @@ class SafetensorsReader:
         self._stack.close()
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The tensor's `slices` (leading axes, all of it by default) in the file's dtype, on the CPU."""
-        lazy = self._files[self.headers[name].file].get_slice(name)
-        tensor: torch.Tensor = lazy[slices] if slices else lazy[:]
-        return tensor
+        """The tensor's `slices` (rows, or rows and columns; all of it by default) in the file's dtype, on the CPU.
 
-    def _open(self, file: str) -> Any:
+        `name` is a tensor of floats. ConversionError where the file can't be read.
+        """
+        header = self.headers[name]
+        bounds = [piece.indices(size)[:2] for piece, size in zip(slices, header.shape, strict=False)]
+        (start, stop), *columns = bounds or [(0, header.shape[0])]
+        if not columns or columns == [(0, header.shape[1])]:
+            return self._rows(header, start, stop)
+        ((left, right),) = columns
+        picked = torch.empty((stop - start, right - left), dtype=FLOAT_DTYPES[header.dtype])
+        step = max(1, _BLOCK_BYTES // (header.shape[1] * picked.itemsize))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            picked[first - start : last - start] = self._rows(header, first, last)[:, left:right]
+        return picked
+
+    def _rows(self, header: TensorHeader, start: int, stop: int) -> torch.Tensor:
+        rows = torch.empty((stop - start, *header.shape[1:]), dtype=FLOAT_DTYPES[header.dtype])
+        left = as_bytes(rows)
+        position = header.offset + start * (rows.nbytes // max(1, stop - start))
+        while left:
+            try:
+                count = os.preadv(self._files[header.file], [left], position)
+            except OSError as error:
+                raise ConversionError(
+                    f"{self._directory / header.file} cannot be read ({error.strerror}): check the disk, or download "
+                    "it again"
+                ) from error
+            if count == 0:
+                raise ConversionError(f"{self._directory / header.file} became shorter while it was read: start again")
+            left, position = left[count:], position + count
+        return rows
+
+    def _open(self, file: str, headers: dict[str, TensorHeader]) -> None:
+        """Opens a file and adds its tensors to `headers`."""
         path = self._directory / file
         try:
-            return self._stack.enter_context(safe_open(path, framework="pt"))
+            with safe_open(path, framework="pt"):
+                pass  # all that the header says has been checked
+            descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise ConversionError(f"{path} does not exist, but {INDEX_FILE} names it; complete the download") from None
         except (SafetensorError, OSError) as error:
             reason = _damage(path) or f"{error}; download or export it again"
             raise ConversionError(f"{path} cannot be read: {reason}") from error
+        self._files[file] = descriptor
+        self._stack.callback(os.close, descriptor)
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        for name, entry in json.loads(os.pread(descriptor, length, 8)).items():
+            if name in headers:
+                raise ConversionError(f"{name} lies in both {headers[name].file} and {file}; one of them is stale")
+            if name != METADATA:
+                offset = 8 + length + entry["data_offsets"][0]
+                headers[name] = TensorHeader(file, offset, tuple(entry["shape"]), entry["dtype"])
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _read_weight_map(directory: Path) -> dict[str, str] | None:
@@ -121,7 +172,7 @@ def _damage(path: Path) -> str | None:
         length = int.from_bytes(start, "little")
         header = file.read(length) if 8 + length <= size else b""
     try:
-        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        tensors = [entry for name, entry in json.loads(header).items() if name != METADATA]
         expected = 8 + length + max(entry["data_offsets"][1] for entry in tensors)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return f"none of its {size} bytes make a safetensors header; download or export it again"
@@ -143,17 +194,6 @@ def _nothing_to_read(directory: Path) -> str:
     return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; name a directory with Hugging Face weights"
 
 
-def _read_headers(files: Mapping[str, Any]) -> dict[str, TensorHeader]:
-    headers: dict[str, TensorHeader] = {}
-    for file, handle in files.items():
-        for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
-            if name in headers:
-                raise ConversionError(f"{name} lies in both {headers[name].file} and {file}; one of them is stale")
-            lazy = handle.get_slice(name)
-            headers[name] = TensorHeader(file, tuple(lazy.get_shape()), lazy.get_dtype())
-    return headers
-
-
 def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> None:
     problems = []
     for name, file in weight_map.items():
@@ -164,90 +204,3 @@ def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[st
     problems += [f"{name} in {headers[name].file} is not in the index" for name in headers if name not in weight_map]
     if problems:
         raise ConversionError(f"{index} contradicts the files beside it; download both again:\n{listing(problems)}")
-
-
-class ShardedWriter:
-    """Writes tensors in the order they are added, in files of at most `max_shard_bytes` (a larger tensor has its own).
-
-    A context manager. Files grow in a hidden folder inside `directory`, and move into place when `finish` is called,
-    the index last: an export that was killed never looks complete. At most one file's tensors are held in memory. What
-    can't be written is a ConversionError.
-    """
-
-    def __init__(self, directory: Path | str, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        self._directory = Path(directory)
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shard_of: dict[str, int] = {}
-        self._flushed = 0
-        self._partial = self._directory / _PARTIAL_DIR
-        existing = sorted(path.name for path in self._directory.glob("*.safetensors*"))
-        if existing:
-            raise ConversionError(f"{self._directory} already holds {existing[0]}; remove it or name another directory")
-        # What a killed export left behind.
-        shutil.rmtree(self._partial, ignore_errors=True)
-        with writing(self._partial, ConversionError):
-            self._partial.mkdir(parents=True)
-
-    def __enter__(self) -> ShardedWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)  # gone already when all is finished
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes `tensor` over: it must not be changed before the writer is closed."""
-        tensor = tensor.detach().cpu().contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._flush()
-        if name in self._shard_of:
-            raise ConversionError(f"{name} was written twice")
-        self._shard_of[name] = self._flushed
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def _flush(self) -> None:
-        path = self._partial / f"{self._flushed}.safetensors"
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-            _fsync(path)
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(
-                f"{path}: can't be written ({error}): make room, or choose another directory"
-            ) from error
-        self._flushed += 1
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Writes what is left and moves all files into place."""
-        self._flush()
-        with writing(self._directory, ConversionError):
-            self._move_into_place()
-            self._partial.rmdir()
-            _fsync(self._directory)
-
-    def _move_into_place(self) -> None:
-        count = self._flushed
-        files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        for number, file in enumerate(files if count > 1 else [SINGLE_FILE]):
-            os.replace(self._partial / f"{number}.safetensors", self._directory / file)
-        if count > 1:
-            weight_map = {name: files[number] for name, number in sorted(self._shard_of.items())}
-            index = self._partial / INDEX_FILE
-            content = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            _fsync(index)
-            os.replace(index, self._directory / INDEX_FILE)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

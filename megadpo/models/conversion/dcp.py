@@ -1,0 +1,209 @@
+"""torch's distributed checkpoints box by box: tensors made only when they are written, and read one box at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megadpo.errors import CheckpointError
+from megadpo.files import writing
+from megadpo.models.conversion.stored import Box
+from megadpo.models.conversion.work import in_threads, shares
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LazyBox:
+    """A box of the tensor `key`, of `shape` in all; `make` gives its values when they are to be written."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    box: Box
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """What the values take in memory."""
+        return self.box.values * self.dtype.itemsize
+
+
+def save_lazily(
+    directory: Path,
+    boxes: Sequence[LazyBox],
+    objects: Mapping[str, Any],
+    *,
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes this rank's boxes, in their order, and objects, each thread a file; the metadata is that of all ranks.
+
+    A thread holds one box's values at a time, twice, and calls `advance` with their bytes after each. Collective over
+    all ranks; CheckpointException on all where any of them fails.
+    """
+    writer = _ThreadedWriter(directory, threads=threads, advance=advance)
+    checkpoint.save({}, storage_writer=writer, planner=_LazyPlanner(boxes, objects))
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans boxes by their shapes, and makes their values when the writer asks."""
+
+    def __init__(self, boxes: Sequence[LazyBox], objects: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._boxes = {MetadataIndex(lazy.key, lazy.box.offsets): lazy for lazy in boxes}
+        self._objects = objects
+
+    def create_local_plan(self) -> SavePlan:
+        items = [_write_item(index, lazy) for index, lazy in self._boxes.items()]
+        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        index = write_item.index
+        if write_item.type is WriteItemType.BYTE_IO:
+            # A list of the objects that ranks hold under one name, as Megatron writes them.
+            return _saved([self._objects[index.fqn]])
+        return self._boxes[MetadataIndex(index.fqn, index.offset)].make()
+
+
+def _write_item(index: MetadataIndex, lazy: LazyBox) -> WriteItem:
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(lazy.box.offsets), torch.Size(lazy.box.sizes)),
+        properties=TensorProperties(dtype=lazy.dtype),
+        size=torch.Size(lazy.shape),
+    )
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+class _ThreadedWriter(FileSystemWriter):
+    """torch's writer of files, whose threads keep the order of the boxes, hold one each, and hand their errors on.
+
+    torch's own keep the last box of every tensor, and what ends one of them is lost together with its boxes.
+    """
+
+    def __init__(self, directory: Path, *, threads: int, advance: Callable[[int], None]) -> None:
+        super().__init__(directory)
+        self._threads = threads
+        self._advance = advance
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        def write(number: int, items: Iterator[WriteItem]) -> list[WriteResult]:
+            return self._write_file(f"{plan.storage_data.prefix}{number}.distcp", items, planner)
+
+        runs = [run for run in shares(plan.items, self._threads, _item_bytes) if run]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([result for results in in_threads(write, runs) for result in results])
+        return done
+
+    def _write_file(self, name: str, items: Iterator[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
+        path = Path(self.path) / name
+        with writing(path, CheckpointError), path.open("wb") as file:
+            for item in items:
+                start = file.tell()
+                data = planner.resolve_data(item)
+                if isinstance(data, torch.Tensor):
+                    file.write(_saved(data).getbuffer())
+                    self._advance(data.nbytes)
+                else:
+                    file.write(data.getbuffer())
+                length = file.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        return results
+
+
+def _saved(content: Any) -> io.BytesIO:
+    """What torch.save makes of it. In memory: of a file that can't be written, torch says nothing but a position."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer
+
+
+def _item_bytes(item: WriteItem) -> int:
+    """What an item takes in a file, for tensors without the kilobyte that describes them."""
+    data = item.tensor_data
+    return 1 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
+class BoxReader:
+    """The tensors of a checkpoint directory: shapes and boxes at once, values a box at a time, from any thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = FileSystemReader(directory)
+        metadata = self._files.read_metadata()
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], list[Box]]]:
+        """{name: (shape, boxes)} of all tensors, the optimizer's too."""
+        return {
+            key: (tuple(entry.size), [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
+            for key, entry in self._tensors.items()
+        }
+
+    def nbytes(self, key: str, box: Box) -> int:
+        """What the values of a box take in memory."""
+        return box.values * self._tensors[key].properties.dtype.itemsize
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """The values of one of the tensor's boxes. Takes twice their memory meanwhile: torch copies what it has read.
+
+        Damaged files raise anything.
+        """
+        entry = self._tensors[key]
+        target = torch.empty(box.sizes, dtype=entry.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+        plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [chunk]))
+        self._files.read_data(plan, _Into(target)).wait()
+        return target
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(axis, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing is left to do: `tensor` is a part of the target."""
