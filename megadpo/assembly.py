@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megadpo.checkpoint import load_checkpoint, load_weights
 from megadpo.checkpoint_files import stored_dtype
-from megadpo.config.schema import AttentionKernel, Config, Dtype, ReferenceMode
+from megadpo.config.schema import AttentionKernel, Backend, Config, Dtype, ReferenceMode
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
 from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
-from megadpo.models.builder import build_model, load_model
+from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
+from megadpo.models.builder import build_model, fuses_weight_gradients, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.models.kernels import choose_attention
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.models.varlen import choose_attention, why_not_varlen
-from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_parallel
+from megadpo.models.varlen import why_not_varlen
+from megadpo.optimizer import LearningRate, Policy, adam_package, build_optimizer, wrap_data_parallel
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference, ResidentReference
@@ -54,6 +57,26 @@ def log_attention(config: Config, arch: Architecture, device: Device) -> None:
     lacks = why_not_varlen(device, torch_dtype(config), arch.head_dim)
     asked = config.device.attention != AttentionKernel.auto
     logger.info("attention: %s%s", kernel, "" if asked or lacks is None else f" (varlen: {lacks})")
+
+
+def settle_backend(config: Config, device: Device) -> Config:
+    """A copy that says which layers models will be made of here; ConfigError as `choose_backend`."""
+    chosen = choose_backend(str(config.precision.backend), device=device, dtype=torch_dtype(config))
+    return replace(config, precision=replace(config.precision, backend=Backend(chosen)))
+
+
+def log_backend(config: Config, device: Device) -> None:
+    """Says what the layers are made of and why not of the faster ones, and what Megatron found for the update."""
+    backend = config.precision.backend
+    if backend == Backend.transformer_engine:
+        layers = f"transformer_engine {transformer_engine_version()}"
+    else:
+        lacks = why_not_transformer_engine(device, torch_dtype(config)) if device.kind == "cuda" else None
+        layers = "native" if lacks is None else f"native (transformer_engine: {lacks})"
+    added = "inside" if fuses_weight_gradients(str(backend)) else "after"
+    logger.info(
+        "layers: %s; weight gradients are added up %s the matrix product; AdamW is %s's", layers, added, adam_package()
+    )
 
 
 def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
@@ -113,6 +136,7 @@ def _model_options(config: Config, arch: Architecture, device: Device) -> ModelO
         device=device,
         dtype=torch_dtype(config),
         sequence_parallel=bool(config.parallel.sequence_parallel),
+        backend=choose_backend(str(config.precision.backend), device=device, dtype=torch_dtype(config)),
         attention=_attention(config, arch, device),
         logits_mib=config.model.logits_mib,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,12 +49,35 @@ logger = get_logger(__name__)
 
 _RESTORE = "which is not the file that they were saved with: bring that one back, or name another checkpoint"
 WEIGHTS_FROM = "model.checkpoint=DIR (--checkpoint DIR)"
+# What Transformer Engine's modules keep besides their parameters ends in this.
+_EXTRA_STATE = "_extra_state"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def _model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
-    """Sharded state of this rank's chunks; the tensors carry global names, so the layout is not part of the format."""
-    return {f"model{i}": module.sharded_state_dict(metadata=dict(_METADATA)) for i, module in enumerate(modules)}
+    """Sharded state of this rank's chunks; the tensors carry global names, so the layout is not part of the format.
+
+    Transformer Engine's modules have a state besides their weights, which is empty but for FP8's delayed scaling: it is
+    left out where it is empty, so that native layers read the same checkpoint.
+    """
+    state = {}
+    for index, module in enumerate(modules):
+        chunk = module.sharded_state_dict(metadata=dict(_METADATA))
+        if not _has_amax_history(module):
+            chunk = {name: value for name, value in chunk.items() if not name.endswith(_EXTRA_STATE)}
+        state[f"model{index}"] = chunk
+    return state
+
+
+def _has_amax_history(module: MegatronModule) -> bool:
+    return bool(module.config.fp8) and module.config.fp8_recipe == "delayed"
+
+
+def _fill(modules: Sequence[MegatronModule], loaded: dict[str, Any]) -> None:
+    """Copies a loaded `_model_state` into the modules."""
+    for index, module in enumerate(modules):
+        missing, unexpected = module.load_state_dict(loaded[f"model{index}"], strict=False)
+        assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing)
 
 
 def save_checkpoint(
@@ -193,9 +216,9 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA)),
     }
     with readable(directory, "train.resume=DIR"):
-        loaded = dist_checkpointing.load(content, str(directory), strict="raise_all")
-    for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[f"model{index}"])
+        loaded, left_over, missing = dist_checkpointing.load(content, str(directory), strict="return_all")
+    _check_names(directory, left_over, missing)
+    _fill([chunk.module for chunk in chunks], loaded)
     states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())
     for member, member_state in zip(inner, states, strict=True):
         _load_optimizer(member, member_state)
@@ -214,11 +237,17 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
                 parameter.zero_()  # padding that the checkpoint's layout did not have
     with readable(directory, WEIGHTS_FROM):
         loaded, left_over, missing = dist_checkpointing.load(_model_state(modules), str(directory), strict="return_all")
-    problems = [f"{name} is missing" for name in sorted(missing)]
-    problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.startswith("optimizer.")]
+    _check_names(directory, {name for name in left_over if not name.startswith("optimizer.")}, missing)
+    _fill(modules, loaded)
+
+
+def _check_names(directory: Path, left_over: Collection[str], missing: Collection[str]) -> None:
+    """Raises CheckpointError where a checkpoint holds more or less than the model; FP8's histories may be either."""
+    problems = [f"{name} is missing" for name in sorted(missing) if not name.endswith(_EXTRA_STATE)]
+    problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.endswith(_EXTRA_STATE)]
     check_fitting(directory, problems)
-    for index, module in enumerate(modules):
-        module.load_state_dict(loaded[f"model{index}"])
+    if missing:
+        logger.warning("%s holds no history of FP8's largest values: delayed scaling begins a new one", directory)
 
 
 def check_fitting(directory: Path, problems: Sequence[str]) -> None:
@@ -266,10 +295,17 @@ def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> N
     """Fills one distributed optimizer from its loaded state.
 
     Two things go wrong when Megatron does this by itself with torch's AdamW: it looks for a step counter among the
-    loaded tensors, where there is none, and it gives one counter to all parameters, which then counts N a step.
+    loaded tensors, where there is none, and it gives one counter to all parameters, which then counts N a step. And
+    the parameter groups come from the checkpoint, which may be of another Adam: torch's, apex's and Transformer
+    Engine's have keys of their own, and the latter two take whole numbers only for the step that torch writes as 5.0.
     """
     parameter_state = state.pop("param_state")
     optimizer.load_state_dict(state)
+    for group in optimizer.optimizer.param_groups:
+        for key, value in optimizer.optimizer.defaults.items():
+            group.setdefault(key, value)
+        if "step" in group:
+            group["step"] = int(group["step"])
     per_parameter = optimizer.optimizer.state.values()
     counters = [values.pop("step", None) for values in per_parameter]
     optimizer.load_parameter_state_from_fully_reshardable(parameter_state)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -99,6 +99,11 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+
+
+def adam_package() -> str:
+    """The package whose Adam Megatron found when it was imported: transformer_engine, apex or torch."""
+    return str(Adam.__module__).partition(".")[0]
 
 
 def set_hyperparameters(

@@ -17,6 +17,7 @@ from megadpo.assembly import (
     build_reference,
     check_weight_files,
     log_attention,
+    log_backend,
     loop_settings,
     torch_dtype,
 )
@@ -79,6 +80,7 @@ def _begin(config: Config) -> Config:
 def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
+    log_backend(config, device)
     log_attention(config, arch, device)
     on_main(lambda: check_weight_files(config, source, arch))
     side_files = on_main(lambda: read_side_files(source.hf_dir))

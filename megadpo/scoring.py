@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import build_batches, check_weight_files, load_starting_model, log_attention
+from megadpo.assembly import build_batches, check_weight_files, load_starting_model, log_attention, log_backend
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import GlobalBatch, evaluation_batches
@@ -70,6 +70,7 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
 def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
+    log_backend(config, device)
     log_attention(config, arch, device)
     on_main(lambda: check_weight_files(config, source, arch))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)

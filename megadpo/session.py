@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from megadpo.assembly import settle_backend
 from megadpo.config.compose import config_from_yaml, config_to_yaml
 from megadpo.config.schema import Config
 from megadpo.device import Device, megatron_device, select_device
@@ -32,13 +33,14 @@ class Session:
 def open_session(config: Config, resolve: Callable[[Config], Config]) -> Iterator[Session]:
     """Device and groups of a validated configuration for the duration of the context, on all ranks of the launch.
 
-    `resolve` fills in on rank 0, for all, what depends on clock and disk. ConfigError on every rank where one was
+    `resolve` fills in on rank 0, for all, what depends on clock and disk; which layers models are made of is settled
+    there too, by what rank 0's machine has. ConfigError on every rank where one was
     started with another configuration; what `resolve` raises is raised on every rank too.
     """
     device = select_device(str(config.device.kind))
     with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
         check_all_agree("configuration", config_to_yaml(config))
-        config = config_from_yaml(on_main(lambda: config_to_yaml(resolve(config))))
+        config = config_from_yaml(on_main(lambda: config_to_yaml(settle_backend(resolve(config), device))))
         yield Session(config, _build_state(config, device), device)
 
 

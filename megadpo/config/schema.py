@@ -55,6 +55,14 @@ class Dtype(Choice):
     fp32 = "fp32"
 
 
+class Backend(Choice):
+    """What the layers are made of."""
+
+    auto = "auto"  # transformer_engine where it can serve
+    native = "native"  # Megatron-Core's own modules: on every device
+    transformer_engine = "transformer_engine"  # norms, linears and activation of Transformer Engine: CUDA, bf16
+
+
 class Schedule(Choice):
     """Shape of the learning rate after warm-up."""
 
@@ -85,6 +93,7 @@ class AttentionKernel(Choice):
     auto = "auto"  # varlen where it can serve
     sdpa = "sdpa"  # torch's scaled-dot-product attention, one call per segment of the stream; on every device
     varlen = "varlen"  # torch's flash attention, one call per stream: CUDA, bf16, torch 2.10 or newer
+    transformer_engine = "transformer_engine"  # cuDNN's fused attention, one call per stream: CUDA, bf16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,6 +226,9 @@ class PrecisionConfig:
 
     dtype: Dtype = Dtype.bf16
     """Format of weights and activations. bf16 is what published checkpoints are in; fp32 is for exact comparisons."""
+
+    backend: Backend = Backend.auto
+    """Modules of the layers. auto is settled when a run starts: its config.yaml holds what was chosen."""
 
 
 @dataclass(kw_only=True, slots=True)

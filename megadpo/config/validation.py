@@ -14,7 +14,7 @@ from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
-from megadpo.config.schema import AttentionKernel, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
+from megadpo.config.schema import AttentionKernel, Backend, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
 from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
 
@@ -356,14 +356,18 @@ def _check_run(config: Config) -> list[str]:
 
 
 def _check_device(config: Config) -> list[str]:
-    if config.device.attention != AttentionKernel.varlen:
-        return []
-    remedy = "use device.attention=auto or sdpa"
+    kernel, backend = config.device.attention, config.precision.backend
+    on_gpus: list[tuple[str, str]] = []
+    if kernel in (AttentionKernel.varlen, AttentionKernel.transformer_engine):
+        on_gpus.append((f"device.attention={kernel}", "device.attention=auto or sdpa"))
+    if backend == Backend.transformer_engine:
+        on_gpus.append((f"precision.backend={backend}", "precision.backend=auto or native"))
     violations = []
-    if config.device.kind == DeviceKind.cpu:
-        violations.append(f"device.attention=varlen: needs CUDA, it is device.kind=cpu: {remedy}")
-    if config.precision.dtype == Dtype.fp32:
-        violations.append(f"device.attention=varlen: needs precision.dtype=bf16, it is fp32: {remedy}")
+    for setting, remedy in on_gpus:
+        if config.device.kind == DeviceKind.cpu:
+            violations.append(f"{setting}: needs CUDA, it is device.kind=cpu: use {remedy}")
+        if config.precision.dtype == Dtype.fp32:
+            violations.append(f"{setting}: needs precision.dtype=bf16, it is fp32: use {remedy}")
     return violations
 
 

@@ -5,6 +5,7 @@ Legend: F columns of the intermediate size on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """
     result: torch.Tensor = _SwiGLU.apply(gate_up)
     return result
+
+
+def te_swiglu() -> Callable[[torch.Tensor], torch.Tensor]:
+    """`swiglu` by Transformer Engine's kernel, which keeps its input alone too and doesn't write over it.
+
+    A function, not the module that Megatron would make of it: Megatron (0.16) asks each module of a feed-forward layer
+    for its part of a checkpoint, and Transformer Engine's activation has no answer.
+    """
+    from transformer_engine.pytorch.ops import SwiGLU
+
+    operation: Callable[[torch.Tensor], torch.Tensor] = SwiGLU()
+
+    def activation(gate_up: torch.Tensor) -> torch.Tensor:
+        return operation(gate_up)
+
+    return activation
 
 
 class _SwiGLU(torch.autograd.Function):

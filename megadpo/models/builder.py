@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
+from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TELinear
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -13,16 +13,16 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.models.conversion.load_save import load_hf_weights
 from megadpo.models.hf_config import Architecture
-from megadpo.models.layer_specs import native_block_spec
+from megadpo.models.kernels import prepare_with
+from megadpo.models.layer_specs import native_block_spec, transformer_engine_block_spec
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.models.sdpa import sdpa_attend
-from megadpo.models.varlen import varlen_attend
 from megadpo.parallel.state import ParallelState
 
 
@@ -58,22 +58,32 @@ def transformer_config(arch: Architecture, state: ParallelState, options: ModelO
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
-        use_cpu_initialization=True,
+        # Transformer Engine's layers would first make every whole matrix in fp32.
+        use_cpu_initialization=options.backend == "native",
         perform_initialization=False,  # every weight comes from the checkpoint
         masked_softmax_fusion=False,
-        # An extension of apex on CUDA; what device.py puts in its place on CPU.
+        # Of Megatron's own layers, which the head is one of with any backend.
         gradient_accumulation_fusion=layers._grad_accum_fusion_available,
         use_te_activation_func=True,  # by which the layer spec's own activation is used
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        # By this Megatron keeps Transformer Engine from its unfused kernel, which makes all scores.
+        attention_backend=AttnBackend.fused if options.attention == "transformer_engine" else AttnBackend.auto,
     )
 
 
 def build_model(arch: Architecture, state: ParallelState, options: ModelOptions) -> list[PolicyModel]:
     """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
     config = transformer_config(arch, state, options)
-    prepare_attention = varlen_attend if options.attention == "varlen" else partial(sdpa_attend, dtype=options.dtype)
+    block_spec = transformer_engine_block_spec if options.backend == "transformer_engine" else native_block_spec
+    prepare_attention = prepare_with(
+        options.attention,
+        dtype=options.dtype,
+        heads=arch.num_attention_heads // state.tensor_size,
+        kv_heads=max(1, arch.num_query_groups // state.tensor_size),
+        head_dim=arch.head_dim,
+    )
     interleaved = state.virtual_pipeline_size > 1
     chunks = []
     for stage in range(state.virtual_pipeline_size):
@@ -81,7 +91,7 @@ def build_model(arch: Architecture, state: ParallelState, options: ModelOptions)
         chunk = PolicyModel(
             arch,
             config,
-            native_block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
+            block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
             prepare_attention=prepare_attention,
             pre_process=state.pipeline_rank == 0 and stage == 0,
             post_process=state.is_last_stage and stage == state.virtual_pipeline_size - 1,
@@ -89,6 +99,8 @@ def build_model(arch: Architecture, state: ParallelState, options: ModelOptions)
             logits_mib=options.logits_mib,
         )
         _mark_tensor_parallel_weights(chunk)
+        if options.backend == "transformer_engine":
+            _accumulate_weight_gradients(chunk)
         chunks.append(chunk.to(options.device.torch_device))
     return chunks
 
@@ -96,7 +108,7 @@ def build_model(arch: Architecture, state: ParallelState, options: ModelOptions)
 def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
     """Marks which weights are split over tensor-parallel ranks; the gradient norm counts the others on one rank only.
 
-    Megatron sets the marks while it initialises weights, which is skipped here.
+    Megatron sets the marks while it initialises weights, which is skipped here; Transformer Engine has set its own.
     """
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -108,6 +120,24 @@ def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
         weight = module.weight
         if weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split, stride=1)
+
+
+def fuses_weight_gradients(backend: str) -> bool:
+    """Whether weight gradients are added into the fp32 buffer inside the matrix product, not by a pass of their own.
+
+    Megatron's layers need an extension of apex for it on CUDA, or what device.py puts in its place on CPU.
+    """
+    return backend == "transformer_engine" or layers._grad_accum_fusion_available
+
+
+def _accumulate_weight_gradients(chunk: torch.nn.Module) -> None:
+    """Has Transformer Engine's layers add weight gradients into Megatron's buffer inside the matrix product.
+
+    Megatron would ask them to only where the extension is that its own layers need.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (TELinear, TELayerNormColumnParallelLinear)):
+            module.fuse_wgrad_accumulation = True
 
 
 def load_model(

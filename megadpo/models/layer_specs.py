@@ -1,7 +1,15 @@
-"""Which modules a transformer layer is made of: Megatron's own, with a norm and a core attention of ours."""
+"""Which modules a layer is made of: Megatron's own or Transformer Engine's, with a core attention of ours in both."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import (
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -12,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megadpo.models.activation import swiglu
+from megadpo.models.activation import swiglu, te_swiglu
 from megadpo.models.attention import PlanAttention
 from megadpo.models.conversion.families import CHECKPOINT_NAMES
 from megadpo.models.norm import RMSNorm
@@ -20,32 +28,70 @@ from megadpo.models.norm import RMSNorm
 
 def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
     """Layer specs for `num_layers` layers of one pipeline stage, built from Megatron-Core's own modules."""
-    head_norm = RMSNorm if qk_norm else IdentityOp
+    return _block_spec(
+        num_layers,
+        qk_norm=qk_norm,
+        norm=RMSNorm,
+        norm_before_linear=RMSNorm,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        activation=swiglu,
+        checkpoint_names=CHECKPOINT_NAMES,
+    )
+
+
+def transformer_engine_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """Layer specs for `num_layers` layers, built from Transformer Engine's modules through Megatron's wrappers.
+
+    The linear layers after a norm hold its weight themselves, under the names that checkpoints have.
+    """
+    return _block_spec(
+        num_layers,
+        qk_norm=qk_norm,
+        norm=TENorm,
+        norm_before_linear=IdentityOp,
+        column_linear=TELayerNormColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        activation=te_swiglu(),
+        checkpoint_names={},
+    )
+
+
+def _block_spec(
+    num_layers: int,
+    *,
+    qk_norm: bool,
+    norm: Any,
+    norm_before_linear: Any,
+    column_linear: Any,
+    row_linear: Any,
+    activation: Any,
+    checkpoint_names: Mapping[str, str],
+) -> TransformerBlockSubmodules:
+    head_norm = norm if qk_norm else IdentityOp
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm_before_linear,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=column_linear,
                     core_attention=PlanAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row_linear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm_before_linear,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, activation_func=swiglu, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=column_linear, activation_func=activation, linear_fc2=row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(CHECKPOINT_NAMES),
+            sharded_state_dict_keys_map=dict(checkpoint_names),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

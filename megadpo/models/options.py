@@ -13,12 +13,13 @@ from megadpo.device import Device
 class ModelOptions:
     """Settings of a model's construction; what has a default computes the same numbers with any other value.
 
-    `attention` is what `choose_attention` says; by default the kernel that serves everywhere. The head makes logits
-    within `logits_mib` at a time.
+    `backend` is what `choose_backend` says and `attention` what `choose_attention` says; by default what serves
+    everywhere. The head makes logits within `logits_mib` at a time.
     """
 
     device: Device
     dtype: torch.dtype
     sequence_parallel: bool
+    backend: str = "native"
     attention: str = "sdpa"
     logits_mib: int = 128

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megadpo.attention_plan import AttentionPlan, Range
+from megadpo.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,14 @@ class Segments:
             for own, ranges in zip(query_lengths, earlier, strict=True)
         )
         return cls(query_lengths, key_lengths, earlier)
+
+    def query_starts(self, device: torch.device) -> torch.Tensor:
+        """int32 [segments + 1]: where each segment's queries start, and where the last ones end."""
+        return _starts(self.query_lengths, device)
+
+    def key_starts(self, device: torch.device) -> torch.Tensor:
+        """int32 [segments + 1]: where each segment's keys start among `gathered_keys`, and where the last ones end."""
+        return _starts(self.key_lengths, device)
 
     def keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Each segment's rows [L, ...] of the keys (or values) [T, ...]; differentiable.
@@ -102,3 +111,7 @@ class _GatheredKeys(torch.autograd.Function):
 
 def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> list[torch.Tensor]:
     return [states[start:stop] for start, stop in ranges]
+
+
+def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)

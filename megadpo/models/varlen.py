@@ -10,34 +10,18 @@ Legend: T rows of the stream, A query heads and G key/value heads of this rank, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from megadpo.attention_plan import AttentionPlan
-from megadpo.device import Device, to_device
-from megadpo.errors import ConfigError
+from megadpo.device import Device
 from megadpo.models.sdpa import Attend
 from megadpo.models.segments import Segments
 
 _MAX_HEAD_DIM = 256
-
-
-def choose_attention(wanted: str, *, device: Device, dtype: torch.dtype, head_dim: int) -> str:
-    """The kernel that serves such a model, 'varlen' or 'sdpa': with `auto` varlen wherever it can.
-
-    Raises ConfigError where varlen is wanted and can't.
-    """
-    if wanted == "sdpa":
-        return "sdpa"
-    problem = why_not_varlen(device, dtype, head_dim)
-    if problem is None:
-        return "varlen"
-    if wanted == "varlen":
-        raise ConfigError(f"device.attention=varlen: {problem}: use device.attention=auto or sdpa")
-    return "sdpa"
 
 
 def why_not_varlen(device: Device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -74,8 +58,7 @@ def varlen_attend(plan: AttentionPlan, device: torch.device) -> Attend:
     kernel: Callable[..., Any] = varlen_attn
     options = _causal_options(kernel)
     segments = Segments.of(plan)
-    starts_q = _starts(segments.query_lengths, device)
-    starts_k = _starts(segments.key_lengths, device)
+    starts_q, starts_k = segments.query_starts(device), segments.key_starts(device)
     longest_q, longest_k = max(segments.query_lengths), max(segments.key_lengths)
 
     def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -96,8 +79,3 @@ def _causal_options(kernel: Callable[..., Any]) -> dict[str, Any]:
     known = inspect.signature(kernel).parameters
     options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     return {**options, "enable_gqa": True} if "enable_gqa" in known else options
-
-
-def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 [segments + 1]: where each segment starts, and where the last one ends."""
-    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)

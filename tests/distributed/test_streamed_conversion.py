@@ -32,21 +32,10 @@ from tests.helpers.tiny_models import write_tiny_model
 LAYOUTS = [{"tensor": 2, "pipeline": 1}, {"tensor": 1, "pipeline": 2}]
 
 
-def stored_objects(checkpoint: Path) -> dict[str, bytes]:
-    """The contents of what is no tensor among the distributed files, by name."""
-    metadata: Any = pickle.loads((checkpoint / ".metadata").read_bytes())
-    objects = {}
-    for index, place in metadata.storage_data.items():
-        if index.offset is None:
-            content = (checkpoint / place.relative_path).read_bytes()
-            objects[index.fqn] = content[place.offset : place.offset + place.length]
-    return objects
-
-
 def tensor_descriptions(checkpoint: Path) -> dict[str, Any]:
-    """(shape, properties) of each tensor."""
+    """(shape, properties) of each tensor; the checkpoint holds nothing else."""
     metadata: Any = pickle.loads((checkpoint / ".metadata").read_bytes())
-    return {n: (e.size, e.properties) for n, e in metadata.state_dict_metadata.items() if hasattr(e, "size")}
+    return {name: (entry.size, entry.properties) for name, entry in metadata.state_dict_metadata.items()}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # tied with biases; with its own head and norms of heads
@@ -60,7 +49,6 @@ def test_an_import_is_the_checkpoint_that_megatron_writes(family: str, tmp_path:
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in names
     assert different == []
     assert tensor_descriptions(streamed) == tensor_descriptions(built)
-    assert stored_objects(streamed) == stored_objects(built) != {}
     for name in ("common.pt", "metadata.json"):
         assert (streamed / name).read_bytes() == (built / name).read_bytes()
     assert launch(2, differing_parameters, model, streamed, LAYOUTS) == [[], []]

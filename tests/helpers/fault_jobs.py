@@ -46,18 +46,34 @@ class Outcome:
     log: str
 
 
-def start_each(starts: Sequence[Start]) -> dict[str, Outcome]:
+class MeetingPlaces:
+    """Servers at which the ranks of a launch meet, a new one for each process group, as under torchrun.
+
+    At one place for all, a rank that is ahead would still find the server of the group before.
+    """
+
+    def __init__(self) -> None:
+        self._is_main = os.environ["RANK"] == "0"
+        port = int(os.environ["MASTER_PORT"])
+        self._desk = dist.TCPStore("localhost", port, is_master=self._is_main, wait_for_workers=False)
+        self._servers: list[dist.TCPStore] = []
+        # The server runs already: waiting for one costs half a second.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+
+    def move(self, name: str) -> None:
+        """Has the next process group meet at a new place, which all ranks know by this name."""
+        if self._is_main:
+            self._servers.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+            self._desk.set(name, str(self._servers[-1].port))
+        os.environ["MASTER_PORT"] = self._desk.get(name).decode()
+
+
+def start_each(starts: Sequence[Start], places: MeetingPlaces | None = None) -> dict[str, Outcome]:
     """Runs every start through the front door, in this order; the outcomes by name."""
-    is_main = os.environ["RANK"] == "0"
-    desk = dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), is_master=is_main, wait_for_workers=False)
-    # As under torchrun, the ranks of a start meet at a server that runs already: waiting for one costs half a second.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    places = places or MeetingPlaces()
     outcomes = {}
     for start in starts:
-        server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if is_main else None
-        if server is not None:
-            desk.set(start.name, str(server.port))
-        os.environ["MASTER_PORT"] = desk.get(start.name).decode()
+        places.move(start.name)
         outcomes[start.name] = _start(start)
     return outcomes
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -89,12 +91,15 @@ def score_and_export(
     share_prompt: bool = True,
     dtype: torch.dtype = torch.float32,
     max_length: int = 512,
+    device_kind: str = "cpu",
+    kernels: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, dict[int, tuple[float, float]]]:
     """Log-probs of every pair of `data` under every model directory, and each model's export to DIR-export.
 
     The result is {model: {pair index: (chosen, rejected)}} on ranks of the last stage, with nothing in it elsewhere.
+    `kernels` are the fields of ModelOptions that say what computes.
     """
-    device = select_device("cpu")
+    device = select_device(device_kind)
     with megatron_device(device), distributed(device, timeout_s=120):
         state = build_parallel_state(
             tensor=layout.get("tensor", 1),
@@ -106,7 +111,7 @@ def score_and_export(
         results: dict[str, dict[int, tuple[float, float]]] = {}
         for model in models:
             arch = read_architecture(model)
-            options = ModelOptions(device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1)
+            options = ModelOptions(device=device, dtype=dtype, sequence_parallel=state.tensor_size > 1, **kernels)
             chunks = load_model(arch, state, model, options)
             tokenizer = load_tokenizer(model)
             pairs = tokenized_pairs(data, model, max_length=max_length)

@@ -5,19 +5,30 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _CONTEXT = mp.get_context("forkserver")
 # The server imports and computes nothing: its children start with warm modules and no threads of their own.
 _CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
 
 
-def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def launch(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 240.0,
+    packages: Path | None = None,
+) -> list[Any]:
     """What `function(*args)` returned on each rank, in rank order; the environment is torchrun's.
+
+    With `packages` each rank is a fresh interpreter that looks there first for what it imports.
 
     `function` is a module-level one of a package that can be imported; it returns no tensors (they would travel as
     handles that die with the rank), numpy arrays do. A rank that raises ends the others; its traceback is the error.
@@ -26,10 +37,13 @@ def launch(world_size: int, function: Callable[..., Any], *args: Any, timeout_s:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes, pipes = [], []
+    context: Any = _CONTEXT if packages is None else mp.get_context("spawn")
     for rank in range(world_size):
-        mine, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, world_size, port, function, args))
-        process.start()
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(theirs, rank, world_size, port, function, args))
+        # A spawned interpreter takes over the path of the one that starts it.
+        with mock.patch.object(sys, "path", [*([] if packages is None else [str(packages)]), *sys.path]):
+            process.start()
         theirs.close()
         processes.append(process)
         pipes.append(mine)

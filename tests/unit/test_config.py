@@ -65,6 +65,7 @@ KEYS = {
     "reference.mode": ("resident", "resident", "cached", "must be one of resident"),
     "reference.hf_path": ("some/dir", "some/dir", "3", "must be text or null"),
     "precision.dtype": ("fp32", "fp32", "fp16", "must be one of bf16, fp32"),
+    "precision.backend": ("native", "native", "te", "must be one of auto, native, transformer_engine"),
     "optimizer.lr": ("1e-3", 1e-3, "-1", "must be a finite number >= 0"),
     "optimizer.min_lr": ("1e-9", 1e-9, "nan", "must be a finite number >= 0"),
     "optimizer.schedule": ("cosine", "cosine", "step", "must be one of constant, linear, cosine"),
@@ -87,7 +88,7 @@ KEYS = {
     "checkpoint.keep_last": ("1", 1, "0", "must be a finite number >= 1"),
     "trackers": ("[jsonl,wandb]", ["jsonl", "wandb"], "mlflow", "must be one of jsonl, tensorboard, wandb"),
     "device.kind": ("cpu", "cpu", "tpu", "must be one of auto, cuda, cpu"),
-    "device.attention": ("sdpa", "sdpa", "flash", "must be one of auto, sdpa, varlen"),
+    "device.attention": ("sdpa", "sdpa", "flash", "must be one of auto, sdpa, varlen, transformer_engine"),
 }
 
 
@@ -197,7 +198,7 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
         "parallel": {"tensor": 1, "pipeline": 1, "virtual_pipeline": None, "sequence_parallel": None},
         "loss": {"name": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.0, "ipo_length_normalize": True},
         "reference": {"mode": "resident", "hf_path": None},
-        "precision": {"dtype": "bf16"},
+        "precision": {"dtype": "bf16", "backend": "auto"},
         "optimizer": {
             "lr": 1e-6,
             "min_lr": 0.0,
@@ -451,6 +452,16 @@ def test_sensible_configurations_pass(overrides: list[str], world_size: int, fil
         (
             "device.attention=varlen precision.dtype=fp32",
             "device.attention=varlen: needs precision.dtype=bf16, it is fp32: use device.attention=auto or sdpa",
+        ),
+        (
+            "precision.backend=transformer_engine device.kind=cpu",
+            "precision.backend=transformer_engine: needs CUDA, it is device.kind=cpu: use precision.backend=auto or "
+            "native",
+        ),
+        (
+            "device.attention=transformer_engine precision.dtype=fp32",
+            "device.attention=transformer_engine: needs precision.dtype=bf16, it is fp32: use device.attention=auto or "
+            "sdpa",
         ),
         (
             "model.checkpoint=/",

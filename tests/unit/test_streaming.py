@@ -222,7 +222,7 @@ def test_an_error_in_any_writing_thread_is_raised(tmp_path: Path, spoiled: int) 
         for number in range(8)
     ]
     with pytest.raises(CheckpointException) as caught:
-        save_lazily(tmp_path, boxes, {}, threads=3, advance=lambda _: None)
+        save_lazily(tmp_path, boxes, threads=3, advance=lambda _: None)
     assert str(caught.value.failures[0][0]) == f"no values of {spoiled}"
     assert not (tmp_path / ".metadata").exists()
 
@@ -240,6 +240,6 @@ def test_a_full_disk_in_any_writing_thread_is_raised(tmp_path: Path) -> None:
         for number in range(4)
     ]
     with largest_file(2**16), pytest.raises(CheckpointException) as caught:
-        save_lazily(tmp_path, boxes, {}, threads=2, advance=lambda _: None)
+        save_lazily(tmp_path, boxes, threads=2, advance=lambda _: None)
     said = r"__0_[01]\.distcp: can't be written \(File too large\): make room, or choose another directory$"
     assert re.search(said, str(caught.value.failures[0][0]))

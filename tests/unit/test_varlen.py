@@ -33,8 +33,9 @@ from megadpo.errors import ConfigError
 from megadpo.model_source import model_source
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
+from megadpo.models.kernels import choose_attention
 from megadpo.models.segments import Segments
-from megadpo.models.varlen import choose_attention, varlen_attend, why_not_varlen
+from megadpo.models.varlen import varlen_attend, why_not_varlen
 from megadpo.parallel.state import ParallelState
 from tests.helpers.attention_jobs import outputs_of_kernels
 from tests.helpers.launch import launch

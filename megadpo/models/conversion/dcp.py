@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import checkpoint
@@ -58,40 +57,32 @@ class LazyBox:
 def save_lazily(
     directory: Path,
     boxes: Sequence[LazyBox],
-    objects: Mapping[str, Any],
     *,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Writes this rank's boxes, in their order, and objects, each thread a file; the metadata is that of all ranks.
+    """Writes this rank's boxes, in their order, each thread a file; the metadata is that of all ranks.
 
     A thread holds one box's values at a time, twice, and calls `advance` with their bytes after each. Collective over
     all ranks; CheckpointException on all where any of them fails.
     """
     writer = _ThreadedWriter(directory, threads=threads, advance=advance)
-    checkpoint.save({}, storage_writer=writer, planner=_LazyPlanner(boxes, objects))
+    checkpoint.save({}, storage_writer=writer, planner=_LazyPlanner(boxes))
 
 
 class _LazyPlanner(DefaultSavePlanner):
     """Plans boxes by their shapes, and makes their values when the writer asks."""
 
-    def __init__(self, boxes: Sequence[LazyBox], objects: Mapping[str, Any]) -> None:
+    def __init__(self, boxes: Sequence[LazyBox]) -> None:
         super().__init__(flatten_state_dict=False)
         self._boxes = {MetadataIndex(lazy.key, lazy.box.offsets): lazy for lazy in boxes}
-        self._objects = objects
 
     def create_local_plan(self) -> SavePlan:
-        items = [_write_item(index, lazy) for index, lazy in self._boxes.items()]
-        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
-        self.plan = SavePlan(items)
+        self.plan = SavePlan([_write_item(index, lazy) for index, lazy in self._boxes.items()])
         return self.plan
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        index = write_item.index
-        if write_item.type is WriteItemType.BYTE_IO:
-            # A list of the objects that ranks hold under one name, as Megatron writes them.
-            return _saved([self._objects[index.fqn]])
-        return self._boxes[MetadataIndex(index.fqn, index.offset)].make()
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        return self._boxes[MetadataIndex(write_item.index.fqn, write_item.index.offset)].make()
 
 
 def _write_item(index: MetadataIndex, lazy: LazyBox) -> WriteItem:
@@ -130,11 +121,9 @@ class _ThreadedWriter(FileSystemWriter):
             for item in items:
                 start = file.tell()
                 data = planner.resolve_data(item)
-                if isinstance(data, torch.Tensor):
-                    file.write(_saved(data).getbuffer())
-                    self._advance(data.nbytes)
-                else:
-                    file.write(data.getbuffer())
+                assert isinstance(data, torch.Tensor)
+                file.write(_saved(data).getbuffer())
+                self._advance(data.nbytes)
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             file.flush()
@@ -142,17 +131,18 @@ class _ThreadedWriter(FileSystemWriter):
         return results
 
 
-def _saved(content: Any) -> io.BytesIO:
-    """What torch.save makes of it. In memory: of a file that can't be written, torch says nothing but a position."""
+def _saved(values: torch.Tensor) -> io.BytesIO:
+    """What torch.save makes of them. In memory: of a file that can't be written, torch says nothing but a position."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(values, buffer)
     return buffer
 
 
 def _item_bytes(item: WriteItem) -> int:
-    """What an item takes in a file, for tensors without the kilobyte that describes them."""
+    """What an item takes in a file, without the kilobyte that describes it."""
     data = item.tensor_data
-    return 1 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+    assert data is not None
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class BoxReader:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.errors import ConversionError, listing
-from megadpo.models.conversion.families import LM_HEAD
+from megadpo.models.conversion.families import CHECKPOINT_NAMES, LM_HEAD
 from megadpo.models.conversion.mapping import (
     ShardPlan,
     exported_names,
@@ -129,13 +129,20 @@ def export_hf_weights(
 
 
 def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every parameter of the chunks, with layers counted over the whole model instead of over the chunk."""
+    """Every parameter of the chunks, with layers counted over the whole model instead of over the chunk.
+
+    A norm that Transformer Engine keeps inside the linear layer behind it has the name of Megatron's own.
+    """
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
             match = _LAYER.match(name)
             if match is not None:
                 layer = cast(_NumberedLayer, chunk.get_submodule(match.group().removesuffix(".")))
-                name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+                inner = name[match.end() :]
+                for native, fused in CHECKPOINT_NAMES.items():
+                    if inner.startswith(fused):
+                        inner = native + inner.removeprefix(fused)
+                name = f"decoder.layers.{layer.layer_number - 1}.{inner}"
             yield name, parameter
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Values that are worked on at a time: a thread holds a few times this, whatever the size of the tensor.
 _BLOCK_VALUES = 2**24
 _LAYER = "{layer}."
-_OBJECT_SUFFIX = "._extra_state"
 
 
 class Box(NamedTuple):
@@ -123,17 +122,6 @@ def stored_parameters(arch: Architecture) -> list[StoredParameter]:
                 )
             )
     return parameters
-
-
-def stored_objects(arch: Architecture) -> list[str]:
-    """Names of the objects that a checkpoint holds besides: the linear layers' extra state, one for each layer."""
-    linear = {
-        _key(row.megatron).rpartition(".")[0]: None
-        for row, _, _ in weight_rows(arch)
-        if _LAYER in row.megatron and row.split is not Split.REPLICATED
-    }
-    layers = arch.num_layers
-    return [f"{name}{_OBJECT_SUFFIX}/shard_{layer}_{layers}" for name in linear for layer in range(layers)]
 
 
 def stored_problems(arch: Architecture, found: Mapping[str, tuple[Sequence[int], Sequence[Box]]]) -> list[str]:

@@ -21,7 +21,6 @@ from megadpo.models.conversion.stored import (
     Box,
     HFBlock,
     StoredParameter,
-    stored_objects,
     stored_parameters,
 )
 from megadpo.models.conversion.work import ByteBudget, in_threads, shares
@@ -68,8 +67,7 @@ def store_hf_weights(arch: Architecture, hf_dir: Path, directory: Path, *, dtype
         ]
         mine = shares(boxes, worker.world_size, lambda lazy: lazy.nbytes)[worker.rank]
         worker.begin(sum(lazy.nbytes for lazy in mine))
-        objects = dict.fromkeys(stored_objects(arch)) if worker.rank == 0 else {}
-        save_lazily(directory, mine, objects, threads=worker.threads, advance=worker.advance)
+        save_lazily(directory, mine, threads=worker.threads, advance=worker.advance)
     raise_on_all(sorted(problems), f"{hf_dir}: these weights cannot be trained; give other ones")
 
 

@@ -1,0 +1,83 @@
+"""Scoring, training, checkpoints, export and the command do on CUDA what they do on a CPU, with every kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadpo.device import Device
+from megadpo.models.backend import why_not_transformer_engine
+from tests.helpers.device_checks import check_command, check_resuming, check_scores, check_training
+
+NATIVE = ["precision.backend=native"]
+BY_TE = ["precision.backend=transformer_engine", "device.attention=transformer_engine"]
+
+
+def skip_without_transformer_engine() -> None:
+    problem = why_not_transformer_engine(Device("cuda", torch.device("cuda", 0)), torch.bfloat16)
+    if problem is not None:
+        pytest.skip(problem)
+
+
+@pytest.fixture(params=["native", "transformer_engine"])
+def backend(request: pytest.FixtureRequest) -> list[str]:
+    """Words that choose layers and, with Transformer Engine's, its attention."""
+    if request.param == "native":
+        return NATIVE
+    skip_without_transformer_engine()
+    return BY_TE
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [
+        (torch.float32, {"attention": "sdpa"}),
+        (torch.bfloat16, {"attention": "sdpa"}),
+        (torch.bfloat16, {"attention": "varlen"}),
+        (torch.bfloat16, {"backend": "transformer_engine", "attention": "varlen"}),
+        (torch.bfloat16, {"backend": "transformer_engine", "attention": "transformer_engine"}),
+    ],
+)
+def test_scores(dtype: torch.dtype, kernels: dict[str, str], tmp_path: Path) -> None:
+    if "backend" in kernels:
+        skip_without_transformer_engine()
+    check_scores(tmp_path, "cuda", dtype, kernels)
+
+
+def test_fp32_training(tmp_path: Path) -> None:
+    check_training(tmp_path, "cuda", ["precision.dtype=fp32"], loss=1e-4, norm=1e-3)
+
+
+def test_bf16_training(backend: list[str], tmp_path: Path) -> None:
+    check_training(tmp_path, "cuda", ["precision.dtype=bf16", *backend], loss=2.5e-2, norm=5e-2)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_fp8_training(recipe: str, tmp_path: Path) -> None:
+    """The recipes without a history: policy and reference are quantised alike, so that the first loss is still ln 2."""
+    skip_without_transformer_engine()
+    blackwell = torch.cuda.get_device_capability()[0] >= 10
+    if blackwell != (recipe == "mxfp8") and recipe != "tensorwise":
+        pytest.skip(f"{recipe} is for {'Blackwell' if recipe == 'mxfp8' else 'Hopper'}")
+    words = ["precision.dtype=bf16", *BY_TE, f"precision.fp8={recipe}"]
+    check_training(tmp_path, "cuda", words, loss=2.5e-2, norm=0.15)
+
+
+def test_resuming_and_export(backend: list[str], tmp_path: Path) -> None:
+    check_resuming(tmp_path, "cuda", ["precision.dtype=bf16", *backend], tolerance=2e-3)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    check_command(tmp_path, "cuda")
+
+
+@pytest.mark.parametrize(
+    "layout", [["parallel.tensor=2"], ["parallel.pipeline=2"], []], ids=["tensor2", "pipeline2", "data2"]
+)
+def test_two_devices(layout: list[str], backend: list[str], tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices: torch sees {torch.cuda.device_count()}")
+    words = ["precision.dtype=bf16", *backend, *layout]
+    check_training(tmp_path, "cuda", words, loss=2.5e-2, norm=5e-2, world=2)
