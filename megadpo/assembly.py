@@ -9,9 +9,10 @@ import torch
 
 from megadpo.checkpoint import load_checkpoint, load_weights
 from megadpo.checkpoint_files import stored_dtype
-from megadpo.config.schema import AttentionKernel, Backend, Config, Dtype, ReferenceMode
+from megadpo.config.schema import AttentionKernel, Backend, Config, Dtype, MomentDtype, ReferenceMode
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
+from megadpo.errors import ConfigError
 from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
@@ -19,10 +20,19 @@ from megadpo.models.builder import build_model, fuses_weight_gradients, load_mod
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.kernels import choose_attention
-from megadpo.models.options import ModelOptions
+from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
 from megadpo.models.varlen import why_not_varlen
-from megadpo.optimizer import LearningRate, Policy, adam_package, build_optimizer, wrap_data_parallel
+from megadpo.optimizer import (
+    DataParallelOptions,
+    LearningRate,
+    OptimizerOptions,
+    Policy,
+    adam_package,
+    build_optimizer,
+    why_not_fused_adam,
+    wrap_data_parallel,
+)
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference, ResidentReference
@@ -33,6 +43,12 @@ logger = get_logger(__name__)
 
 _REFERENCES = {ReferenceMode.resident: ResidentReference}
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+_MOMENT_DTYPES = {
+    MomentDtype.fp32: torch.float32,
+    MomentDtype.bf16: torch.bfloat16,
+    MomentDtype.fp16: torch.float16,
+    MomentDtype.fp8: torch.uint8,
+}
 
 
 def torch_dtype(config: Config) -> torch.dtype:
@@ -79,6 +95,15 @@ def log_backend(config: Config, device: Device) -> None:
     )
 
 
+def check_optimizer(config: Config, device: Device) -> None:
+    """Raises ConfigError where the optimizer that is asked for can't work on `device` with what is installed."""
+    asked = {"precision_aware": config.optimizer.precision_aware, "cpu_offload": config.optimizer.cpu_offload}
+    lacks = why_not_fused_adam(device)
+    problems = [f"optimizer.{key}=true: needs {lacks}: drop it" for key, is_on in asked.items() if is_on and lacks]
+    if problems:
+        raise ConfigError(problems)
+
+
 def batch_shape(state: ParallelState, *, sequence_parallel: bool) -> BatchShape:
     """What the layout asks of a batch."""
     return BatchShape(
@@ -117,10 +142,16 @@ def build_reference(
 
 
 def load_starting_model(
-    config: Config, source: ModelSource, arch: Architecture, state: ParallelState, device: Device
+    config: Config,
+    source: ModelSource,
+    arch: Architecture,
+    state: ParallelState,
+    device: Device,
+    *,
+    trained: bool = False,
 ) -> list[PolicyModel]:
     """This rank's chunks of the model with the weights that a run starts from, in the configured precision."""
-    options = _model_options(config, arch, device)
+    options = _model_options(config, arch, device, trained=trained)
     if source.checkpoint is None:
         return load_model(arch, state, source.hf_dir, options)
     stored = stored_dtype(source.checkpoint)
@@ -131,7 +162,9 @@ def load_starting_model(
     return chunks
 
 
-def _model_options(config: Config, arch: Architecture, device: Device) -> ModelOptions:
+def _model_options(config: Config, arch: Architecture, device: Device, *, trained: bool = False) -> ModelOptions:
+    """Options of a model; only one that is trained has activations to compute again."""
+    parallel = config.parallel
     return ModelOptions(
         device=device,
         dtype=torch_dtype(config),
@@ -139,6 +172,53 @@ def _model_options(config: Config, arch: Architecture, device: Device) -> ModelO
         backend=choose_backend(str(config.precision.backend), device=device, dtype=torch_dtype(config)),
         attention=_attention(config, arch, device),
         logits_mib=config.model.logits_mib,
+        recompute=_recompute(config) if trained else Recompute(),
+        split=PipelineSplit(
+            first=parallel.num_layers_in_first_pipeline_stage, last=parallel.num_layers_in_last_pipeline_stage
+        ),
+    )
+
+
+def _recompute(config: Config) -> Recompute:
+    model = config.model
+    return Recompute(
+        granularity=None if model.recompute_granularity is None else str(model.recompute_granularity),
+        method=None if model.recompute_method is None else str(model.recompute_method),
+        num_layers=model.recompute_num_layers,
+        modules=tuple(map(str, model.recompute_modules or ())),
+    )
+
+
+def data_parallel_options(config: Config, state: ParallelState) -> DataParallelOptions:
+    """How gradients and weights travel; a lone data-parallel rank overlaps nothing, and says so where it was asked to.
+
+    That is no error: the number of data-parallel ranks is no key, it follows from how many ranks were started, and a
+    configuration is to run, and a run to go on, on as many as there are.
+    """
+    parallel = config.parallel
+    if parallel.overlap_grad_reduce and state.data_size == 1:
+        logger.warning(
+            "parallel.overlap_grad_reduce=true has no effect: one data-parallel rank exchanges nothing (more ranks "
+            "than tensor x pipeline make more of them)"
+        )
+        return DataParallelOptions(grad_reduce_in_fp32=parallel.grad_reduce_in_fp32)
+    return DataParallelOptions(
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+    )
+
+
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """Where the optimizer's states lie, and their formats."""
+    optimizer = config.optimizer
+    return OptimizerOptions(
+        precision_aware=optimizer.precision_aware,
+        exp_avg_dtype=_MOMENT_DTYPES[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=_MOMENT_DTYPES[optimizer.exp_avg_sq_dtype],
+        offload_fraction=optimizer.offload_fraction if optimizer.cpu_offload else 0.0,
+        overlap_offload_copies=optimizer.overlap_cpu_optimizer_d2h_h2d,
     )
 
 
@@ -158,11 +238,11 @@ def build_policy(
 ) -> Policy:
     """The policy with a checkpoint's weights and optimizer state, or with the weights that the run starts from."""
     if checkpoint is None:
-        modules = load_starting_model(config, source, arch, state, device)
+        modules = load_starting_model(config, source, arch, state, device, trained=True)
     else:
-        modules = build_model(arch, state, _model_options(config, arch, device))
+        modules = build_model(arch, state, _model_options(config, arch, device, trained=True))
     modules[-1].token_statistics = config.train.log_token_statistics
-    chunks = wrap_data_parallel(modules)
+    chunks = wrap_data_parallel(modules, data_parallel_options(config, state))
     optimizer = build_optimizer(
         chunks,
         dtype=torch_dtype(config),
@@ -171,6 +251,7 @@ def build_policy(
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         clip_grad=config.optimizer.clip_grad,
+        options=optimizer_options(config),
     )
     if checkpoint is not None:
         load_checkpoint(checkpoint, chunks, optimizer)

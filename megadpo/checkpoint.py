@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
@@ -41,7 +41,9 @@ from megadpo.checkpoint_files import (
 )
 from megadpo.errors import CheckpointError, MegaDPOError, listing
 from megadpo.files import write_durably, writing
+from megadpo.host_optimizer import HostOptimizer
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
+from megadpo.optimizer import distributed_optimizers, gather_weights
 from megadpo.parallel.collectives import on_main
 from megadpo.rank_logging import get_logger, global_rank
 
@@ -99,6 +101,8 @@ def save_checkpoint(
     final = step_directory(root, state.step)
     partial = root / f".{final.name}.partial"
     on_main(lambda: _remove_leftovers(root))
+    gather_weights(chunks)
+    _renew_main_weights(distributed_optimizers(optimizer))
     model_state = _model_state([chunk.module for chunk in chunks])
     content = {**model_state, "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))}
     _write_content(partial, content)
@@ -208,7 +212,7 @@ def _remove(checkpoint: Path) -> None:
 
 def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Fills weights, main weights and moments from a checkpoint of any layout. Collective over all ranks."""
-    inner = _distributed_optimizers(optimizer)
+    inner = distributed_optimizers(optimizer)
     _allocate_moments(inner)
     model_state = _model_state([chunk.module for chunk in chunks])
     content = {
@@ -292,20 +296,17 @@ def _causes(error: CheckpointException) -> str:
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Fills one distributed optimizer from its loaded state.
+    """Fills one distributed optimizer from its loaded state, which another kind of Adam may have saved.
 
-    Two things go wrong when Megatron does this by itself with torch's AdamW: it looks for a step counter among the
-    loaded tensors, where there is none, and it gives one counter to all parameters, which then counts N a step. And
-    the parameter groups come from the checkpoint, which may be of another Adam: torch's, apex's and Transformer
-    Engine's have keys of their own, and the latter two take whole numbers only for the step that torch writes as 5.0.
+    What goes wrong when Megatron does this by itself: with torch's AdamW it looks for a step counter among the loaded
+    tensors, where there is none, and gives one counter to all parameters, which then counts N a step; groups lack the
+    settings that only this kind of Adam has, and fused ones can't count in the fractions that AdamW saves.
     """
     parameter_state = state.pop("param_state")
+    for group in state["optimizer"]["param_groups"]:
+        group.update({key: value for key, value in optimizer.optimizer.defaults.items() if key not in group})
+        group["step"] = int(group["step"])
     optimizer.load_state_dict(state)
-    for group in optimizer.optimizer.param_groups:
-        for key, value in optimizer.optimizer.defaults.items():
-            group.setdefault(key, value)
-        if "step" in group:
-            group["step"] = int(group["step"])
     per_parameter = optimizer.optimizer.state.values()
     counters = [values.pop("step", None) for values in per_parameter]
     optimizer.load_parameter_state_from_fully_reshardable(parameter_state)
@@ -314,18 +315,28 @@ def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> N
             values["step"] = counter.clone()
 
 
-def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside Megatron's wrapper."""
-    members = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return list(members)
-
-
 def _allocate_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
     """Gives every parameter zero moments and a step counter: Megatron can't describe a fresh torch AdamW."""
     for optimizer in optimizers:
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        if isinstance(optimizer.optimizer, torch.optim.AdamW):
-            for group in optimizer.optimizer.param_groups:
-                group.setdefault("step", 0)
-                for parameter in group["params"]:
-                    optimizer.optimizer.state[parameter].setdefault("step", torch.zeros((), dtype=torch.float32))
+        if isinstance(optimizer.optimizer, HostOptimizer):
+            optimizer.optimizer.allocate()
+        elif not optimizer.config.use_precision_aware_optimizer:  # which Megatron allocates while it loads
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+            if isinstance(optimizer.optimizer, torch.optim.AdamW):
+                for group in optimizer.optimizer.param_groups:
+                    group.setdefault("step", 0)
+                    for parameter in group["params"]:
+                        optimizer.optimizer.state[parameter].setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+def _renew_main_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
+    """Copies fp32 weights over the main weights that FusedAdam keeps of them and never updates.
+
+    It makes main weights for every parameter and checkpoints are made of them, but it updates fp32 parameters in place
+    (Transformer Engine 2.x).
+    """
+    for optimizer in optimizers:
+        if optimizer.config.use_precision_aware_optimizer and not isinstance(optimizer.optimizer, HostOptimizer):
+            for parameter, state in optimizer.optimizer.state.items():
+                if parameter.dtype is torch.float32:
+                    state["master_param"].copy_(parameter)

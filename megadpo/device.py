@@ -263,7 +263,7 @@ def _rng_patch() -> Iterator[None]:
 
 
 class _WeightGradientKernels:
-    """The one function of Megatron's CUDA extension `fused_weight_gradient_mlp_cuda` that fp32 gradients need."""
+    """Megatron's CUDA extension `fused_weight_gradient_mlp_cuda`."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_outputs: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -272,6 +272,11 @@ class _WeightGradientKernels:
             main_grad.addmm_(grad_outputs.t(), inputs)
         else:
             main_grad += grad_outputs.t() @ inputs
+
+    @staticmethod
+    def wgrad_gemm_accum_fp16(inputs: torch.Tensor, grad_outputs: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """The same into a `main_grad` of the model's own format, fp16 or bf16."""
+        main_grad.addmm_(grad_outputs.t(), inputs)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    Adam,
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
+
+from megadpo.device import Device
+from megadpo.host_optimizer import HostOptimizer
+
+_WANTED_OF_FUSED_ADAM = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,48 @@ class LearningRate:
         return self.minimum + (self.peak - self.minimum) * remaining
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataParallelOptions:
+    """How gradients and updated weights travel between data-parallel ranks; overlapping changes no number.
+
+    `bucket_size` is in parameters, None for Megatron's own; without `overlap_grad_reduce` there is one bucket.
+    """
+
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None
+    grad_reduce_in_fp32: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerOptions:
+    """Where the optimizer keeps its states, and in which formats.
+
+    `precision_aware`: in Transformer Engine's FusedAdam, moments as `exp_avg_dtype` and `exp_avg_sq_dtype` (uint8 is
+    fp8). `offload_fraction` of the parameters is updated on the host, all states in fp32.
+    """
+
+    precision_aware: bool = False
+    exp_avg_dtype: torch.dtype = torch.float32
+    exp_avg_sq_dtype: torch.dtype = torch.float32
+    offload_fraction: float = 0.0
+    overlap_offload_copies: bool = False
+
+
+def why_not_fused_adam(device: Device) -> str | None:
+    """What the device or the installation lacks of the optimizers of OptimizerOptions, None where nothing is lacking.
+
+    One on the host needs Transformer Engine too: Megatron (0.16) compares its version, and fails where there is none.
+    """
+    if device.kind != "cuda":
+        return "CUDA"
+    if not distrib_optimizer.USING_TE_OPTIMIZER:
+        return "Transformer Engine, for its FusedAdam (NGC's PyTorch images hold it)"
+    known = inspect.signature(distrib_optimizer.Adam).parameters
+    lacks = [name for name in _WANTED_OF_FUSED_ADAM if name not in known]
+    return f"a newer Transformer Engine: its FusedAdam does not know {', '.join(lacks)}" if lacks else None
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The model being trained: its chunks, the same chunks inside Megatron's DDP, and their optimizer."""
@@ -47,26 +104,60 @@ class Policy:
     optimizer: MegatronOptimizer
 
 
-def wrap_data_parallel(chunks: Sequence[MegatronModule]) -> list[DistributedDataParallel]:
-    """The chunks inside Megatron's DDP: contiguous gradient buffers in fp32, reduced over the data-parallel group."""
+def wrap_data_parallel(
+    chunks: Sequence[MegatronModule], options: DataParallelOptions = DataParallelOptions()
+) -> list[DistributedDataParallel]:
+    """The chunks inside Megatron's DDP: contiguous gradient buffers, reduced over the data-parallel group."""
+    # Interleaved chunks wait for each other's microbatches, time in which the next chunk's weights can come in.
+    align_param_gather = options.overlap_param_gather and len(chunks) > 1
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, bucket_size=None
+        grad_reduce_in_fp32=options.grad_reduce_in_fp32,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        align_param_gather=align_param_gather,
+        bucket_size=options.bucket_size,
     )
     config = chunks[0].config
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    wrapped = [
+        # Other chunks compute while a later one's gradients travel: it needs no buckets to overlap with itself.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=options.overlap_grad_reduce and index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
     for chunk in wrapped:
         _count_padding_between_buckets(chunk)
     config.finalize_model_grads_func = finalize_model_grads
+    if options.overlap_grad_reduce:
+        # Only the last microbatch's gradients are sent; behind the first stage when all of a chunk's are there.
+        config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
+        config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in wrapped])
+    if align_param_gather:
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def _one_or_list(functions: list[Callable[..., Any]]) -> Any:
+    """Megatron's schedules take a function of the only chunk, or a list of every chunk's."""
+    return functions[0] if len(functions) == 1 else functions
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Brings all weights up to the last update, where gathering them waits for the next forward pass.
+
+    To be called before they are read in another way than by the chunks' forward. Collective over the data group.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:
     """Makes a gathered optimizer state as long as Megatron's index of it, so that checkpoints hold the right numbers.
 
     Megatron (0.16) finds a parameter in the gathered state by its place in the whole buffer, padding included, but
-    leaves each bucket's padding out when it gathers. Everything behind a padded bucket is then shifted. Without overlap
-    there is one bucket, except where a tied embedding meets a pipeline: it always has a bucket of its own. To go when
-    the two agree; with one bucket, or none padded, this changes nothing.
+    leaves each bucket's padding out when it gathers. Everything behind a padded bucket is then shifted. There are
+    several with overlap, and where a tied embedding meets a pipeline: it always has a bucket of its own. To go when the
+    two agree; with one bucket, or none padded, this changes nothing.
     """
     for buffer in chunk.buffers:
         for bucket in buffer.buckets[:-1]:
@@ -83,8 +174,10 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     clip_grad: float,
+    options: OptimizerOptions = OptimizerOptions(),
 ) -> MegatronOptimizer:
     """AdamW with its state sharded over the data-parallel ranks; fp32 main weights when the model is bf16."""
+    offloads = options.offload_fraction > 0
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -97,8 +190,26 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        # The optimizer on the host takes gradients and weights in the way made for the precision-aware one.
+        use_precision_aware_optimizer=options.precision_aware or offloads,
+        exp_avg_dtype=options.exp_avg_dtype,
+        exp_avg_sq_dtype=options.exp_avg_sq_dtype,
+        # As remainders of bf16 weights, main weights would go into checkpoints that nothing else can read.
+        store_param_remainders=False,
+        optimizer_cpu_offload=offloads,
+        optimizer_offload_fraction=options.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=options.overlap_offload_copies,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    if offloads:
+        for member in distributed_optimizers(optimizer):
+            member.optimizer.__class__ = HostOptimizer  # adds methods only
+    return optimizer
+
+
+def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside Megatron's wrapper."""
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def adam_package() -> str:

@@ -115,7 +115,11 @@ def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
 _DATA_ORDER = ("train.seed", "train.shuffle", "train.global_batch_size")
 # Settings that may change freely between a run and its continuation.
 _FREE = (
+    "model.recompute_",
     "parallel.",
+    "optimizer.cpu_offload",
+    "optimizer.offload_fraction",
+    "optimizer.overlap_cpu_optimizer_d2h_h2d",
     "device.",
     "checkpoint.",
     "trackers",

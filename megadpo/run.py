@@ -15,6 +15,7 @@ from megadpo.assembly import (
     build_loss,
     build_policy,
     build_reference,
+    check_optimizer,
     check_weight_files,
     log_attention,
     log_backend,
@@ -35,7 +36,7 @@ from megadpo.files import write_durably, writing
 from megadpo.model_source import model_source, resolve_checkpoint
 from megadpo.models.conversion.side_files import SideFiles, read_side_files
 from megadpo.models.hf_config import read_architecture
-from megadpo.optimizer import Policy, set_hyperparameters
+from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
 from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import TrainingProgress
@@ -82,6 +83,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     arch = read_architecture(source.hf_dir)
     log_backend(config, device)
     log_attention(config, arch, device)
+    check_optimizer(config, device)
     on_main(lambda: check_weight_files(config, source, arch))
     side_files = on_main(lambda: read_side_files(source.hf_dir))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
@@ -119,6 +121,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     metrics = _run_loop(
         config, run_dir, state, device, policy, reference, data, datasets, start, total_steps, side_files
     )
+    gather_weights(policy.chunks)
     export_model(
         policy.modules,
         arch,

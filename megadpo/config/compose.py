@@ -24,7 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megadpo.config.schema import Config, show
+from megadpo.config.schema import (
+    Config,
+    ModelConfig,
+    RecomputeGranularity,
+    RecomputeMethod,
+    RecomputeModule,
+    show,
+)
 from megadpo.errors import ConfigError
 
 _MISSING_IN_YAML = "???"
@@ -109,9 +116,19 @@ def resolve_defaults(config: Config, now: datetime) -> Config:
     return replace(
         config,
         data=data,
+        model=_resolve_recompute(config.model),
         train=replace(config.train, run_dir=run_dir),
         parallel=replace(config.parallel, sequence_parallel=sequence_parallel),
     )
+
+
+def _resolve_recompute(model: ModelConfig) -> ModelConfig:
+    if model.recompute_granularity == RecomputeGranularity.full:
+        method = model.recompute_method or RecomputeMethod.uniform
+        return replace(model, recompute_method=method, recompute_num_layers=model.recompute_num_layers or 1)
+    if model.recompute_granularity == RecomputeGranularity.selective:
+        return replace(model, recompute_modules=model.recompute_modules or [RecomputeModule.core_attn])
+    return model
 
 
 # Overrides and files

@@ -87,6 +87,36 @@ class DeviceKind(Choice):
     cpu = "cpu"
 
 
+class RecomputeGranularity(Choice):
+    """Which activations of the layers the backward computes again instead of keeping them."""
+
+    selective = "selective"  # those of `model.recompute_modules`
+    full = "full"  # all: a layer, or several, keep their input alone
+
+
+class RecomputeMethod(Choice):
+    """Which layers of a chunk full recomputation takes."""
+
+    uniform = "uniform"  # all, `model.recompute_num_layers` together
+    block = "block"  # the first `model.recompute_num_layers` one by one, the others not at all
+
+
+class RecomputeModule(Choice):
+    """A part of every layer."""
+
+    core_attn = "core_attn"  # attention without its projections, rotary embedding included
+    mlp = "mlp"  # both projections and the activation between them
+
+
+class MomentDtype(Choice):
+    """Number format in which one of Adam's running means is kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"  # with a scale per tensor
+    fp8 = "fp8"  # e4m3, with a scale per tensor
+
+
 class AttentionKernel(Choice):
     """What computes attention."""
 
@@ -117,6 +147,18 @@ class ModelConfig:
 
     The default lets matrix products run at full speed; with a large hidden size on a GPU more may be faster.
     """
+
+    recompute_granularity: RecomputeGranularity | None = None
+    """Computes activations again in the backward instead of keeping them. Null: keep all, the fastest."""
+
+    recompute_method: RecomputeMethod | None = None
+    """Which layers, with full recomputation only. Null: uniform."""
+
+    recompute_num_layers: int | None = None
+    """Layers of `recompute_method`, >= 1, counted in each model chunk; full only. Null: 1."""
+
+    recompute_modules: list[RecomputeModule] | None = None
+    """Parts of the layers, with selective recomputation only. Null: [core_attn], as in Megatron."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,6 +233,24 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
     """Share norms and dropout activations over the tensor ranks. Null: true when tensor > 1, as it only saves there."""
 
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage (all its chunks), >= 1; the other stages share the rest evenly. Null: as the others."""
+
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage, which has the head to compute as well, >= 1. Null: as the others."""
+
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the backward still computes others: time, not memory."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward computes, layer by layer; needs overlap_grad_reduce."""
+
+    bucket_size: int | None = None
+    """Parameters exchanged at a time, >= 1, with overlap_grad_reduce. Null: 40 million, or a million a data rank."""
+
+    grad_reduce_in_fp32: bool = True
+    """Add up and exchange gradients in fp32. False: in the weights' format, 2 bytes less a parameter, and rounding."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
@@ -258,6 +318,24 @@ class OptimizerConfig:
 
     clip_grad: float = 1.0
     """Largest global L2 norm of the gradient, >= 0. 0: no clipping."""
+
+    precision_aware: bool = False
+    """Leave main weights and moments to Transformer Engine's FusedAdam, which keeps moments in the formats below."""
+
+    exp_avg_dtype: MomentDtype = MomentDtype.fp32
+    """Format of the running mean of gradients, with precision_aware."""
+
+    exp_avg_sq_dtype: MomentDtype = MomentDtype.fp32
+    """Format of the running mean of squared gradients, with precision_aware."""
+
+    cpu_offload: bool = False
+    """Keep main weights and moments in the host's memory and update there: 12 bytes a parameter for a slower step."""
+
+    offload_fraction: float = 1.0
+    """Share of the parameters that cpu_offload takes, in (0, 1]."""
+
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With cpu_offload, copy gradients and weights of some parameters while others are updated."""
 
 
 @dataclass(kw_only=True, slots=True)

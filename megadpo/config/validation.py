@@ -14,6 +14,7 @@ from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
+from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.schema import AttentionKernel, Backend, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
 from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
@@ -32,23 +33,26 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Range:
-    """The finite numbers from `low` to below `high`; `low` itself belongs to them unless `above`."""
+    """The finite numbers from `low`, which belongs to them unless `above`, to below `high`, or `to` it."""
 
     low: float
     high: float = math.inf
     above: bool = False
+    to: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
+        below = value <= self.high if self.to else value < self.high
+        return self.low <= value and below and not (self.above and value == self.low)
 
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"a finite number {'>' if self.above else '>='} {self.low}"
-        return f"in {'(' if self.above else '['}{self.low}, {self.high})"
+        return f"in {'(' if self.above else '['}{self.low}, {self.high}{']' if self.to else ')'}"
 
 
 _RANGES = {
     "model.logits_mib": _Range(low=1),
+    "model.recompute_num_layers": _Range(low=1),
     "data.validation_fraction": _Range(low=0, high=1),
     "data.max_length": _Range(low=2),
     "data.tokens_per_microbatch": _Range(low=1),
@@ -56,6 +60,9 @@ _RANGES = {
     "parallel.tensor": _Range(low=1),
     "parallel.pipeline": _Range(low=1),
     "parallel.virtual_pipeline": _Range(low=2),
+    "parallel.num_layers_in_first_pipeline_stage": _Range(low=1),
+    "parallel.num_layers_in_last_pipeline_stage": _Range(low=1),
+    "parallel.bucket_size": _Range(low=1),
     "loss.beta": _Range(low=0, above=True),
     "loss.label_smoothing": _Range(low=0, high=0.5),
     "optimizer.lr": _Range(low=0),
@@ -64,6 +71,7 @@ _RANGES = {
     "optimizer.eps": _Range(low=0, above=True),
     "optimizer.weight_decay": _Range(low=0),
     "optimizer.clip_grad": _Range(low=0),
+    "optimizer.offload_fraction": _Range(low=0, high=1, above=True, to=True),
     "train.global_batch_size": _Range(low=1),
     "train.max_steps": _Range(low=1),
     "train.epochs": _Range(low=1),
@@ -88,6 +96,7 @@ def validate(
         *_check_model(config),
         *_check_data(config),
         *_check_layout(config, world_size),
+        *check_memory_keys(config),
         *(_check_shape(config, shape, "model") if shape is not None else []),
         *(_check_shape(config, reference_shape, "reference") if reference_shape is not None else []),
         *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
@@ -266,15 +275,7 @@ def _check_shape(config: Config, shape: ModelShape, what: str) -> list[str]:
             f"parallel.tensor={tensor}: must divide the {what}'s {groups} key-value heads or be a multiple of them: "
             f"{_use_divisor(groups, tensor)}"
         )
-    if shape.num_layers % (pipeline * chunks):
-        key = f"parallel.pipeline={pipeline}"
-        if chunks > 1:
-            key += f", parallel.virtual_pipeline={chunks}"
-        violations.append(
-            f"{key}: {pipeline * chunks} equal parts cannot be cut from the {what}'s {shape.num_layers} layers: "
-            f"use {'a product' if chunks > 1 else 'a number'} that divides {shape.num_layers}"
-        )
-    return violations
+    return [*violations, *check_pipeline_split(config, shape.num_layers, what)]
 
 
 def _use_divisor(size: int, wanted: int) -> str:

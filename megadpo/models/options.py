@@ -10,6 +10,27 @@ from megadpo.device import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Recompute:
+    """Which activations the backward computes again, in Megatron's words; by default none.
+
+    `modules` belongs to granularity "selective", `method` and `num_layers` to "full".
+    """
+
+    granularity: str | None = None
+    method: str | None = None
+    num_layers: int | None = None
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSplit:
+    """Layers of the outer pipeline stages where they are not as many as the others'."""
+
+    first: int | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """Settings of a model's construction; what has a default computes the same numbers with any other value.
 
@@ -23,3 +44,5 @@ class ModelOptions:
     backend: str = "native"
     attention: str = "sdpa"
     logits_mib: int = 128
+    recompute: Recompute = Recompute()
+    split: PipelineSplit = PipelineSplit()

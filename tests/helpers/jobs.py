@@ -144,6 +144,19 @@ def compare_checkpoints(a: str, b: str) -> tuple[list[str], list[str]]:
         return sorted(first), sorted(set(second) - set(first)) + different
 
 
+def main_weights_apart(pairs: list[tuple[str, str]]) -> list[float]:
+    """For each pair of checkpoints: the largest difference of their fp32 main weights, over the largest of them."""
+    device, result = select_device("cpu"), []
+    with megatron_device(device), distributed(device, timeout_s=60):
+        build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
+        for pair in pairs:
+            first, second = (dist_checkpointing.load_plain_tensors(directory) for directory in pair)
+            names = [name for name in first if name.startswith("optimizer.state.param.")]
+            largest = max(float(first[name].abs().max()) for name in names)
+            result.append(max(float((first[name] - second[name]).abs().max()) for name in names) / largest)
+    return result
+
+
 def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 

@@ -67,6 +67,17 @@ def assert_same_trajectory(expected: str | Path, actual: str | Path, *, lr: floa
     assert_close_weights(exported_weights(expected), exported_weights(actual), largest=lr / 5)
 
 
+def assert_same_evaluations(expected: str | Path, actual: str | Path) -> None:
+    """Fails unless two fp32 runs evaluated after the same updates and saw the same: loss 1e-5, log-probs 1e-4."""
+    lines = [[line for line in metrics(run) if "eval/loss" in line] for run in (expected, actual)]
+    assert len(lines[0]) > 1
+    for a, b in zip(*lines, strict=True):
+        assert (a["step"], a["eval/pairs"]) == (b["step"], b["eval/pairs"])
+        assert abs(a["eval/loss"] - b["eval/loss"]) <= 1e-5, f"after step {a['step']}"
+        for key in ("eval/logps/chosen", "eval/logps/rejected"):
+            assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]), f"after step {a['step']}: {key} {a[key]} {b[key]}"
+
+
 def assert_close_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, largest: float) -> None:
     """Fails unless the weights agree to 1e-5 of the model's norm and no element differs by more than `largest`."""
     assert a.keys() == b.keys()

@@ -40,6 +40,10 @@ KEYS = {
         "must be a mapping of names to values or null",
     ),
     "model.logits_mib": ("64", 64, "0", "must be a finite number >= 1"),
+    "model.recompute_granularity": ("full", "full", "some", "must be one of selective, full or null"),
+    "model.recompute_method": ("block", "block", "every", "must be one of uniform, block or null"),
+    "model.recompute_num_layers": ("2", 2, "0", "must be a finite number >= 1"),
+    "model.recompute_modules": ("mlp", ["mlp"], "[layernorm]", "must be one of core_attn, mlp, or a list of that"),
     "data.train_path": ("[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"], "3", "must be text, or a list of that"),
     "data.validation_path": ("{easy: e.jsonl}", {"easy": "e.jsonl"}, "[x]", "must be text or a mapping of names"),
     "data.validation_fraction": ("0.25", 0.25, "1", "must be in [0, 1)"),
@@ -58,6 +62,12 @@ KEYS = {
     "parallel.pipeline": ("2", 2, "two", "must be a whole number"),
     "parallel.virtual_pipeline": ("2", 2, "1", "must be a finite number >= 2"),
     "parallel.sequence_parallel": ("false", False, "1", "must be true or false or null"),
+    "parallel.num_layers_in_first_pipeline_stage": ("3", 3, "0", "must be a finite number >= 1"),
+    "parallel.num_layers_in_last_pipeline_stage": ("3", 3, "-1", "must be a finite number >= 1"),
+    "parallel.overlap_grad_reduce": ("true", True, "1", "must be true or false"),
+    "parallel.overlap_param_gather": ("true", True, "1", "must be true or false"),
+    "parallel.bucket_size": ("1000", 1000, "0", "must be a finite number >= 1"),
+    "parallel.grad_reduce_in_fp32": ("false", False, "1", "must be true or false"),
     "loss.name": ("ipo", ["ipo"], "dpo", "must be one of sigmoid, ipo, or a list of that"),
     "loss.beta": ("0.3", 0.3, "0", "must be a finite number > 0"),
     "loss.label_smoothing": ("0.1", 0.1, "0.5", "must be in [0, 0.5)"),
@@ -74,6 +84,12 @@ KEYS = {
     "optimizer.eps": ("1", 1.0, "0", "must be a finite number > 0"),
     "optimizer.weight_decay": ("0.1", 0.1, "inf", "must be a finite number >= 0"),
     "optimizer.clip_grad": ("0", 0.0, "-0.5", "must be a finite number >= 0"),
+    "optimizer.precision_aware": ("true", True, "1", "must be true or false"),
+    "optimizer.exp_avg_dtype": ("bf16", "bf16", "int8", "must be one of fp32, bf16, fp16, fp8"),
+    "optimizer.exp_avg_sq_dtype": ("fp16", "fp16", "int8", "must be one of fp32, bf16, fp16, fp8"),
+    "optimizer.cpu_offload": ("true", True, "1", "must be true or false"),
+    "optimizer.offload_fraction": ("0.5", 0.5, "0", "must be in (0, 1]"),
+    "optimizer.overlap_cpu_optimizer_d2h_h2d": ("true", True, "1", "must be true or false"),
     "train.global_batch_size": ("8", 8, "8.5", "must be a whole number"),
     "train.max_steps": ("3", 3, "0", "must be a finite number >= 1"),
     "train.epochs": ("2", 2, "0", "must be a finite number >= 1"),
@@ -166,7 +182,15 @@ def test_every_number_has_a_range() -> None:
     config = compose_config(["+model=demo", "data.train_path=x", "train.max_steps=1", "train.save_every=1"])
     defaults = {key: attrgetter(key)(config) for key in known_keys()}
     numbers = {key for key, value in defaults.items() if type(value) in (int, float)}
-    nullable = {"parallel.virtual_pipeline", "train.eval_every", "data.workers"}
+    nullable = {
+        "model.recompute_num_layers",
+        "parallel.virtual_pipeline",
+        "parallel.num_layers_in_first_pipeline_stage",
+        "parallel.num_layers_in_last_pipeline_stage",
+        "parallel.bucket_size",
+        "train.eval_every",
+        "data.workers",
+    }
     assert numbers | nullable == set(validation._RANGES)
 
 
@@ -178,6 +202,10 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "checkpoint": None,
             "shape": None,
             "logits_mib": 128,
+            "recompute_granularity": None,
+            "recompute_method": None,
+            "recompute_num_layers": None,
+            "recompute_modules": None,
         },
         "data": {
             "train_path": [files["data.train_path"]],
@@ -195,7 +223,18 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "share_prompt": True,
             "tokens_per_microbatch": 8192,
         },
-        "parallel": {"tensor": 1, "pipeline": 1, "virtual_pipeline": None, "sequence_parallel": None},
+        "parallel": {
+            "tensor": 1,
+            "pipeline": 1,
+            "virtual_pipeline": None,
+            "sequence_parallel": None,
+            "num_layers_in_first_pipeline_stage": None,
+            "num_layers_in_last_pipeline_stage": None,
+            "overlap_grad_reduce": False,
+            "overlap_param_gather": False,
+            "bucket_size": None,
+            "grad_reduce_in_fp32": True,
+        },
         "loss": {"name": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.0, "ipo_length_normalize": True},
         "reference": {"mode": "resident", "hf_path": None},
         "precision": {"dtype": "bf16", "backend": "auto"},
@@ -208,6 +247,12 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "eps": 1e-8,
             "weight_decay": 0.0,
             "clip_grad": 1.0,
+            "precision_aware": False,
+            "exp_avg_dtype": "fp32",
+            "exp_avg_sq_dtype": "fp32",
+            "cpu_offload": False,
+            "offload_fraction": 1.0,
+            "overlap_cpu_optimizer_d2h_h2d": False,
         },
         "train": {
             "global_batch_size": 64,

@@ -76,6 +76,7 @@ def test_layout_defaults_fit_the_model(name: str, tmp_path: Path, pairs: str, mo
     directory = write_config(tmp_path / "model", PUBLISHED[published][0])
     config = checked(f"+model={name}", f"model.hf_path={directory}", pairs)
     assert (config.parallel.tensor, config.parallel.pipeline) == (tensor, pipeline)
+    assert config.parallel.overlap_grad_reduce and config.parallel.overlap_param_gather
 
 
 def test_layouts_of_the_command_line_win(tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
