@@ -164,7 +164,6 @@ def load_starting_model(
 
 def _model_options(config: Config, arch: Architecture, device: Device, *, trained: bool = False) -> ModelOptions:
     """Options of a model; only one that is trained has activations to compute again."""
-    parallel = config.parallel
     return ModelOptions(
         device=device,
         dtype=torch_dtype(config),
@@ -172,20 +171,27 @@ def _model_options(config: Config, arch: Architecture, device: Device, *, traine
         backend=choose_backend(str(config.precision.backend), device=device, dtype=torch_dtype(config)),
         attention=_attention(config, arch, device),
         logits_mib=config.model.logits_mib,
-        recompute=_recompute(config) if trained else Recompute(),
-        split=PipelineSplit(
-            first=parallel.num_layers_in_first_pipeline_stage, last=parallel.num_layers_in_last_pipeline_stage
-        ),
+        recompute=recomputation(config) if trained else Recompute(),
+        split=pipeline_split(config),
     )
 
 
-def _recompute(config: Config) -> Recompute:
+def recomputation(config: Config) -> Recompute:
+    """What the backward computes again of a model that is trained."""
     model = config.model
     return Recompute(
         granularity=None if model.recompute_granularity is None else str(model.recompute_granularity),
         method=None if model.recompute_method is None else str(model.recompute_method),
         num_layers=model.recompute_num_layers,
         modules=tuple(map(str, model.recompute_modules or ())),
+    )
+
+
+def pipeline_split(config: Config) -> PipelineSplit:
+    """Layers of the outer pipeline stages where others are configured than the rest has."""
+    parallel = config.parallel
+    return PipelineSplit(
+        first=parallel.num_layers_in_first_pipeline_stage, last=parallel.num_layers_in_last_pipeline_stage
     )
 
 

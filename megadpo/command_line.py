@@ -38,14 +38,25 @@ def run_tool(name: str, action: Callable[[logging.Logger], int]) -> int:
         return REFUSED
 
 
+def check_plan(config: Config) -> None:
+    """Raises one ConfigError with all that keeps the configuration from being planned, on the ranks that it names."""
+    model_ranks = max(1, config.parallel.tensor * config.parallel.pipeline)
+    _check(config, world_size=config.cluster.gpus or model_ranks, planning=True)
+
+
 def check(config: Config) -> None:
     """Raises one ConfigError with all that keeps the configuration from running on this launch's ranks."""
+    _check(config, world_size=launched_world_size(), planning=False)
+
+
+def _check(config: Config, *, world_size: int, planning: bool) -> None:
     violations: list[str] = []
     try:
         shapes = _shapes(config, violations)
         validate(
             config,
-            world_size=launched_world_size(),
+            world_size=world_size,
+            planning=planning,
             shape=shapes.get("model"),
             reference_shape=shapes.get("reference"),
         )

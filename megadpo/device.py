@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from megadpo.cards import CARDS, find_card
 from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
 from megadpo.gloo import megatron_over_gloo
@@ -31,21 +31,6 @@ logger = get_logger(__name__)
 # Factories that Megatron calls with device='cuda': token counts, norms, scalers and communication buffers.
 _FACTORIES = ("tensor", "zeros", "empty", "ones", "full")
 _TESTED_MEGATRON = ">=0.16.1,<0.17"
-# Dense bf16 TFLOP/s of tensor cores in NVIDIA's data sheets, by the words of a card's name; the first that fit count.
-_BF16_TFLOPS = {
-    ("GB200",): 2500.0,
-    ("B200",): 2250.0,
-    ("GH200",): 989.4,
-    ("H200", "NVL"): 835.5,
-    ("H200",): 989.4,
-    ("H100", "NVL"): 835.5,
-    ("H100", "PCIe"): 756.0,
-    ("H100",): 989.4,
-    ("H800",): 989.4,
-    ("A100",): 312.0,
-    ("A800",): 312.0,
-    ("L40S",): 362.0,
-}
 
 
 Mark: TypeAlias = "float | torch.cuda.Event"
@@ -98,18 +83,26 @@ class Device:
         if self.kind == "cpu":
             return None
         name = torch.cuda.get_device_name(self.torch_device)
-        words = set(re.split(r"[\s-]+", name))
-        known = next((peak for card, peak in _BF16_TFLOPS.items() if words.issuperset(card)), None)
-        # A partition of a card computes as fast as its share.
-        if known is None or dtype is not torch.bfloat16 or "MIG" in words:
+        known = find_card(name)
+        if known is None or dtype is not torch.bfloat16:
             logger.warning(
                 "throughput/mfu is left out: no peak rate is known for %s in %s (known: bf16 on %s)",
                 name,
                 str(dtype).removeprefix("torch."),
-                ", ".join(" ".join(card) for card in _BF16_TFLOPS),
+                ", ".join(" ".join(card.words) for card in CARDS.values()),
             )
             return None
-        return known * 1e12
+        return known[1].bf16_tflops * 1e12
+
+    def card_name(self) -> str | None:
+        """Name in the table of cards of the CUDA device; None on CPU and for a card that the table does not hold."""
+        known = find_card(torch.cuda.get_device_name(self.torch_device)) if self.kind == "cuda" else None
+        return None if known is None else known[0]
+
+
+def planning_device() -> Device:
+    """A CPU whose tensors have shapes and no numbers: what is computed on it takes no memory and hardly any time."""
+    return Device("cpu", torch.device("meta"))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -154,15 +147,17 @@ def _share_cpu_threads() -> None:
 def megatron_device(device: Device) -> Iterator[None]:
     """Makes Megatron-Core usable on `device` for the duration of the context; changes nothing on CUDA.
 
+    What Megatron wants on CUDA it gets on `device`, which may be `planning_device()`.
     Raises ConfigError when the installed megatron-core is outside the tested range.
     """
     _check_megatron_version()
     if device.kind == "cuda":
         yield
         return
-    _check_torch_optimizer()
+    if device.torch_device.type != "meta":  # no optimizer is made of shapes
+        _check_torch_optimizer()
     with contextlib.ExitStack() as stack:
-        for patch in (*_cuda_patches(), *_tensor_patches(), *_factory_patches()):
+        for patch in (*_cuda_patches(device.torch_device), *_tensor_patches(), *_factory_patches(device.torch_device)):
             stack.enter_context(patch)
         # Megatron decorates small functions with torch.compile, which costs minutes of start-up and gains nothing here.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -196,7 +191,7 @@ def _check_torch_optimizer() -> None:
         )
 
 
-def _cuda_patches() -> list[Any]:
+def _cuda_patches(device: torch.device) -> list[Any]:
     """Names in torch.cuda that Megatron calls unconditionally. To go when Megatron asks tensors for their device."""
 
     def nothing(*_: Any, **__: Any) -> None:
@@ -204,7 +199,7 @@ def _cuda_patches() -> list[Any]:
 
     return [
         # `device=torch.cuda.current_device()` in p2p, DDP buffers and checkpoint code.
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "current_device", lambda: device),
         # After batched p2p, before checkpoint writes, in timers.
         mock.patch.object(torch.cuda, "synchronize", nothing),
         mock.patch.object(torch.cuda, "empty_cache", nothing),
@@ -229,19 +224,19 @@ def _tensor_patches() -> list[Any]:
     ]
 
 
-def _factory_patches() -> list[Any]:
+def _factory_patches(device: torch.device) -> list[Any]:
     """torch.zeros(..., device='cuda') and its siblings, in schedules, gradient clipping and optimizer scalars."""
 
-    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def on_device(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-                kwargs["device"] = "cpu"
+                kwargs["device"] = device
             return factory(*args, **kwargs)
 
         return wrapper
 
-    return [mock.patch.object(torch, name, on_cpu(getattr(torch, name))) for name in _FACTORIES]
+    return [mock.patch.object(torch, name, on_device(getattr(torch, name))) for name in _FACTORIES]
 
 
 @contextlib.contextmanager

@@ -56,13 +56,13 @@ def run_training(config: Config) -> Path:
 
     Raises the same MegaDPOError on every rank where its cause is the same for all of them.
     """
-    with open_session(config, _begin) as session:
+    with open_session(config, begin) as session:
         run_dir = Path(str(session.config.train.run_dir))
         _train(session.config, run_dir, session.state, session.device)
         return run_dir
 
 
-def _begin(config: Config) -> Config:
+def begin(config: Config) -> Config:
     """The configuration with everything filled in, and its run directory made: on one rank."""
     resolved = resolve_checkpoint(resolve_defaults(keep_beginning(config), datetime.now()))
     check_run_dir_is_fresh(resolved)
@@ -98,7 +98,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         builder=build_batches(config, arch, state, datasets.pad_token_id),
     )
     total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch
-    _check_steps(config, total_steps)
+    check_steps(config, total_steps)
     # Rank 0 decides for all: file systems may show other ranks another moment.
     start, exported = on_main(
         lambda: (
@@ -140,7 +140,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     logger.info("exported the model to %s", run_dir / "hf")
 
 
-def _check_steps(config: Config, total_steps: int) -> None:
+def check_steps(config: Config, total_steps: int) -> None:
     """Raises ConfigError for a warm-up that the run never ends; says which intervals it is too short for."""
     if config.optimizer.warmup_steps >= total_steps:
         raise ConfigError(

@@ -30,10 +30,11 @@ _TRAINING_ONLY = (
     "eval_every",
     "save_every",
     "run_dir",
+    "dry_run",
     "resume",
 )
 _WITHOUT_EFFECT = (
-    *("loss", "optimizer", "reference", "checkpoint", "trackers"),
+    *("loss", "optimizer", "reference", "checkpoint", "trackers", "cluster", "plan"),
     *("data.validation_path", "data.validation_fraction"),
     *(f"train.{name}" for name in _TRAINING_ONLY),
 )

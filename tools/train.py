@@ -24,7 +24,13 @@ def main(arguments: list[str]) -> int:
 
     def train(logger: logging.Logger) -> int:
         config = compose_config(arguments, config_dir=CONFIG_DIR, check=check)
-        from megadpo.run import run_training  # Megatron takes seconds to import; mistakes above cost none
+        # Megatron takes seconds to import; mistakes above cost none.
+        if config.train.dry_run:
+            from megadpo.dry_run import run_dry
+
+            run_dry(config)
+            return 0
+        from megadpo.run import run_training
 
         logger.info("done: %s", run_training(config))
         return 0

@@ -13,7 +13,7 @@ from datetime import datetime
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -42,12 +42,14 @@ def compose_config(
     *,
     config_dir: Path | None = None,
     check: Callable[[Config], None] = lambda config: None,
+    dispensable: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """The configuration of conf/config.yaml, the chosen group files and the overrides, types and rules checked.
 
     `overrides` are words of the command line: `+GROUP=FILE` (or `GROUP=FILE`) picks conf/GROUP/FILE.yaml, `key=value`
     sets a key; the last value of a key wins. `config_dir` defaults to conf/ beside the package. `check` raises
-    ConfigError for what types cannot say. Raises one ConfigError with every unknown key, wrong type, missing key,
+    ConfigError for what types cannot say. `dispensable` has values for required keys that this once may be missing,
+    by their dotted names. Raises one ConfigError with every unknown key, wrong type, missing key,
     unknown file, word that is not an override, and violation that `check` finds.
     """
     conf = (config_dir or Path(__file__).parents[2] / "conf").resolve()
@@ -55,6 +57,9 @@ def compose_config(
         raise ConfigError(f"{conf}: no config.yaml there; run from a clone, or give the conf/ directory of one")
     parsed = _read_overrides(overrides, conf)
     tree = _merge(parsed, conf)
+    for key, value in dispensable.items():
+        group, _, name = key.partition(".")
+        tree.setdefault(group, {}).setdefault(name, value)
 
     def missing(key: str) -> str:
         if key == "model.name":

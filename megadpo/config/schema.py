@@ -372,6 +372,9 @@ class TrainConfig:
     run_dir: str | None = None
     """Directory of everything the run writes. Null: outputs/DATE_TIME-MODEL, chosen when the run starts."""
 
+    dry_run: bool = False
+    """Take the launch through settings, data and schedule to a plan of its memory, and stop before any weights."""
+
     resume: str = "never"
     """auto: newest valid checkpoint of run_dir, or a fresh start; never: run_dir must be empty; or a directory."""
 
@@ -396,6 +399,37 @@ class DeviceConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines that are planned for; only tools/plan.py and train.dry_run read it."""
+
+    gpus: int | None = None
+    """Cards in all, >= 1; tools/plan.py needs it, a dry run has its own ranks."""
+
+    gpu: str | None = None
+    """Kind of card: a name in megadpo/cards.py, or another with memory_gib. Null: the card that a dry run is on."""
+
+    gpus_per_node: int = 8
+    """Cards that NVLink joins, >= 1: those of one machine."""
+
+    memory_gib: float | None = None
+    """Memory of a card in GiB, > 0. Null: the table's."""
+
+    network_gb_per_s: float | None = None
+    """What the network carries for each card, one way, in 10**9 bytes a second, > 0. Null: the table's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What tools/plan.py assumes of the pairs where no data are given."""
+
+    prompt_tokens: int | None = None
+    """Tokens of every prompt, >= 1. Null: a quarter of data.max_length."""
+
+    response_tokens: int | None = None
+    """Tokens of every response, >= 1. Null: a quarter of data.max_length."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """The whole configuration of a run."""
 
@@ -411,6 +445,8 @@ class Config:
     trackers: list[Tracker] = field(default_factory=lambda: [Tracker.jsonl, Tracker.tensorboard])
     """Where metrics go; jsonl is always among them, because reports and resuming read it."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def show(value: object) -> str:

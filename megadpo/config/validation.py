@@ -14,6 +14,7 @@ from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
+from megadpo.config.cluster_rules import check_cluster
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.schema import AttentionKernel, Backend, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
 from megadpo.config.source_spec import check_source
@@ -80,21 +81,33 @@ _RANGES = {
     "train.eval_every": _Range(low=1),
     "train.save_every": _Range(low=1),
     "checkpoint.keep_last": _Range(low=1),
+    "cluster.gpus": _Range(low=1),
+    "cluster.gpus_per_node": _Range(low=1),
+    "cluster.memory_gib": _Range(low=0, above=True),
+    "cluster.network_gb_per_s": _Range(low=0, above=True),
+    "plan.prompt_tokens": _Range(low=1),
+    "plan.response_tokens": _Range(low=1),
 }
 
 
 def validate(
-    config: Config, *, world_size: int, shape: ModelShape | None = None, reference_shape: ModelShape | None = None
+    config: Config,
+    *,
+    world_size: int,
+    shape: ModelShape | None = None,
+    reference_shape: ModelShape | None = None,
+    planning: bool = False,
 ) -> None:
     """Raises one ConfigError with every rule that `config` breaks on `world_size` ranks; returns when there is none.
 
     Give the configuration as the user wrote it, before `resolve_defaults`. With `shape`, the layout is also checked
-    against the model's sizes, and with `reference_shape` against those of a reference of its own.
+    against the model's sizes, and with `reference_shape` against those of a reference of its own. `planning` is for
+    tools/plan.py: nothing is run, so that weights and data may be missing.
     """
     violations = [
         *_check_ranges(config),
-        *_check_model(config),
-        *_check_data(config),
+        *_check_model(config, planning),
+        *_check_data(config, planning),
         *_check_layout(config, world_size),
         *check_memory_keys(config),
         *(_check_shape(config, shape, "model") if shape is not None else []),
@@ -104,6 +117,7 @@ def validate(
         *_check_optimizer(config),
         *_check_run(config),
         *_check_device(config),
+        *check_cluster(config, planning=planning),
         *_check_secrets(config),
     ]
     if violations:
@@ -148,15 +162,11 @@ def _check_ranges(config: Config) -> list[str]:
     return violations
 
 
-def _check_model(config: Config) -> list[str]:
+def _check_model(config: Config, planning: bool) -> list[str]:
     violations = []
     hf_path, checkpoint = config.model.hf_path, config.model.checkpoint
     if hf_path is None and checkpoint is None and config.model.name:  # a missing name is the mistake to mend first
-        named = f"{config.model.name} is known by its shape, and " if config.model.shape is not None else ""
-        violations.append(
-            f"model.hf_path=null: {named}weights must come from somewhere: give model.hf_path=DIR or "
-            "model.checkpoint=DIR"
-        )
+        violations += _check_missing_model(config, planning)
     if checkpoint is not None and hf_path is not None:
         violations.append(
             f"model.checkpoint={checkpoint}: must be the only source of weights, model.hf_path={hf_path} is another: "
@@ -174,10 +184,27 @@ def _check_model(config: Config) -> list[str]:
     return violations
 
 
-def _check_data(config: Config) -> list[str]:
+def _check_missing_model(config: Config, planning: bool) -> list[str]:
+    """What no directory of a model is a mistake for: weights, the tokenizer, or the shape alone."""
+    if planning and not config.data.train_path:
+        if config.model.shape is not None:
+            return []
+        return ["model.hf_path=null: the model's shape is needed: give model.hf_path=DIR, or a named +model=NAME"]
+    named = f"{config.model.name} is known by its shape, and " if config.model.shape is not None else ""
+    if planning or config.train.dry_run:
+        return [
+            f"model.hf_path=null: {named}the data are read with its tokenizer: give model.hf_path=DIR, a directory "
+            "with config.json and the tokenizer's files (weights are not read), or use tools/plan.py without data"
+        ]
+    return [
+        f"model.hf_path=null: {named}weights must come from somewhere: give model.hf_path=DIR or model.checkpoint=DIR"
+    ]
+
+
+def _check_data(config: Config, planning: bool) -> list[str]:
     data = config.data
     violations = []
-    if not data.train_path:
+    if not data.train_path and not planning:
         violations.append("data.train_path=[]: must name at least one file, as in data.train_path=pairs.jsonl")
     if data.validation_path == {}:
         violations.append("data.validation_path={}: must name at least one file, or be null for no validation")

@@ -87,7 +87,7 @@ class BatchBuilder:
             data_parallel=shape.data_size,
             microbatch_multiple=shape.microbatch_multiple,
         )
-        widths = self._stream_widths(schedule, lengths)
+        widths = stream_widths(schedule, lengths, shape)
         own_bins = schedule.bins_by_rank[shape.data_rank]
         computed_tokens = sum(map(sum, widths))
         return GlobalBatch(
@@ -117,17 +117,18 @@ class BatchBuilder:
         lengths = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
         return pair_flops(rates, *lengths, share_prompt=self.share_prompt)
 
-    def _stream_widths(self, schedule: StepSchedule, lengths: Sequence[int]) -> list[list[int]]:
-        """Stream length of every rank's every microbatch."""
 
-        def rounded(tokens: int) -> int:
-            multiple = self.shape.token_multiple
-            return max(1, -(-tokens // multiple)) * multiple
+def stream_widths(schedule: StepSchedule, lengths: Sequence[int], shape: BatchShape) -> list[list[int]]:
+    """Stream length of every rank's every microbatch, padding included."""
 
-        if self.shape.fixed_streams:
-            width = rounded(schedule.stream_tokens)
-            return [[width] * len(bins) for bins in schedule.bins_by_rank]
-        return [[rounded(sum(lengths[i] for i in members)) for members in bins] for bins in schedule.bins_by_rank]
+    def rounded(tokens: int) -> int:
+        multiple = shape.token_multiple
+        return max(1, -(-tokens // multiple)) * multiple
+
+    if shape.fixed_streams:
+        width = rounded(schedule.stream_tokens)
+        return [[width] * len(bins) for bins in schedule.bins_by_rank]
+    return [[rounded(sum(lengths[i] for i in members)) for members in bins] for bins in schedule.bins_by_rank]
 
 
 def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

@@ -13,13 +13,26 @@ from megadpo.device import Device
 class Recompute:
     """Which activations the backward computes again, in Megatron's words; by default none.
 
-    `modules` belongs to granularity "selective", `method` and `num_layers` to "full".
+    `modules` (of core_attn and mlp) belongs to granularity "selective". With "full" and method "uniform" every group of
+    `num_layers` keeps its input alone.
     """
 
     granularity: str | None = None
     method: str | None = None
     num_layers: int | None = None
     modules: tuple[str, ...] = ()
+
+    @property
+    def is_block(self) -> bool:
+        """Whether `num_layers` single layers of each chunk keep their input alone, and the others everything."""
+        return self.granularity == "full" and self.method == "block"
+
+    def __str__(self) -> str:
+        if self.granularity == "selective":
+            return f"selective ({', '.join(self.modules)})"
+        if self.granularity == "full":
+            return f"full ({self.method}, {self.num_layers})"
+        return "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +41,10 @@ class PipelineSplit:
 
     first: int | None = None
     last: int | None = None
+
+    def __str__(self) -> str:
+        ends = {"first": self.first, "last": self.last}
+        return ", ".join(f"{layers} layers in the {end} stage" for end, layers in ends.items() if layers is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,12 @@ def _one(
 ) -> torch.Tensor:
     """Attention output [Q, A, D] of one segment, causal where there is no mask."""
     q, k, v = (states.transpose(0, 1)[None] for states in (q_QAD, k_LGD, v_LGD))
+    if q.is_meta:
+        # Asked for no device's kernel, torch would take one that keeps all scores; this is the one it takes on CPU.
+        output_1AQD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask_QL is None, attn_mask=mask_QL, scale=scale
+        )[0]
+        return output_1AQD[0].transpose(0, 1)
     output_1AQD = scaled_dot_product_attention(
         q,
         k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,3 +88,31 @@ def build_parallel_state(
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_group=mpu.get_pipeline_model_parallel_group(),
     )
+
+
+@contextmanager
+def imagined_parallel_state(
+    *, tensor: int, pipeline: int, virtual_pipeline: int | None, data: int, stage: int
+) -> Iterator[ParallelState]:
+    """The place of a pipeline stage's first rank in a world that is not there; its collectives return at once.
+
+    For building models on the meta device. No process group may exist; Megatron's groups of one that has ended are
+    forgotten.
+    """
+    from megatron.core import parallel_state as mpu
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    mpu.destroy_model_parallel()
+    ranks_of_a_stage = tensor * data
+    excepthook = sys.excepthook  # every group that is opened puts its rank before tracebacks, for good
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=stage * ranks_of_a_stage, world_size=pipeline * ranks_of_a_stage
+    )
+    try:
+        yield build_parallel_state(
+            tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, seed=0, timeout_s=60.0
+        )
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+        sys.excepthook = excepthook

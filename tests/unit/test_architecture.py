@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"cpus", "errors", "files", "rank_logging"},
+    {"cards", "cpus", "errors", "files", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
     {"gloo"},
@@ -30,8 +30,9 @@ FLOORS = [
     {"reference"},
     {"train_step", "evaluation", "trackers", "progress", "health"},
     {"trainer"},
-    {"command_line", "assembly", "datasets", "resume", "session"},
+    {"command_line", "assembly", "datasets", "planning", "resume", "session"},
     {"run", "score_files", "scoring", "convert", "verification"},
+    {"dry_run"},
     {"tools"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -56,6 +57,7 @@ HOMES = {
         "megadpo.models",
         "megadpo.optimizer",
         "megadpo.host_optimizer",
+        "megadpo.planner",
         "megadpo.forward_step",
         "megadpo.train_step",
         "megadpo.checkpoint",

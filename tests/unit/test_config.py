@@ -100,11 +100,19 @@ KEYS = {
     "train.eval_every": ("10", 10, "0", "must be a finite number >= 1"),
     "train.save_every": ("10", 10, "true", "must be a whole number or null"),
     "train.run_dir": ("out/run", "out/run", "5", "must be text or null"),
+    "train.dry_run": ("true", True, "1", "must be true or false"),
     "train.resume": ("auto", "auto", "null", "must be text, as in train.resume=never"),
     "checkpoint.keep_last": ("1", 1, "0", "must be a finite number >= 1"),
     "trackers": ("[jsonl,wandb]", ["jsonl", "wandb"], "mlflow", "must be one of jsonl, tensorboard, wandb"),
     "device.kind": ("cpu", "cpu", "tpu", "must be one of auto, cuda, cpu"),
     "device.attention": ("sdpa", "sdpa", "flash", "must be one of auto, sdpa, varlen, transformer_engine"),
+    "cluster.gpus": ("64", 64, "0", "must be a finite number >= 1"),
+    "cluster.gpu": ("h100", "h100", "7", "must be text or null"),
+    "cluster.gpus_per_node": ("4", 4, "0", "must be a finite number >= 1"),
+    "cluster.memory_gib": ("40", 40.0, "0", "must be a finite number > 0"),
+    "cluster.network_gb_per_s": ("25", 25.0, "-1", "must be a finite number > 0"),
+    "plan.prompt_tokens": ("300", 300, "0", "must be a finite number >= 1"),
+    "plan.response_tokens": ("200", 200, "0", "must be a finite number >= 1"),
 }
 
 
@@ -190,6 +198,11 @@ def test_every_number_has_a_range() -> None:
         "parallel.bucket_size",
         "train.eval_every",
         "data.workers",
+        "cluster.gpus",
+        "cluster.memory_gib",
+        "cluster.network_gb_per_s",
+        "plan.prompt_tokens",
+        "plan.response_tokens",
     }
     assert numbers | nullable == set(validation._RANGES)
 
@@ -265,11 +278,20 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "eval_every": None,
             "save_every": None,
             "run_dir": None,
+            "dry_run": False,
             "resume": "never",
         },
         "checkpoint": {"keep_last": 2},
         "trackers": ["jsonl", "tensorboard"],
         "device": {"kind": "auto", "attention": "auto"},
+        "cluster": {
+            "gpus": None,
+            "gpu": None,
+            "gpus_per_node": 8,
+            "memory_gib": None,
+            "network_gb_per_s": None,
+        },
+        "plan": {"prompt_tokens": None, "response_tokens": None},
     }
 
 

@@ -1,0 +1,10 @@
+"""What a layout takes before anything is loaded: memory, communication, the pipeline's bubble and the time of a step.
+
+`plan` is exact where shapes decide (parameters, gradients, what a layer keeps for its backward) and arithmetic where
+machines do (times). Legend of names: T tokens of a microbatch's stream, H hidden size.
+"""
+
+from megadpo.planner.job import Cluster, Job, Layout, MemoryKnobs, PairLengths
+from megadpo.planner.plan import Plan, make_plan
+
+__all__ = ["Cluster", "Job", "Layout", "MemoryKnobs", "PairLengths", "Plan", "make_plan"]

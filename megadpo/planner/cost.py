@@ -1,0 +1,226 @@
+"""What a step costs: microbatches, FLOPs, bytes that a rank sends, and the least time that these take on a card.
+
+A time here is a floor: matrix products at the data sheet's dense rate, links at theirs, everything overlapped. What
+fraction of it a real step reaches is for measurements to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megadpo.data.loader import stream_widths
+from megadpo.data.schedule import schedule_step
+from megadpo.flops import FlopRates, pair_flops, step_flops
+from megadpo.logprobs import chunk_rows
+from megadpo.planner.job import Job, PairLengths
+from megadpo.planner.memory import StageMemory
+from megadpo.planner.pipeline import bubble_share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLoad:
+    """One step's work: pairs, microbatches of a rank, the longest stream, tokens with and without padding, FLOPs.
+
+    `flops` are those of `flops.step_flops`, from true lengths; `linear`, `attention` and `head` are their parts in one
+    forward pass of the policy. `logical_tokens` counts every prompt twice.
+    """
+
+    pairs: int
+    microbatches: int
+    stream_tokens: int
+    tokens: int
+    computed_tokens: int
+    logical_tokens: int
+    response_tokens: int
+    linear: int
+    attention: int
+    head: int
+    flops: int
+    reference_forward: int
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that are padding or fillers."""
+        return 1 - self.tokens / self.computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that the busiest rank sends in a step, over tensor groups, between stages and over data groups."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least seconds of a step by what limits it; `step` is the largest, `bottleneck` its name.
+
+    `serial` is what the step takes at the same rates when nothing overlaps.
+    """
+
+    compute: float
+    bubble: float
+    memory: float
+    nvlink: float
+    network: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by what limits them; the pipeline's bubble belongs to computing."""
+        return {
+            "compute": self.compute + self.bubble,
+            "memory bandwidth": self.memory,
+            "NVLink or PCIe": self.nvlink,
+            "network": self.network,
+        }
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return max(self.parts.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """What the step waits for."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step in which nothing overlaps."""
+        return sum(self.parts.values())
+
+
+def step_load(job: Job, pairs: Sequence[PairLengths]) -> StepLoad:
+    """The work of a step on such pairs: the schedule that training would make of them."""
+    shape = job.layout.batch_shape
+    lengths = [job.stream_tokens(pair) for pair in pairs]
+    rates = job.arch.flop_rates
+    forwards = [_forward(job, rates_of, pair) for rates_of in (rates, job.reference.flop_rates) for pair in pairs]
+    policy, reference = forwards[: len(pairs)], forwards[len(pairs) :]
+    schedule = schedule_step(
+        lengths,
+        policy,
+        budget=job.tokens_per_microbatch,
+        data_parallel=shape.data_size,
+        microbatch_multiple=shape.microbatch_multiple,
+    )
+    widths = stream_widths(schedule, lengths, shape)
+    response = sum(pair.chosen + pair.rejected for pair in pairs)
+    linear, head = rates.per_token * sum(lengths), rates.per_response_token * response
+    return StepLoad(
+        pairs=len(pairs),
+        microbatches=len(widths[0]),
+        stream_tokens=max(map(max, widths)),
+        tokens=sum(lengths),
+        computed_tokens=sum(map(sum, widths)),
+        logical_tokens=sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs),
+        response_tokens=response,
+        linear=linear,
+        attention=sum(policy) - linear - head,
+        head=head,
+        flops=step_flops(sum(policy), sum(reference)),
+        reference_forward=sum(reference),
+    )
+
+
+def _forward(job: Job, rates: FlopRates, pair: PairLengths) -> int:
+    return pair_flops(rates, pair.prompt, pair.chosen, pair.rejected, share_prompt=job.share_prompt)
+
+
+def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Traffic:
+    """What the busiest rank sends in a step, by ring algorithms.
+
+    A layer under sequence parallelism gathers and scatters its rows twice in a forward; its backward does so too and
+    gathers its inputs twice more. Without it, two all-reduces take the place of either pair.
+    """
+    layout = job.layout
+    recomputes = 4 if job.knobs.recompute.granularity == "full" else 0
+    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + recomputes  # forward, backward, reference
+    ends = 3  # the embedding's or the head's rows: forward, backward, reference
+    rows = load.microbatches * load.stream_tokens * job.arch.hidden_size * job.dtype.itemsize
+    layers = max(sum(stage.layers) for stage in stages)
+    gradients = max(stage.gradients for stage in stages)
+    weights = max(stage.parameters for stage in stages) * job.dtype.itemsize
+    neighbours = layout.pipeline > 1
+    return Traffic(
+        tensor=round(rows * (moves * layers + ends) * _others(layout.tensor)),
+        pipeline=3 * rows // layout.sequence_ranks * layout.virtual_pipeline if neighbours else 0,
+        data=round((gradients + weights) * _others(layout.data)),
+    )
+
+
+def _others(ranks: int) -> float:
+    """Share of a ring's data that a rank sends on."""
+    return (ranks - 1) / ranks
+
+
+def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic: Traffic) -> Floor | None:
+    """The least time of a step; None where the card is not known, or in fp32, for which no rate is listed."""
+    cluster, layout = job.cluster, job.layout
+    if cluster.card is None or job.dtype.itemsize > 2:
+        return None
+    assert cluster.network_gb_per_s is not None
+    node = cluster.gpus_per_node
+    links = [
+        (traffic.tensor, layout.tensor),
+        (traffic.data, layout.tensor * layout.data),  # data ranks stand side by side, each with its tensor ranks
+        (traffic.pipeline, layout.world_size),
+    ]
+    inside = sum(sent for sent, reach in links if reach <= node)
+    outside = sum(sent for sent, reach in links if reach > node)
+    compute = max(_stage_seconds(job, load, stages, place) for place in range(len(stages)))
+    share = bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=load.microbatches)
+    return Floor(
+        compute=compute,
+        bubble=compute * share,
+        memory=max(_bytes_touched(job, load, stage) for stage in stages) / (cluster.card.memory_tb_per_s * 1e12),
+        nvlink=inside / (cluster.card.nvlink_gb_per_s * 1e9),
+        network=outside / (cluster.network_gb_per_s * 1e9),
+    )
+
+
+def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], place: int) -> float:
+    """Seconds of matrix products of one stage's ranks, padding and what is computed again included."""
+    card, knobs = job.cluster.card, job.knobs
+    assert card is not None
+    fast = card.fp8_tflops if knobs.fp8 is not None and card.fp8_tflops else card.bf16_tflops
+    share = sum(stages[place].layers) / job.arch.num_layers
+    reference = load.reference_forward / (load.linear + load.attention + load.head)
+    again = 1 if knobs.recompute.granularity == "full" else 0
+    passes = 3 + reference + again
+    linear = load.linear * (load.computed_tokens / load.tokens) * (passes + _recomputed_linear(job))
+    attention = load.attention * (passes + ("core_attn" in knobs.recompute.modules))
+    seconds = share * (linear / fast + attention / card.bf16_tflops)
+    if place == len(stages) - 1:
+        seconds += load.head * (3 + reference + _recomputed_head(job, load)) / card.bf16_tflops
+    return seconds / 1e12 / (job.layout.tensor * job.layout.data)
+
+
+def _recomputed_linear(job: Job) -> float:
+    """Part of a layer's matrix products that selective recomputation does again: the feed-forward's."""
+    if "mlp" not in job.knobs.recompute.modules:
+        return 0.0
+    arch = job.arch
+    mlp = 3 * 2 * arch.hidden_size * arch.ffn_hidden_size * arch.num_layers
+    return mlp / arch.flop_rates.per_token
+
+
+def _recomputed_head(job: Job, load: StepLoad) -> int:
+    """1 where a microbatch's logits are more than one chunk, which the backward then makes again."""
+    vocabulary = job.arch.padded_vocab_size(job.layout.tensor) // job.layout.tensor
+    rows = load.response_tokens / (load.microbatches * job.layout.data)
+    return int(rows > chunk_rows(vocabulary, dtype=job.dtype, logits_bytes=job.logits_mib * 2**20))
+
+
+def _bytes_touched(job: Job, load: StepLoad, stage: StageMemory) -> int:
+    """Bytes of weights, gradients and optimizer that a rank must read and write in a step.
+
+    A microbatch reads the weights forward and backward and for the reference, and adds to the gradients; the update
+    reads gradients, reads and writes its state, and writes weights.
+    """
+    per_microbatch = 2 * stage.weights + stage.reference + 2 * stage.gradients
+    update = 2 * stage.optimizer + (stage.gradients + stage.weights) // job.layout.data
+    return load.microbatches * per_microbatch + update

@@ -1,0 +1,125 @@
+"""What is planned: a model, a layout, the knobs that cost or save memory, the pairs of a step, the machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megadpo.cards import Card
+from megadpo.data.batch import stream_tokens
+from megadpo.data.loader import BatchShape
+from megadpo.models.hf_config import Architecture
+from megadpo.models.options import PipelineSplit, Recompute
+from megadpo.optimizer import OptimizerOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How the ranks are shared out; `virtual_pipeline` is the number of model chunks of a stage."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    split: PipelineSplit = field(default_factory=PipelineSplit)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share the rows of a stream between the layers' matrix products."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """What the layout asks of a batch, for data-parallel rank 0."""
+        return BatchShape(
+            data_rank=0,
+            data_size=self.data,
+            token_multiple=self.sequence_ranks,
+            fixed_streams=self.pipeline > 1,
+            microbatch_multiple=self.pipeline if self.virtual_pipeline > 1 else 1,
+        )
+
+    def __str__(self) -> str:
+        virtual = f" x vpp{self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+        split = f" ({self.split})" if str(self.split) else ""
+        return f"tp{self.tensor} x pp{self.pipeline}{virtual} x dp{self.data}{split}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryKnobs:
+    """Settings that change what a parameter or a token takes, and nothing of the layout.
+
+    `fp8` is a recipe of Transformer Engine's, for all layers.
+    """
+
+    recompute: Recompute = field(default_factory=Recompute)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    grad_reduce_in_fp32: bool = True
+    fp8: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """The machines: what one card can do (None: not known), the memory to plan for (None: not judged)."""
+
+    gpu: str | None = None
+    card: Card | None = None
+    memory_gib: float | None = None
+    gpus_per_node: int = 8
+    network_gb_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairLengths:
+    """Tokens of a pair's prompt and of its responses."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """All that a plan depends on.
+
+    `steps` are the pairs of each step that is looked at, `lengths_from` says where their lengths come from. The longest
+    pair of the data makes a stream of `longest_pair` tokens. `attention` is the kernel whose memory is counted.
+    """
+
+    name: str
+    arch: Architecture
+    reference: Architecture
+    layout: Layout
+    knobs: MemoryKnobs
+    cluster: Cluster
+    dtype: torch.dtype
+    steps: tuple[tuple[PairLengths, ...], ...]
+    longest_pair: int
+    lengths_from: str
+    share_prompt: bool
+    tokens_per_microbatch: int
+    logits_mib: int
+    attention: str = "varlen"
+
+    def stream_tokens(self, pair: PairLengths) -> int:
+        """Tokens that a pair takes in a stream."""
+        return stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
+
+    @property
+    def widest_stream(self) -> int:
+        """Tokens of the longest stream that a step may have: what memory is planned for.
+
+        A full budget, or a longer pair; less where all pairs of a step don't fill it.
+        """
+        lengths = [[self.stream_tokens(pair) for pair in step] for step in self.steps]
+        longest = max(self.longest_pair, *(max(step) for step in lengths))
+        widest = max(longest, min(self.tokens_per_microbatch, max(map(sum, lengths))))
+        multiple = self.layout.batch_shape.token_multiple
+        return -(-widest // multiple) * multiple

@@ -1,0 +1,184 @@
+"""Bytes of a rank of each pipeline stage: what it always holds, and what a step's microbatches take at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megadpo.planner.job import Job, MemoryKnobs
+from megadpo.planner.pipeline import peak_in_flight, stage_work
+from megadpo.planner.rehearsal import Footprint, Place, Rehearsals, Stream
+from megadpo.planner.shards import Shard
+
+# What a card holds besides tensors. Not measured by this project on a GPU: the CUDA context with its kernels, cuBLAS
+# workspaces and NCCL's buffers take one to three GB, and the allocator's gaps a few per cent.
+CONTEXT_BYTES = 2 * 2**30
+FRAGMENTATION = 0.05
+_FP32 = 4
+
+# Under FP8 Transformer Engine holds every weight of a layer's matrix quantised beside the bf16 one, in two
+# orientations. Scales of blocks count as a part of a byte.
+_FP8_COPIES = 2
+_SCALE_BYTES = {"tensorwise": 0.0, "delayed": 0.0, "blockwise": 4 / 128, "mxfp8": 1 / 32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """Bytes of one rank of a stage. `peak` is the most of what the three phases of a step take.
+
+    `activations` and `head` are those at the peak of the policy's forward and backward passes, `workspace` Megatron's
+    gathering buffer for sequence parallelism and the messages between stages. `scoring` is the reference's pass above
+    what is always there, `update` the optimizer's. `host` is optimizer state that the host holds instead.
+    """
+
+    stage: int
+    layers: tuple[int, ...]
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    head: int
+    workspace: int
+    scoring: int
+    update: int
+    host: int
+
+    @property
+    def always(self) -> int:
+        """What is there all the time: weights, gradients, optimizer, reference, buffers that were used once."""
+        return self.weights + self.gradients + self.optimizer + self.reference + self.workspace
+
+    @property
+    def peak(self) -> int:
+        """Bytes of living tensors at the worst moment of a step."""
+        return self.always + max(self.activations + self.head, self.scoring, self.update)
+
+    @property
+    def allowance(self) -> int:
+        """What a GPU needs besides tensors."""
+        return CONTEXT_BYTES + round(FRAGMENTATION * self.peak)
+
+    @property
+    def total(self) -> int:
+        """Memory that a card must have."""
+        return self.peak + self.allowance
+
+
+def stage_memory(
+    job: Job, stage: int, shard: Shard, reference: Shard, stream: Stream, microbatches: int, rehearsals: Rehearsals
+) -> StageMemory:
+    """The memory of one stage's ranks in a step of `microbatches`, each at most the given stream."""
+    prints = _chunk_footprints(job, stage, shard, stream, rehearsals, head=True)
+    headless = _chunk_footprints(job, stage, shard, stream, rehearsals, head=False)
+    in_flight = _in_flight(job, stage, prints, microbatches)
+    activations = _in_flight(job, stage, headless, microbatches)
+    scoring = _scoring_peak(job, stage, reference, stream, rehearsals)
+    optimizer, host, update = _optimizer_bytes(job, shard)
+    messages = 0 if job.layout.pipeline == 1 else _message_bytes(job, stream.tokens)
+    return StageMemory(
+        stage=stage,
+        layers=shard.layers,
+        parameters=shard.parameters,
+        weights=_weight_bytes(job, shard),
+        gradients=shard.buffer_parameters * _gradient_bytes(job),
+        optimizer=optimizer,
+        reference=_weight_bytes(job, reference),
+        activations=activations,
+        head=max(0, in_flight - activations),
+        workspace=max(item.workspace for item in prints) + messages,
+        scoring=scoring,
+        update=update,
+        host=host,
+    )
+
+
+def _message_bytes(job: Job, tokens: int) -> int:
+    """A message between stages: the hidden states of a rank's rows."""
+    return tokens // job.layout.sequence_ranks * job.arch.hidden_size * job.dtype.itemsize
+
+
+def _gradient_bytes(job: Job) -> int:
+    return _FP32 if job.knobs.grad_reduce_in_fp32 else job.dtype.itemsize
+
+
+def _weight_bytes(job: Job, shard: Shard) -> int:
+    """Weights in the model's format, and what FP8 adds to those of the layers' matrices."""
+    plain = shard.parameters * job.dtype.itemsize
+    if job.knobs.fp8 is None:
+        return plain
+    return plain + round(shard.linear_parameters * _FP8_COPIES * (1 + _SCALE_BYTES[job.knobs.fp8]))
+
+
+def _optimizer_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
+    """(on the device, on the host, the update's own) bytes of this rank's share of the optimizer.
+
+    On the host lies a copy of the gradients too. An update of gradients in bf16 copies them in fp32, unless FusedAdam
+    takes them as they are.
+    """
+    knobs = job.knobs
+    numbers = -(-shard.buffer_parameters // job.layout.data)
+    state, offloaded = numbers * state_bytes(knobs, job.dtype), knobs.optimizer.offload_fraction
+    on_host = round(state * offloaded)
+    copies = _gradient_bytes(job) < _FP32 and not (knobs.optimizer.precision_aware or offloaded)
+    return state - on_host, on_host + round(numbers * _FP32 * offloaded), numbers * _FP32 if copies else 0
+
+
+def state_bytes(knobs: MemoryKnobs, dtype: torch.dtype) -> int:
+    """What the optimizer keeps of a parameter: an fp32 main weight, but for torch's AdamW in fp32, and two moments."""
+    optimizer = knobs.optimizer
+    has_main = dtype.itemsize < _FP32 or optimizer.precision_aware
+    moments = optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+    return moments + (_FP32 if has_main else 0)
+
+
+def _places(job: Job, stage: int, chunks: int, *, head: bool) -> list[Place]:
+    last = job.layout.pipeline - 1
+    return [
+        Place(embeds=stage == 0 and chunk == 0, scores=head and stage == last and chunk == chunks - 1)
+        for chunk in range(chunks)
+    ]
+
+
+def _chunk_footprints(
+    job: Job, stage: int, shard: Shard, stream: Stream, rehearsals: Rehearsals, *, head: bool
+) -> list[Footprint]:
+    places = _places(job, stage, len(shard.layers), head=head)
+    footprints = [
+        rehearsals.chunk(job, job.arch, stream, place, layers)
+        for place, layers in zip(places, shard.layers, strict=True)
+    ]
+    return [item.less(layers * _fp8_saving(job, stream)) for item, layers in zip(footprints, shard.layers, strict=True)]
+
+
+def _fp8_saving(job: Job, stream: Stream) -> int:
+    """Bytes a layer keeps less because the inputs of its matrices are kept quantised."""
+    knobs, arch = job.knobs, job.arch
+    if knobs.fp8 is None or knobs.recompute.granularity == "full":
+        return 0
+    rows, ranks = stream.tokens // job.layout.sequence_ranks, job.layout.tensor
+    inputs = rows * arch.hidden_size + stream.tokens * arch.num_attention_heads * arch.head_dim // ranks
+    if "mlp" not in knobs.recompute.modules:
+        inputs += rows * arch.hidden_size + stream.tokens * arch.ffn_hidden_size // ranks
+    return round(inputs * (job.dtype.itemsize - 1 - _SCALE_BYTES[knobs.fp8]))
+
+
+def _in_flight(job: Job, stage: int, footprints: list[Footprint], microbatches: int) -> int:
+    work = stage_work(stage, stages=job.layout.pipeline, chunks=len(footprints), microbatches=microbatches)
+    return peak_in_flight(
+        work,
+        [item.saved for item in footprints],
+        [item.forward_peak for item in footprints],
+        [item.backward_peak for item in footprints],
+    )
+
+
+def _scoring_peak(job: Job, stage: int, reference: Shard, stream: Stream, rehearsals: Rehearsals) -> int:
+    """A forward without gradients keeps nothing: its most is one chunk's, whichever its microbatch is in."""
+    places = _places(job, stage, len(reference.layers), head=True)
+    return max(
+        rehearsals.chunk(job, job.reference, stream, place, layers).scoring_peak
+        for place, layers in zip(places, reference.layers, strict=True)
+    )

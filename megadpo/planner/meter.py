@@ -1,0 +1,57 @@
+"""Counts the bytes of living tensors, on any device: the same count for what is planned and for what is measured."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside the context that still live (`now`), and the most since `reset_peak` (`peak`).
+
+    Memory that tensors share counts once, and until the last of them is gone. What an operation uses inside and gives
+    back before it returns is not seen, nor are tensors that other threads make.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def reset_peak(self) -> None:
+        """Forgets the peak: from here on it is that of what follows."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operation and counts the memory of what it returns, where that is new."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

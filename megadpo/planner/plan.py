@@ -1,0 +1,137 @@
+"""The plan of one layout: its stages' memory, a step's load, traffic and floor, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megadpo.device import megatron_device, planning_device
+from megadpo.planner.cost import Floor, StepLoad, Traffic, step_floor, step_load, step_traffic
+from megadpo.planner.job import Job, PairLengths
+from megadpo.planner.memory import StageMemory, stage_memory
+from megadpo.planner.pipeline import bubble_share
+from megadpo.planner.rehearsal import Rehearsals, Stream
+from megadpo.planner.shards import Shard, build_shard
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a job takes. `load` is that of the step with the most FLOPs, `stream_tokens` the stream of `stages`' memory.
+
+    `floor` is None where no rate of the card is known.
+    """
+
+    job: Job
+    stages: tuple[StageMemory, ...]
+    model_parameters: int
+    stream_tokens: int
+    load: StepLoad
+    traffic: Traffic
+    floor: Floor | None
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage whose ranks need most memory."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def bubble(self) -> float:
+        """The pipeline's idle time over its working time."""
+        layout = self.job.layout
+        return bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=self.load.microbatches)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has the memory it needs; true where no card is named."""
+        capacity = self.job.cluster.memory_gib
+        return capacity is None or self.fullest.total <= capacity * _GIB
+
+    def refusal(self) -> str:
+        """Why a layout that does not fit does not, and what to change."""
+        stage, capacity = self.fullest, self.job.cluster.memory_gib
+        card = f"a {self.job.cluster.gpu} has" if self.job.cluster.gpu else "a card has"
+        largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in _largest(stage))
+        return (
+            f"{self.job.layout} does not fit: a rank of stage {stage.stage} needs {stage.total / _GIB:.1f} GiB, "
+            f"{card} {capacity:g} GiB; most of it are, in GiB, {largest}: {', or '.join(_remedies(self))}; "
+            "tools/plan.py --suggest ranks the layouts that fit"
+        )
+
+
+def make_plan(job: Job, rehearsals: Rehearsals | None = None) -> Plan:
+    """The plan of a job, from its real shards; no process group may be open.
+
+    `rehearsals` may be shared by plans of one model, whose layouts' layers are often the same.
+    """
+    rehearsals = rehearsals or Rehearsals()
+    loads = [step_load(job, pairs) for pairs in job.steps]
+    load = max(loads, key=lambda step: step.flops)
+    microbatches = max(step.microbatches for step in loads)
+    stream = Stream(job.widest_stream, _mean_pair(pair for step in job.steps for pair in step), job.share_prompt)
+    with megatron_device(planning_device()):
+        shards = [build_shard(job, job.arch, stage) for stage in range(job.layout.pipeline)]
+        stages = tuple(
+            stage_memory(job, stage, shard, _reference_shard(job, stage, shard), stream, microbatches, rehearsals)
+            for stage, shard in enumerate(shards)
+        )
+    traffic = step_traffic(job, load, stages)
+    return Plan(
+        job=job,
+        stages=stages,
+        model_parameters=sum(shard.model_parameters for shard in shards),
+        stream_tokens=stream.tokens,
+        load=load,
+        traffic=traffic,
+        floor=step_floor(job, load, stages, traffic),
+    )
+
+
+def _reference_shard(job: Job, stage: int, policy: Shard) -> Shard:
+    return policy if job.reference == job.arch else build_shard(job, job.reference, stage)
+
+
+def _mean_pair(pairs: Iterable[PairLengths]) -> PairLengths:
+    known = list(pairs)
+    prompt, chosen, rejected = (
+        max(1, round(sum(lengths) / len(known)))
+        for lengths in zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in known), strict=True)
+    )
+    return PairLengths(prompt, chosen, rejected)
+
+
+def _largest(stage: StageMemory) -> list[tuple[str, int]]:
+    """What a stage's memory is made of, the most first."""
+    parts = {
+        "weights": stage.weights,
+        "gradients": stage.gradients,
+        "optimizer": stage.optimizer,
+        "reference": stage.reference,
+        "activations": max(stage.activations, stage.scoring),
+        "head": stage.head,
+        "allowance": stage.allowance,
+    }
+    return sorted(parts.items(), key=lambda item: -item[1])[:4]
+
+
+def _remedies(plan: Plan) -> list[str]:
+    """Settings that make the fullest rank's memory smaller, the cheapest first."""
+    job, stage, layout = plan.job, plan.fullest, plan.job.layout
+    remedies = []
+    if stage.activations + stage.head > stage.total // 8:
+        if job.knobs.recompute.granularity is None:
+            remedies.append("set model.recompute_granularity=full")
+        if job.tokens_per_microbatch > job.longest_pair:
+            remedies.append(f"lower data.tokens_per_microbatch={job.tokens_per_microbatch}")
+        else:
+            remedies.append("lower data.max_length")
+    optimizer = job.knobs.optimizer
+    if stage.optimizer > stage.total // 8 and not (optimizer.precision_aware or optimizer.offload_fraction):
+        remedies.append("set optimizer.precision_aware=true with moments in 16 bits, or optimizer.cpu_offload=true")
+    if layout.tensor < job.cluster.gpus_per_node and layout.data > 1:
+        remedies.append(f"raise parallel.tensor={layout.tensor} within a machine's {job.cluster.gpus_per_node} cards")
+    if layout.data > 1:
+        remedies.append(f"raise parallel.pipeline={layout.pipeline}")
+    remedies.append(f"take more than {layout.world_size} cards")
+    return remedies

@@ -1,0 +1,196 @@
+"""What a model chunk keeps and uses: its real forward and backward, run on tensors that have shapes and no numbers.
+
+It is the code that trains, so that what a module starts to keep, the plan knows. Chunks of one and of two layers are
+run; a further layer adds what lies between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+
+from megadpo.data.batch import PreferenceBatch, build_batch, stream_tokens
+from megadpo.data.tokenization import TokenizedPair
+from megadpo.models.builder import build_model
+from megadpo.models.hf_config import Architecture
+from megadpo.models.options import PipelineSplit, Recompute
+from megadpo.optimizer import wrap_data_parallel
+from megadpo.parallel.state import imagined_parallel_state
+from megadpo.planner.job import Job, PairLengths
+from megadpo.planner.meter import LiveBytes
+from megadpo.planner.shards import model_options
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk stands: whether it embeds tokens, and whether it has the head."""
+
+    embeds: bool
+    scores: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A microbatch: as many pairs of such lengths as fit into so many tokens, and padding."""
+
+    tokens: int
+    pair: PairLengths
+    share_prompt: bool
+
+    def batch(self) -> PreferenceBatch:
+        """The microbatch, with nothing in its tokens."""
+        pair = self.pair
+        length = stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
+        blank = np.zeros(max(pair.prompt, pair.chosen, pair.rejected), np.int32)
+        tokens = TokenizedPair(0, blank[: pair.prompt], blank[: pair.chosen], blank[: pair.rejected])
+        pairs = [tokens] * max(1, self.tokens // length)
+        return build_batch(pairs, num_tokens=self.tokens, pad_token_id=0, share_prompt=self.share_prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one microbatch in one chunk, above what the weights and gradients take.
+
+    `saved` is kept from its forward to its backward; `forward_peak` and `backward_peak` are the most while they run,
+    what this microbatch has saved included; `scoring_peak` is that of a forward without gradients. `workspace` stays
+    once it has been used, whatever runs, and is in none of the others.
+    """
+
+    saved: int
+    forward_peak: int
+    backward_peak: int
+    scoring_peak: int
+    workspace: int
+
+    def plus(self, other: Footprint, times: int) -> Footprint:
+        """This one and `times` further layers, whose share is what `other` has more; the workspace is shared."""
+        return Footprint(
+            saved=self.saved + times * (other.saved - self.saved),
+            forward_peak=self.forward_peak + times * (other.forward_peak - self.forward_peak),
+            backward_peak=self.backward_peak + times * (other.backward_peak - self.backward_peak),
+            scoring_peak=max(self.scoring_peak, other.scoring_peak),
+            workspace=max(self.workspace, other.workspace),
+        )
+
+    def less(self, saved: int) -> Footprint:
+        """This one with so many bytes fewer kept for the backward."""
+        return replace(
+            self,
+            saved=self.saved - saved,
+            forward_peak=self.forward_peak - saved,
+            backward_peak=self.backward_peak - saved,
+        )
+
+
+class Rehearsals:
+    """Footprints of chunks, each kind rehearsed once; to be used inside `megatron_device(planning_device())`."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Footprint] = {}
+
+    def chunk(self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int) -> Footprint:
+        """The footprint of a chunk of `layers` layers under the job's recomputation."""
+        recompute = job.knobs.recompute
+        if not recompute.is_block:
+            return self._extrapolated(job, arch, stream, place, layers, recompute)
+        # Block: so many layers keep their input alone, and the others everything.
+        thrifty = min(_together(recompute), layers)
+        single = Recompute(granularity="full", method="uniform", num_layers=1)
+        if thrifty == layers:
+            return self._extrapolated(job, arch, stream, place, layers, single)
+        rest = self._extrapolated(job, arch, stream, place, layers - thrifty, Recompute())
+        one, two = (self._rehearsed(job, arch, stream, place, n, single) for n in (1, 2))
+        return rest.less(-thrifty * (two.saved - one.saved))
+
+    def _extrapolated(
+        self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+    ) -> Footprint:
+        """The footprint of so many layers from those of one and two groups of layers that are recomputed together."""
+        group = min(_together(recompute), layers) if recompute.granularity == "full" else 1
+        one, two = (self._rehearsed(job, arch, stream, place, n * group, recompute) for n in (1, 2))
+        return one.plus(two, times=-(-layers // group) - 1)
+
+    def _rehearsed(
+        self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+    ) -> Footprint:
+        layout = (job.layout.tensor, job.layout.sequence_parallel)
+        key = (arch, layout, job.dtype, job.logits_mib, job.attention, stream, place, layers, recompute)
+        if key not in self._known:
+            self._known[key] = rehearse(job, arch, stream, place, layers, recompute)
+        return self._known[key]
+
+
+def _together(recompute: Recompute) -> int:
+    """Layers that full recomputation names."""
+    assert recompute.num_layers is not None
+    return recompute.num_layers
+
+
+def rehearse(
+    job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+) -> Footprint:
+    """Runs a chunk's forward, its backward, and a forward without gradients; its footprint."""
+    stages = 1 if place.embeds and place.scores else 3
+    stage = 0 if place.embeds else 2 if place.scores else 1
+    batch = stream.batch()
+    with (
+        imagined_parallel_state(
+            tensor=job.layout.tensor, pipeline=stages, virtual_pipeline=None, data=1, stage=stage
+        ) as state,
+        LiveBytes() as meter,
+    ):
+        with torch.device("meta"):
+            model = replace(arch, num_layers=layers * stages)
+            (chunk,) = build_model(model, state, model_options(job, recompute=recompute, split=PipelineSplit()))
+            (wrapped,) = wrap_data_parallel([chunk])
+        run = _Run(wrapped, batch, place=place, meter=meter)
+        rows = stream.tokens // job.layout.sequence_ranks
+        return run.footprint(rows=rows, hidden_size=arch.hidden_size, dtype=job.dtype)
+
+
+class _Run:
+    """One chunk's rehearsal; the hidden states between chunks are [`rows`, 1, H]."""
+
+    def __init__(
+        self, chunk: DistributedDataParallel, batch: PreferenceBatch, *, place: Place, meter: LiveBytes
+    ) -> None:
+        self.chunk, self.batch, self.place, self.meter = chunk, batch, place, meter
+
+    def footprint(self, *, rows: int, hidden_size: int, dtype: torch.dtype) -> Footprint:
+        """Measures everything; the chunk has not been run before."""
+        meter = self.meter
+        start = meter.now
+        meter.reset_peak()
+        hidden = torch.empty(rows, 1, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        output = self._forward(hidden)
+        forward_peak = meter.peak
+        if not self.place.scores:
+            deallocate_output_tensor(output, True)
+        saved = meter.now
+        meter.reset_peak()
+        if self.place.scores:
+            output.sum().backward()
+        else:
+            custom_backward(output, torch.empty_like(hidden))
+        backward_peak = meter.peak
+        del output, hidden
+        self.chunk.module.set_input_tensor([None])
+        workspace = meter.now - start
+        meter.reset_peak()
+        with torch.no_grad():
+            self._forward(torch.empty(rows, 1, hidden_size, dtype=dtype, device="meta"))
+        above = start + workspace
+        return Footprint(saved - above, forward_peak - above, backward_peak - above, meter.peak - above, workspace)
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states, or the response rows' log-probs where the chunk has the head."""
+        if not self.place.embeds:
+            self.chunk.module.set_input_tensor([hidden])
+        batch = self.batch.to(hidden.device)
+        output = self.chunk(batch.tokens_1T, batch.positions_T, batch.plan, batch.response_rows_N, batch.targets_N)
+        result: torch.Tensor = output.logps_N if self.place.scores else output
+        return result

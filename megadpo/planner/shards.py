@@ -1,0 +1,92 @@
+"""The real shards of a model: what Megatron builds for a rank of each pipeline stage, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megadpo.device import planning_device
+from megadpo.models.builder import build_model
+from megadpo.models.hf_config import Architecture
+from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
+from megadpo.models.policy import PolicyModel
+from megadpo.optimizer import wrap_data_parallel
+from megadpo.parallel.state import ParallelState, imagined_parallel_state
+from megadpo.planner.job import Job, Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """What a rank of one stage holds of the policy.
+
+    `layers` counts those of each model chunk. `parameters` are the rank's, `model_parameters` what the stage's tensor
+    ranks hold of the Hugging Face model together: no padding of the vocabulary, no second copy of tied embeddings.
+    `linear_parameters` are those of the layers' matrices, which FP8 applies to. `buffer_parameters` has Megatron's
+    padding of its gradient buffers too.
+    """
+
+    layers: tuple[int, ...]
+    parameters: int
+    model_parameters: int
+    linear_parameters: int
+    buffer_parameters: int
+
+
+def build_shard(job: Job, arch: Architecture, stage: int) -> Shard:
+    """The shard of one stage's ranks, from the modules that Megatron builds for it; inside `megatron_device`."""
+    layout = job.layout
+    with (
+        imagined_parallel_state(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            virtual_pipeline=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            data=layout.data,
+            stage=stage,
+        ) as state,
+        torch.device("meta"),
+    ):
+        chunks = build_model(arch, state, model_options(job, recompute=job.knobs.recompute, split=layout.split))
+        buffers = [buffer for wrapped in wrap_data_parallel(chunks) for buffer in wrapped.buffers]
+    return Shard(
+        layers=tuple(len(chunk.decoder.layers) for chunk in chunks),
+        parameters=sum(weight.numel() for chunk in chunks for weight in chunk.parameters()),
+        model_parameters=_model_parameters(chunks, arch, layout, state),
+        linear_parameters=sum(
+            weight.numel() for chunk in chunks for weight in chunk.decoder.parameters() if weight.dim() == 2
+        ),
+        buffer_parameters=sum(buffer.grad_data.numel() for buffer in buffers),
+    )
+
+
+def model_options(job: Job, *, recompute: Recompute, split: PipelineSplit) -> ModelOptions:
+    """What the models of a plan are built with: Megatron's own layers, which hold what Transformer Engine's do."""
+    return ModelOptions(
+        device=planning_device(),
+        dtype=job.dtype,
+        sequence_parallel=job.layout.sequence_parallel,
+        attention=job.attention,
+        logits_mib=job.logits_mib,
+        recompute=recompute,
+        split=split,
+    )
+
+
+def _model_parameters(chunks: Sequence[PolicyModel], arch: Architecture, layout: Layout, state: ParallelState) -> int:
+    """Parameters of the Hugging Face model that the tensor ranks of a stage hold together."""
+    padding = (arch.padded_vocab_size(layout.tensor) - arch.vocab_size) * arch.hidden_size
+    total = 0
+    for chunk in chunks:
+        for name, weight in chunk.named_parameters():
+            is_table = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            is_copy = name == "output_layer.weight" and arch.tied_embeddings and not chunk.pre_process
+            if is_copy:
+                continue
+            total += weight.numel() * (layout.tensor if _is_split(weight) else 1) - padding * is_table
+    return total
+
+
+def _is_split(weight: torch.nn.Parameter) -> bool:
+    """Whether the tensor ranks hold a part of it each; Megatron marks those that they do, and some that they don't."""
+    return hasattr(weight, "tensor_model_parallel") and bool(weight.tensor_model_parallel)

@@ -1,0 +1,106 @@
+"""Layouts of a model on so many cards, planned one after the other and ranked by the time of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megadpo.models.hf_config import Architecture
+from megadpo.models.options import Recompute
+from megadpo.planner.job import Job, Layout
+from megadpo.planner.memory import state_bytes
+from megadpo.planner.plan import Plan, make_plan
+from megadpo.planner.rehearsal import Rehearsals
+
+# More chunks than these make messages of little else.
+_MOST_CHUNKS = 8
+# The ways to recompute that are tried, the cheapest first. Not the attention core alone: flash attention keeps no
+# scores, so that there is next to nothing to win.
+RECOMPUTES = (
+    Recompute(),
+    Recompute(granularity="selective", modules=("mlp",)),
+    Recompute(granularity="full", method="uniform", num_layers=1),
+)
+# Bytes of a parameter besides the sharded optimizer's: weight, fp32 gradient, reference.
+_PER_PARAMETER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Plans that fit, the fastest first, and how many layouts were looked at."""
+
+    plans: tuple[Plan, ...]
+    looked_at: int
+
+
+def suggest(
+    job: Job, recomputes: Sequence[Recompute], *, report: Callable[[int, int], None] = lambda done, total: None
+) -> Ranking:
+    """The layouts of the job's model on its cards that fit, under each of the ways to recompute.
+
+    Of equal layouts the first way that fits stands for all: name them from the cheapest. Ranked by the step's time when
+    nothing overlaps, as much of it is not hidden in practice; without a card's rates by memory. `report` is told how
+    many layouts are done, and of how many.
+    """
+    rehearsals = Rehearsals()
+    layouts = [layout for layout in layouts_of(job) if not _hopeless(job, layout)]
+    plans = []
+    for done, layout in enumerate(layouts):
+        for recompute in recomputes:
+            plan = make_plan(replace(job, layout=layout, knobs=replace(job.knobs, recompute=recompute)), rehearsals)
+            if plan.fits:
+                plans.append(plan)
+                break
+        report(done + 1, len(layouts))
+    return Ranking(tuple(sorted(plans, key=_badness)), looked_at=len(list(layouts_of(job))))
+
+
+def layouts_of(job: Job) -> Iterator[Layout]:
+    """Every layout that the model can be cut into, tensor ranks inside a machine, with a pair for each data rank."""
+    world, arch = job.layout.world_size, job.arch
+    pairs = min(map(len, job.steps))
+    for tensor in _divisors(world):
+        if tensor > job.cluster.gpus_per_node or not all(_splits(model, tensor) for model in (arch, job.reference)):
+            continue
+        for pipeline in _divisors(world // tensor):
+            data = world // (tensor * pipeline)
+            if data > pairs:
+                continue
+            for chunks in range(1, _MOST_CHUNKS + 1 if pipeline > 1 else 2):
+                if all(model.num_layers % (pipeline * chunks) == 0 for model in (arch, job.reference)):
+                    yield Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=chunks,
+                        data=data,
+                        sequence_parallel=tensor > 1,
+                    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _splits(arch: Architecture, tensor: int) -> bool:
+    groups = arch.num_query_groups
+    shared_evenly = groups % tensor == 0 or tensor % groups == 0
+    return arch.num_attention_heads % tensor == 0 and arch.ffn_hidden_size % tensor == 0 and shared_evenly
+
+
+def _hopeless(job: Job, layout: Layout) -> bool:
+    """Whether weights, gradients and optimizer alone are too much: then nothing is built for it."""
+    if (
+        job.cluster.memory_gib is None
+        or job.knobs.optimizer.offload_fraction
+        or job.knobs.fp8
+        or job.dtype.itemsize > 2
+    ):
+        return False
+    numbers = job.arch.num_parameters / (layout.tensor * layout.pipeline)
+    knobs = job.knobs
+    per_parameter = _PER_PARAMETER if knobs.grad_reduce_in_fp32 else _PER_PARAMETER - 2
+    return numbers * (per_parameter + state_bytes(knobs, job.dtype) / layout.data) > job.cluster.memory_gib * 2**30
+
+
+def _badness(plan: Plan) -> tuple[float, int]:
+    return (plan.floor.serial if plan.floor is not None else 0.0, plan.fullest.total)
