@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from megadpo.config.schema import Dtype
+from megadpo.config.choices import Dtype
 from megadpo.errors import CheckpointError
 
 TRAINED = "training.json"

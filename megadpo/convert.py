@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.assembly import TORCH_DTYPES
 from megadpo.checkpoint import WEIGHTS_FROM, check_fitting, check_vocabulary, readable, save_imported
 from megadpo.checkpoint_files import (
     HF_DIRECTORY,
@@ -28,7 +27,8 @@ from megadpo.checkpoint_files import (
     stored_dtype,
     trained_setting,
 )
-from megadpo.config.schema import Dtype
+from megadpo.compute import TORCH_DTYPES
+from megadpo.config.choices import Dtype
 from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
 from megadpo.export import conversion_card, write_model

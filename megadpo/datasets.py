@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megadpo.config.schema import Config, DataConfig, OnError
+from megadpo.config.choices import OnError
+from megadpo.config.schema import Config, DataConfig
 from megadpo.data.dataset import Keys, validation_rows
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts

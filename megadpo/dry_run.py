@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from megadpo.assembly import log_attention
+from megadpo.compute import announce
 from megadpo.config.schema import Config
 from megadpo.datasets import load_datasets, warn_long_sequences
 from megadpo.errors import ConfigError
@@ -44,7 +44,7 @@ def _prepare(session: Session) -> Job:
     config, state, device = session.config, session.state, session.device
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
-    log_attention(config, arch, device)
+    announce(config, arch, device, trains=True)
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
     warn_long_sequences(datasets, arch.max_position_embeddings)
     check_all_agree("data or model configuration", f"{datasets.digests} {arch}")

@@ -9,13 +9,16 @@ from itertools import islice
 
 import numpy as np
 
-from megadpo.assembly import optimizer_options, pipeline_split, recomputation, torch_dtype
 from megadpo.cards import CARDS
-from megadpo.config.schema import AttentionKernel, Config, Dtype
+from megadpo.compute import optimizer_options, pipeline_split, recomputation, torch_dtype
+from megadpo.config.choices import AttentionKernel, Dtype
+from megadpo.config.schema import Config
 from megadpo.data.loader import epoch_order
 from megadpo.data.store import PairView
 from megadpo.datasets import open_datasets, prepare_stores
+from megadpo.errors import ConfigError
 from megadpo.model_source import model_source
+from megadpo.models.fp8 import unaligned_features
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 
@@ -47,6 +50,10 @@ def data_lengths(pairs: PairView, config: Config) -> DataLengths:
 def planned_job(config: Config) -> Job:
     """The job of a checked and resolved configuration for tools/plan.py; reads data where they are named."""
     arch = _architecture(config)
+    if config.precision.fp8 is not None:
+        unaligned = unaligned_features(arch, str(config.precision.fp8), tensor=config.parallel.tensor)
+        if unaligned is not None:
+            raise ConfigError(f"precision.fp8={config.precision.fp8}: {unaligned}: lower parallel.tensor, or use null")
     own = config.reference.hf_path
     lengths = _read_lengths(config, arch) if config.data.train_path else None
     return job_of(
@@ -101,6 +108,7 @@ def job_of(
             recompute=recomputation(config),
             optimizer=optimizer_options(config),
             grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+            fp8=None if config.precision.fp8 is None else str(config.precision.fp8),
         ),
         cluster=Cluster(
             gpu=gpu,

@@ -115,6 +115,15 @@ class TrainingProgress(ProgressBar):
                 metrics["time/step_s"],
             )
             return
+        if "fp8/margin_error" in metrics:
+            logger.info(
+                "fp8 after %d steps: margins off by %.4f in units of 1/beta, at most %.4f (the policy's alone %.4f)",
+                step,
+                metrics["fp8/margin_error"],
+                metrics["fp8/margin_error_max"],
+                metrics["fp8/policy_margin_error"],
+            )
+            return
         for name in sorted({key.rpartition("/loss")[0] for key in metrics if key.endswith("/loss")}):
             logger.info(
                 "%s after %d steps: loss %.5f  accuracy %.3f  margin %+.4f  policy alone %.3f  (%d pairs)",

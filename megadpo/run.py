@@ -15,14 +15,11 @@ from megadpo.assembly import (
     build_loss,
     build_policy,
     build_reference,
-    check_optimizer,
     check_weight_files,
-    log_attention,
-    log_backend,
     loop_settings,
-    torch_dtype,
 )
 from megadpo.checkpoint import save_checkpoint
+from megadpo.compute import announce, torch_dtype
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
@@ -33,6 +30,7 @@ from megadpo.errors import ConfigError
 from megadpo.evaluation import evaluate
 from megadpo.export import export_model, model_card
 from megadpo.files import write_durably, writing
+from megadpo.margin_check import margin_errors
 from megadpo.model_source import model_source, resolve_checkpoint
 from megadpo.models.conversion.side_files import SideFiles, read_side_files
 from megadpo.models.hf_config import read_architecture
@@ -81,9 +79,7 @@ def begin(config: Config) -> Config:
 def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
-    log_backend(config, device)
-    log_attention(config, arch, device)
-    check_optimizer(config, device)
+    announce(config, arch, device, trains=True)
     on_main(lambda: check_weight_files(config, source, arch))
     side_files = on_main(lambda: read_side_files(source.hf_dir))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
@@ -209,6 +205,15 @@ def _run_loop(
         trainer = Trainer(
             update=update,
             evaluate=partial(evaluate, policy.chunks, reference, loss, device=device.torch_device),
+            check_margins=partial(
+                margin_errors,
+                policy.chunks,
+                reference,
+                data.builder.build(data.pairs[: config.precision.fp8_check_pairs]),
+                beta=loss.beta,
+                state=state,
+                device=device.torch_device,
+            ),
             save=save,
             on_step=progress.report,
             data=data,

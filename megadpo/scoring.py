@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import build_batches, check_weight_files, load_starting_model, log_attention, log_backend
+from megadpo.assembly import build_batches, check_weight_files, load_starting_model
+from megadpo.compute import announce, fp8_settings
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import GlobalBatch, evaluation_batches
@@ -70,8 +71,7 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
 def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: Device) -> None:
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
-    log_backend(config, device)
-    log_attention(config, arch, device)
+    announce(config, arch, device, trains=False)
     on_main(lambda: check_weight_files(config, source, arch))
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
     warn_long_sequences(datasets, arch.max_position_embeddings)
@@ -163,6 +163,7 @@ def _line(index: int, chosen: float, rejected: float, chosen_tokens: int, reject
 def _identity(config: Config, source: ModelSource, pairs: PairView) -> dict[str, Any]:
     """What the numbers depend on, the layout left out: pairs, weights and their format, in plain values."""
     directory = (source.checkpoint or source.hf_dir).resolve()
+    fp8 = fp8_settings(config)
     patterns = ("*.distcp", ".metadata") if source.checkpoint is not None else ("*.safetensors",)
     weights = sorted(path for pattern in patterns for path in directory.glob(pattern))
     return {
@@ -175,6 +176,7 @@ def _identity(config: Config, source: ModelSource, pairs: PairView) -> dict[str,
             for path in (*weights, source.hf_dir / "config.json")
         },
         "dtype": str(config.precision.dtype),
+        **({} if fp8 is None else {"fp8": str(fp8)}),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megadpo.assembly import settle_backend
+from megadpo.compute import settle_backend
 from megadpo.config.compose import config_from_yaml, config_to_yaml
 from megadpo.config.schema import Config
 from megadpo.device import Device, megatron_device, select_device
@@ -34,8 +34,8 @@ def open_session(config: Config, resolve: Callable[[Config], Config]) -> Iterato
     """Device and groups of a validated configuration for the duration of the context, on all ranks of the launch.
 
     `resolve` fills in on rank 0, for all, what depends on clock and disk; which layers models are made of is settled
-    there too, by what rank 0's machine has. ConfigError on every rank where one was
-    started with another configuration; what `resolve` raises is raised on every rank too.
+    there too, by what rank 0's machine has. ConfigError on every rank where one was started with another configuration;
+    what `resolve` raises is raised on every rank too.
     """
     device = select_device(str(config.device.kind))
     with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):

@@ -37,7 +37,7 @@ _NO_PREFERENCE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """When the loop stops, logs, evaluates and saves (in updates), and the learning rate of every update.
+    """When the loop stops, logs, evaluates, checks margins and saves (in updates), and every update's learning rate.
 
     `value_without_preference` is the loss that the first update must show because the reference is the starting policy;
     None where it is not. `peak_flops` is the FLOP/s that a rank's card can do at most; None where that is not known.
@@ -47,6 +47,7 @@ class LoopSettings:
     log_every: int
     eval_every: int | None
     save_every: int | None
+    check_every: int | None
     learning_rate: LearningRate
     value_without_preference: float | None
     peak_flops: float | None
@@ -96,7 +97,8 @@ class Trainer:
     """Moves a run through its steps; the same calls happen on every rank.
 
     `update` makes one optimizer step on a global batch at a learning rate; `evaluate` gives this rank's sums over the
-    pairs of some batches; `save` writes the checkpoint of a step; `on_step` hears every logged line.
+    pairs of some batches; `check_margins` tells what FP8 does to margins; `save` writes the checkpoint of a step;
+    `on_step` hears every logged line.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Trainer:
         *,
         update: Callable[[GlobalBatch, float], StepResult],
         evaluate: Callable[[Iterable[GlobalBatch]], dict[str, torch.Tensor]],
+        check_margins: Callable[[], Mapping[str, float]],
         save: Callable[[int], None],
         on_step: Callable[[int, Mapping[str, float]], None],
         data: TrainingData,
@@ -115,6 +118,7 @@ class Trainer:
     ) -> None:
         self.update = update
         self.evaluate = evaluate
+        self.check_margins = check_margins
         self.save = save
         self.on_step = on_step
         self.data = data
@@ -130,6 +134,8 @@ class Trainer:
         settings = self.settings
         if steps_done == 0:
             self.evaluate_all(0)
+            if settings.check_every:
+                self._check_fp8(0)
         interval = Interval()
         batches_ahead = prefetched(self.data.batches(steps_done=steps_done, total_steps=settings.total_steps))
         with _startup_kept(), batches_ahead as batches:
@@ -141,6 +147,8 @@ class Trainer:
                     interval = Interval()
                 if is_last or (settings.eval_every and step % settings.eval_every == 0):
                     self.evaluate_all(step)
+                if settings.check_every and (is_last or step % settings.check_every == 0):
+                    self._check_fp8(step)
                 if is_last or (settings.save_every and step % settings.save_every == 0):
                     self.save(step)
         return self.last_metrics
@@ -227,6 +235,14 @@ class Trainer:
             prefix = f"eval/{name}/" if name else "eval/"
             metrics.update({f"{prefix}{key}": value for key, value in self._reduced(sums).items()})
         metrics["eval/time_s"] = time.perf_counter() - started
+        self._track(steps_done, metrics)
+        self.on_step(steps_done, metrics)
+
+    def _check_fp8(self, steps_done: int) -> None:
+        """Logs what FP8 does to some pairs' margins under `fp8/`, as one line."""
+        started = time.perf_counter()
+        metrics = {f"fp8/{name}": value for name, value in self.check_margins().items()}
+        metrics["fp8/time_s"] = time.perf_counter() - started
         self._track(steps_done, metrics)
         self.on_step(steps_done, metrics)
 

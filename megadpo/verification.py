@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from megadpo.assembly import TORCH_DTYPES, batch_shape
+from megadpo.assembly import batch_shape
 from megadpo.checkpoint import WEIGHTS_FROM, load_weights, readable
 from megadpo.checkpoint_files import HF_DIRECTORY, stored_dtype
-from megadpo.config.schema import Dtype
+from megadpo.compute import TORCH_DTYPES
+from megadpo.config.choices import Dtype
 from megadpo.convert import at_work, open_weights
 from megadpo.data.dataset import Keys, iter_rows, parse_row
 from megadpo.data.loader import BatchBuilder

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megadpo.checkpoint_files import find_checkpoint
 from megadpo.command_line import run_tool
-from megadpo.config.schema import DeviceKind, Dtype
+from megadpo.config.choices import DeviceKind, Dtype
 from megadpo.errors import ConfigError
 
 DIFFERENT = 3

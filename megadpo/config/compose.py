@@ -24,14 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megadpo.config.schema import (
-    Config,
-    ModelConfig,
-    RecomputeGranularity,
-    RecomputeMethod,
-    RecomputeModule,
-    show,
-)
+from megadpo.config.choices import RecomputeGranularity, RecomputeMethod, RecomputeModule
+from megadpo.config.schema import Config, ModelConfig, show
 from megadpo.errors import ConfigError
 
 _MISSING_IN_YAML = "???"

@@ -5,18 +5,8 @@ Every function gives its violations, [] for none; `validation.py` collects them.
 
 from __future__ import annotations
 
-from megadpo.config.schema import (
-    Config,
-    DeviceKind,
-    Dtype,
-    ModelConfig,
-    MomentDtype,
-    OptimizerConfig,
-    ParallelConfig,
-    RecomputeGranularity,
-    RecomputeMethod,
-    show,
-)
+from megadpo.config.choices import DeviceKind, Dtype, MomentDtype, RecomputeGranularity, RecomputeMethod
+from megadpo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, show
 
 # The share of a number by which it can change and still be rounded back to itself: half a unit in the last place, of a
 # number just above a power of two.

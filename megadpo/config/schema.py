@@ -8,122 +8,28 @@ Lists accept a bare value for a list of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-
-class Choice(str, Enum):
-    """One of a few names; equal to its YAML text (`Dtype.bf16 == "bf16"`), which is also how it prints."""
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class Truncation(Choice):
-    """What happens to a pair longer than `data.max_length`."""
-
-    keep_start = "keep_start"  # responses are cut at the end; a prompt that fills max_length alone drops its pair
-    keep_end = "keep_end"  # the prompt loses its beginning, once per pair, by what the longer response needs
-    drop = "drop"  # the pair is dropped and counted
-    error = "error"  # the run stops at the first one
-
-
-class OnError(Choice):
-    """What happens to a row of the data that cannot be used."""
-
-    error = "error"  # the run stops and names it
-    skip = "skip"  # it is counted and left out
-
-
-class LossName(Choice):
-    """Loss of one pair."""
-
-    sigmoid = "sigmoid"  # DPO (Rafailov 2023); with label smoothing, cDPO (Mitchell 2023)
-    ipo = "ipo"  # Azar 2023
-
-
-class ReferenceMode(Choice):
-    """How the reference model's log-probs are had."""
-
-    resident = "resident"  # a second frozen model beside the policy
-
-
-class Dtype(Choice):
-    """Number format of weights, activations and communication."""
-
-    bf16 = "bf16"  # with fp32 main weights in the optimizer
-    fp32 = "fp32"
-
-
-class Backend(Choice):
-    """What the layers are made of."""
-
-    auto = "auto"  # transformer_engine where it can serve
-    native = "native"  # Megatron-Core's own modules: on every device
-    transformer_engine = "transformer_engine"  # norms, linears and activation of Transformer Engine: CUDA, bf16
-
-
-class Schedule(Choice):
-    """Shape of the learning rate after warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Tracker(Choice):
-    """Where metrics are written."""
-
-    jsonl = "jsonl"  # RUN_DIR/metrics.jsonl
-    tensorboard = "tensorboard"  # RUN_DIR/tensorboard/
-    wandb = "wandb"  # Weights & Biases, online or offline (WANDB_MODE); its files lie in RUN_DIR/wandb/
-
-
-class DeviceKind(Choice):
-    """What computes."""
-
-    auto = "auto"  # CUDA where there is one
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-class RecomputeGranularity(Choice):
-    """Which activations of the layers the backward computes again instead of keeping them."""
-
-    selective = "selective"  # those of `model.recompute_modules`
-    full = "full"  # all: a layer, or several, keep their input alone
-
-
-class RecomputeMethod(Choice):
-    """Which layers of a chunk full recomputation takes."""
-
-    uniform = "uniform"  # all, `model.recompute_num_layers` together
-    block = "block"  # the first `model.recompute_num_layers` one by one, the others not at all
-
-
-class RecomputeModule(Choice):
-    """A part of every layer."""
-
-    core_attn = "core_attn"  # attention without its projections, rotary embedding included
-    mlp = "mlp"  # both projections and the activation between them
-
-
-class MomentDtype(Choice):
-    """Number format in which one of Adam's running means is kept."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"  # with a scale per tensor
-    fp8 = "fp8"  # e4m3, with a scale per tensor
-
-
-class AttentionKernel(Choice):
-    """What computes attention."""
-
-    auto = "auto"  # varlen where it can serve
-    sdpa = "sdpa"  # torch's scaled-dot-product attention, one call per segment of the stream; on every device
-    varlen = "varlen"  # torch's flash attention, one call per stream: CUDA, bf16, torch 2.10 or newer
-    transformer_engine = "transformer_engine"  # cuDNN's fused attention, one call per stream: CUDA, bf16
+from megadpo.config.choices import (
+    AmaxAlgorithm,
+    AttentionKernel,
+    Backend,
+    DeviceKind,
+    Dtype,
+    Fp8Backend,
+    Fp8Format,
+    Fp8Recipe,
+    LossName,
+    MomentDtype,
+    OnError,
+    RecomputeGranularity,
+    RecomputeMethod,
+    RecomputeModule,
+    ReferenceMode,
+    Schedule,
+    Tracker,
+    Truncation,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -289,6 +195,33 @@ class PrecisionConfig:
 
     backend: Backend = Backend.auto
     """Modules of the layers. auto is settled when a run starts: its config.yaml holds what was chosen."""
+
+    fp8: Fp8Recipe | None = None
+    """Quantise the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none."""
+
+    fp8_backend: Fp8Backend = Fp8Backend.transformer_engine
+    """Kernels, or an emulation that shows on any device what a recipe does to the numbers."""
+
+    fp8_format: Fp8Format | None = None
+    """Formats of the operands. Null: hybrid where a whole tensor has one scale, e4m3 with blocks."""
+
+    fp8_amax_history_len: int = 1
+    """Steps whose largest values delayed scaling keeps, >= 1; delayed only. Megatron's default."""
+
+    fp8_amax_compute_algo: AmaxAlgorithm = AmaxAlgorithm.most_recent
+    """Which of them makes the scale; delayed only. Megatron's default."""
+
+    num_layers_at_start_in_bf16: int = 0
+    """First layers that are not quantised, >= 0; at most as many as a pipeline stage has."""
+
+    num_layers_at_end_in_bf16: int = 0
+    """Last layers that are not quantised, >= 0; at most as many as a pipeline stage has."""
+
+    fp8_check_every: int | None = None
+    """Updates between checks of what FP8 does to some pairs' margins, >= 1; also before the first. Null: none."""
+
+    fp8_check_pairs: int = 8
+    """Training pairs that a check scores with and without FP8, always the first ones, >= 1. Four forward passes."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,9 +14,11 @@ from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
+from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, LossName, Schedule, Tracker
 from megadpo.config.cluster_rules import check_cluster
+from megadpo.config.fp8_rules import check_fp8
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
-from megadpo.config.schema import AttentionKernel, Backend, Config, DeviceKind, Dtype, LossName, Schedule, Tracker, show
+from megadpo.config.schema import Config, show
 from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
 
@@ -73,6 +75,11 @@ _RANGES = {
     "optimizer.weight_decay": _Range(low=0),
     "optimizer.clip_grad": _Range(low=0),
     "optimizer.offload_fraction": _Range(low=0, high=1, above=True, to=True),
+    "precision.fp8_amax_history_len": _Range(low=1),
+    "precision.num_layers_at_start_in_bf16": _Range(low=0),
+    "precision.num_layers_at_end_in_bf16": _Range(low=0),
+    "precision.fp8_check_every": _Range(low=1),
+    "precision.fp8_check_pairs": _Range(low=1),
     "train.global_batch_size": _Range(low=1),
     "train.max_steps": _Range(low=1),
     "train.epochs": _Range(low=1),
@@ -113,6 +120,7 @@ def validate(
         *(_check_shape(config, shape, "model") if shape is not None else []),
         *(_check_shape(config, reference_shape, "reference") if reference_shape is not None else []),
         *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
+        *check_fp8(config, num_layers=shape.num_layers if shape is not None else None),
         *_check_loss(config),
         *_check_optimizer(config),
         *_check_run(config),

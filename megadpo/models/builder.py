@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megadpo.models.conversion.load_save import load_hf_weights
 from megadpo.models.hf_config import Architecture
@@ -76,13 +77,13 @@ def transformer_config(arch: Architecture, state: ParallelState, options: ModelO
         persist_layer_norm=False,
         # By this Megatron keeps Transformer Engine from its unfused kernel, which makes all scores.
         attention_backend=AttnBackend.fused if options.attention == "transformer_engine" else AttnBackend.auto,
+        **(options.fp8.megatron_fields() if options.fp8 is not None else {}),
     )
 
 
 def build_model(arch: Architecture, state: ParallelState, options: ModelOptions) -> list[PolicyModel]:
     """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
     config = transformer_config(arch, state, options)
-    block_spec = transformer_engine_block_spec if options.backend == "transformer_engine" else native_block_spec
     prepare_attention = prepare_with(
         options.attention,
         dtype=options.dtype,
@@ -97,7 +98,7 @@ def build_model(arch: Architecture, state: ParallelState, options: ModelOptions)
         chunk = PolicyModel(
             arch,
             config,
-            block_spec(get_num_layers_to_build(config, vp_stage, state.pipeline_rank), qk_norm=arch.qk_norm),
+            _block_spec(config, options, vp_stage, state, qk_norm=arch.qk_norm),
             prepare_attention=prepare_attention,
             pre_process=state.pipeline_rank == 0 and stage == 0,
             post_process=state.is_last_stage and stage == state.virtual_pipeline_size - 1,
@@ -109,6 +110,18 @@ def build_model(arch: Architecture, state: ParallelState, options: ModelOptions)
             _accumulate_weight_gradients(chunk)
         chunks.append(chunk.to(options.device.torch_device))
     return chunks
+
+
+def _block_spec(
+    config: TransformerConfig, options: ModelOptions, vp_stage: int | None, state: ParallelState, *, qk_norm: bool
+) -> TransformerBlockSubmodules:
+    num_layers = get_num_layers_to_build(config, vp_stage, state.pipeline_rank)
+    if options.backend == "transformer_engine":
+        return transformer_engine_block_spec(num_layers, qk_norm=qk_norm)
+    first = get_transformer_layer_offset(config, vp_stage, state.pipeline_rank)
+    fp8 = options.fp8 if options.fp8 is not None and options.fp8.emulated else None
+    covered = [fp8 is not None and fp8.covers(first + index, config.num_layers) for index in range(num_layers)]
+    return native_block_spec([fp8 if is_covered else None for is_covered in covered], qk_norm=qk_norm)
 
 
 def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:

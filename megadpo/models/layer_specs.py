@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
@@ -23,18 +23,32 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megadpo.models.activation import swiglu, te_swiglu
 from megadpo.models.attention import PlanAttention
 from megadpo.models.conversion.families import CHECKPOINT_NAMES
+from megadpo.models.fp8 import Fp8
+from megadpo.models.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from megadpo.models.norm import RMSNorm
 
 
-def native_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Layer specs for `num_layers` layers of one pipeline stage, built from Megatron-Core's own modules."""
-    return _block_spec(
-        num_layers,
+def native_block_spec(emulated: Sequence[Fp8 | None], *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """Layer specs of one model chunk, built from Megatron-Core's own modules.
+
+    `emulated` has for each layer the FP8 settings that its matrix products emulate, None where they emulate none.
+    """
+    return TransformerBlockSubmodules(
+        layer_specs=[_native_layer(fp8, qk_norm=qk_norm) for fp8 in emulated], layer_norm=RMSNorm
+    )
+
+
+def _native_layer(fp8: Fp8 | None, *, qk_norm: bool) -> ModuleSpec:
+    column, row = ColumnParallelLinear, RowParallelLinear
+    if fp8 is not None:
+        column = ModuleSpec(module=EmulatedColumnParallelLinear, params={"fp8": fp8})
+        row = ModuleSpec(module=EmulatedRowParallelLinear, params={"fp8": fp8})
+    return _layer_spec(
         qk_norm=qk_norm,
         norm=RMSNorm,
         norm_before_linear=RMSNorm,
-        column_linear=ColumnParallelLinear,
-        row_linear=RowParallelLinear,
+        column_linear=column,
+        row_linear=row,
         activation=swiglu,
         checkpoint_names=CHECKPOINT_NAMES,
     )
@@ -45,8 +59,7 @@ def transformer_engine_block_spec(num_layers: int, *, qk_norm: bool) -> Transfor
 
     The linear layers after a norm hold its weight themselves, under the names that checkpoints have.
     """
-    return _block_spec(
-        num_layers,
+    layer = _layer_spec(
         qk_norm=qk_norm,
         norm=TENorm,
         norm_before_linear=IdentityOp,
@@ -55,10 +68,10 @@ def transformer_engine_block_spec(num_layers: int, *, qk_norm: bool) -> Transfor
         activation=te_swiglu(),
         checkpoint_names={},
     )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
-def _block_spec(
-    num_layers: int,
+def _layer_spec(
     *,
     qk_norm: bool,
     norm: Any,
@@ -67,9 +80,9 @@ def _block_spec(
     row_linear: Any,
     activation: Any,
     checkpoint_names: Mapping[str, str],
-) -> TransformerBlockSubmodules:
+) -> ModuleSpec:
     head_norm = norm if qk_norm else IdentityOp
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm_before_linear,
@@ -94,4 +107,3 @@ def _block_spec(
             sharded_state_dict_keys_map=dict(checkpoint_names),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

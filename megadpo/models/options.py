@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megadpo.device import Device
+from megadpo.models.fp8 import Fp8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +50,7 @@ class PipelineSplit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
-    """Settings of a model's construction; what has a default computes the same numbers with any other value.
+    """Settings of a model's construction; of those with a default only `fp8` changes the numbers, by its rounding.
 
     `backend` is what `choose_backend` says and `attention` what `choose_attention` says; by default what serves
     everywhere. The head makes logits within `logits_mib` at a time.
@@ -63,3 +64,4 @@ class ModelOptions:
     logits_mib: int = 128
     recompute: Recompute = Recompute()
     split: PipelineSplit = PipelineSplit()
+    fp8: Fp8 | None = None

@@ -95,7 +95,7 @@ class Floor:
 
 def step_load(job: Job, pairs: Sequence[PairLengths]) -> StepLoad:
     """The work of a step on such pairs: the schedule that training would make of them."""
-    shape = job.layout.batch_shape
+    shape = job.batch_shape
     lengths = [job.stream_tokens(pair) for pair in pairs]
     rates = job.arch.flop_rates
     forwards = [_forward(job, rates_of, pair) for rates_of in (rates, job.reference.flop_rates) for pair in pairs]

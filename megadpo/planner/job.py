@@ -9,6 +9,7 @@ import torch
 from megadpo.cards import Card
 from megadpo.data.batch import stream_tokens
 from megadpo.data.loader import BatchShape
+from megadpo.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer import OptimizerOptions
@@ -34,17 +35,6 @@ class Layout:
     def sequence_ranks(self) -> int:
         """Ranks that share the rows of a stream between the layers' matrix products."""
         return self.tensor if self.sequence_parallel else 1
-
-    @property
-    def batch_shape(self) -> BatchShape:
-        """What the layout asks of a batch, for data-parallel rank 0."""
-        return BatchShape(
-            data_rank=0,
-            data_size=self.data,
-            token_multiple=self.sequence_ranks,
-            fixed_streams=self.pipeline > 1,
-            microbatch_multiple=self.pipeline if self.virtual_pipeline > 1 else 1,
-        )
 
     def __str__(self) -> str:
         virtual = f" x vpp{self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
@@ -113,6 +103,20 @@ class Job:
         return stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
 
     @property
+    def batch_shape(self) -> BatchShape:
+        """What layout and FP8 recipe ask of a batch, for data-parallel rank 0."""
+        layout = self.layout
+        return BatchShape(
+            data_rank=0,
+            data_size=layout.data,
+            token_multiple=token_multiple(
+                self.knobs.fp8, tensor=layout.tensor, context=1, sequence_parallel=layout.sequence_parallel
+            ),
+            fixed_streams=layout.pipeline > 1,
+            microbatch_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+        )
+
+    @property
     def widest_stream(self) -> int:
         """Tokens of the longest stream that a step may have: what memory is planned for.
 
@@ -121,5 +125,5 @@ class Job:
         lengths = [[self.stream_tokens(pair) for pair in step] for step in self.steps]
         longest = max(self.longest_pair, *(max(step) for step in lengths))
         widest = max(longest, min(self.tokens_per_microbatch, max(map(sum, lengths))))
-        multiple = self.layout.batch_shape.token_multiple
+        multiple = self.batch_shape.token_multiple
         return -(-widest // multiple) * multiple

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megadpo.models.fp8 import unaligned_features
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import Recompute
 from megadpo.planner.job import Job, Layout
@@ -60,7 +61,9 @@ def layouts_of(job: Job) -> Iterator[Layout]:
     world, arch = job.layout.world_size, job.arch
     pairs = min(map(len, job.steps))
     for tensor in _divisors(world):
-        if tensor > job.cluster.gpus_per_node or not all(_splits(model, tensor) for model in (arch, job.reference)):
+        if tensor > job.cluster.gpus_per_node or not all(
+            _splits(model, tensor, job.knobs.fp8) for model in (arch, job.reference)
+        ):
             continue
         for pipeline in _divisors(world // tensor):
             data = world // (tensor * pipeline)
@@ -81,10 +84,12 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _splits(arch: Architecture, tensor: int) -> bool:
+def _splits(arch: Architecture, tensor: int, fp8: str | None) -> bool:
     groups = arch.num_query_groups
     shared_evenly = groups % tensor == 0 or tensor % groups == 0
-    return arch.num_attention_heads % tensor == 0 and arch.ffn_hidden_size % tensor == 0 and shared_evenly
+    if arch.num_attention_heads % tensor or arch.ffn_hidden_size % tensor or not shared_evenly:
+        return False
+    return fp8 is None or unaligned_features(arch, fp8, tensor=tensor) is None
 
 
 def _hopeless(job: Job, layout: Layout) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
+
+import torch
 
 from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import SequenceLogProbs
@@ -10,6 +13,11 @@ from megadpo.forward_step import SequenceLogProbs
 
 class Reference(Protocol):
     """Gives the reference's log-probs of a global batch."""
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]:
+        """This rank's chunks of the model that answers; empty where kept numbers do."""
+        ...
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Per-pair log-probs of this rank's microbatches, in their order; [] on all but the last pipeline stage."""

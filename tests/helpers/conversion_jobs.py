@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megadpo import checkpoint
 from megadpo.checkpoint import load_weights
 from megadpo.checkpoint_files import find_checkpoint
+from megadpo.config.choices import Dtype
 from megadpo.config.compose import compose_config
-from megadpo.config.schema import Dtype
 from megadpo.convert import export_checkpoint, import_model
 from megadpo.device import megatron_device, select_device
 from megadpo.errors import MegaDPOError

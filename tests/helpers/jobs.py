@@ -17,8 +17,8 @@ from megatron.core import dist_checkpointing
 import megadpo.assembly
 import megadpo.run
 from megadpo.assembly import batch_shape
+from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
-from megadpo.config.schema import ReferenceMode
 from megadpo.config.validation import validate
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import load_tokenizer

@@ -15,6 +15,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import megadpo.checkpoint
+import megadpo.compute
 import megadpo.optimizer
 import megadpo.run
 from megadpo.data.batch import build_batch
@@ -117,15 +118,15 @@ def train_pretending(what: str, overrides: list[str]) -> dict[str, Any]:
 
     The stand-in comes in where the program asks whether it is there, and leaves with the run.
     """
-    check = megadpo.run.check_optimizer
+    problems = megadpo.compute.optimizer_problems
     seen: dict[str, Any] = {}
     with ExitStack() as stack:
         entered = {"fused_adam": fused_adam_installed, "host_memory": host_memory_apart}[what]
 
-        def check_on_cuda(config: Any, device: Device) -> None:
+        def problems_on_cuda(config: Any, device: Device) -> list[str]:
             stack.enter_context(entered(seen))
-            check(config, Device("cuda", device.torch_device))
+            return problems(config, Device("cuda", device.torch_device))
 
-        stack.enter_context(mock.patch.object(megadpo.run, "check_optimizer", check_on_cuda))
+        stack.enter_context(mock.patch.object(megadpo.compute, "optimizer_problems", problems_on_cuda))
         train(overrides)
     return seen

@@ -51,6 +51,7 @@ def write_tiny_model(
     dtype: torch.dtype = torch.float32,
     rope: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
+    initializer_range: float = 0.08,
 ) -> Path:
     """Writes a random model of the family and its tokenizer; returns the directory. A function of its arguments alone.
 
@@ -68,7 +69,7 @@ def write_tiny_model(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=1024,
-        initializer_range=0.08,
+        initializer_range=initializer_range,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=(family == "qwen2") if tied is None else tied,
         pad_token_id=0,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"cards", "cpus", "errors", "files", "rank_logging"},
+    {"cards", "cpus", "errors", "files", "fp8_recipes", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
     {"gloo"},
@@ -28,9 +28,9 @@ FLOORS = [
     {"host_optimizer"},
     {"forward_step", "optimizer", "checkpoint", "export", "planner"},
     {"reference"},
-    {"train_step", "evaluation", "trackers", "progress", "health"},
+    {"train_step", "evaluation", "margin_check", "trackers", "progress", "health"},
     {"trainer"},
-    {"command_line", "assembly", "datasets", "planning", "resume", "session"},
+    {"command_line", "assembly", "compute", "datasets", "planning", "resume", "session"},
     {"run", "score_files", "scoring", "convert", "verification"},
     {"dry_run"},
     {"tools"},

@@ -10,9 +10,10 @@ import pytest
 import torch
 from packaging.version import Version
 
-import megadpo.assembly
-from megadpo.assembly import log_backend, settle_backend
-from megadpo.config.schema import Backend, Config, DataConfig, Dtype, ModelConfig, PrecisionConfig
+import megadpo.compute
+from megadpo.compute import log_backend, settle_backend
+from megadpo.config.choices import Backend, Dtype
+from megadpo.config.schema import Config, DataConfig, ModelConfig, PrecisionConfig
 from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models import backend
@@ -115,7 +116,7 @@ def test_a_run_says_what_its_layers_are(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(megadpo.assembly, "transformer_engine_version", lambda: Version("2.11.0+c9a8b7"))
+    monkeypatch.setattr(megadpo.compute, "transformer_engine_version", lambda: Version("2.11.0+c9a8b7"))
     with caplog.at_level(logging.INFO):
         log_backend(configured(wanted, dtype), device)
     (record,) = caplog.records

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from megadpo.config import validation
+from megadpo.config.choices import Dtype, LossName
 from megadpo.config.compose import (
     compose_config,
     config_from_yaml,
@@ -20,7 +21,7 @@ from megadpo.config.compose import (
     known_keys,
     resolve_defaults,
 )
-from megadpo.config.schema import Config, Dtype, LossName
+from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, check_run_dir_is_fresh, validate
 from megadpo.errors import ConfigError
 
@@ -76,6 +77,15 @@ KEYS = {
     "reference.hf_path": ("some/dir", "some/dir", "3", "must be text or null"),
     "precision.dtype": ("fp32", "fp32", "fp16", "must be one of bf16, fp32"),
     "precision.backend": ("native", "native", "te", "must be one of auto, native, transformer_engine"),
+    "precision.fp8": ("mxfp8", "mxfp8", "int8", "must be one of tensorwise, delayed, blockwise, mxfp8 or null"),
+    "precision.fp8_backend": ("emulate", "emulate", "cpu", "must be one of transformer_engine, emulate"),
+    "precision.fp8_format": ("e4m3", "e4m3", "e5m2", "must be one of hybrid, e4m3 or null"),
+    "precision.fp8_amax_history_len": ("16", 16, "0", "must be a finite number >= 1"),
+    "precision.fp8_amax_compute_algo": ("max", "max", "mean", "must be one of most_recent, max"),
+    "precision.num_layers_at_start_in_bf16": ("1", 1, "-1", "must be a finite number >= 0"),
+    "precision.num_layers_at_end_in_bf16": ("1", 1, "-1", "must be a finite number >= 0"),
+    "precision.fp8_check_every": ("10", 10, "0", "must be a finite number >= 1"),
+    "precision.fp8_check_pairs": ("4", 4, "0", "must be a finite number >= 1"),
     "optimizer.lr": ("1e-3", 1e-3, "-1", "must be a finite number >= 0"),
     "optimizer.min_lr": ("1e-9", 1e-9, "nan", "must be a finite number >= 0"),
     "optimizer.schedule": ("cosine", "cosine", "step", "must be one of constant, linear, cosine"),
@@ -196,6 +206,7 @@ def test_every_number_has_a_range() -> None:
         "parallel.num_layers_in_first_pipeline_stage",
         "parallel.num_layers_in_last_pipeline_stage",
         "parallel.bucket_size",
+        "precision.fp8_check_every",
         "train.eval_every",
         "data.workers",
         "cluster.gpus",
@@ -250,7 +261,19 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
         },
         "loss": {"name": ["sigmoid"], "beta": 0.1, "label_smoothing": 0.0, "ipo_length_normalize": True},
         "reference": {"mode": "resident", "hf_path": None},
-        "precision": {"dtype": "bf16", "backend": "auto"},
+        "precision": {
+            "dtype": "bf16",
+            "backend": "auto",
+            "fp8": None,
+            "fp8_backend": "transformer_engine",
+            "fp8_format": None,
+            "fp8_amax_history_len": 1,
+            "fp8_amax_compute_algo": "most_recent",
+            "num_layers_at_start_in_bf16": 0,
+            "num_layers_at_end_in_bf16": 0,
+            "fp8_check_every": None,
+            "fp8_check_pairs": 8,
+        },
         "optimizer": {
             "lr": 1e-6,
             "min_lr": 0.0,

@@ -270,7 +270,7 @@ def test_the_load_is_the_schedule_of_training(layout: Layout) -> None:
     lengths = [PairLengths(20 + i % 7, 10 + 3 * (i % 5), 30 - i % 11) for i in range(50)]
     load = step_load(job(arch, layout, steps=(tuple(lengths),), tokens_per_microbatch=300), lengths)
     builder = BatchBuilder(
-        shape=layout.batch_shape,
+        shape=job(arch, layout).batch_shape,
         tokens_per_microbatch=300,
         pad_token_id=0,
         share_prompt=True,

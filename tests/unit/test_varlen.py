@@ -18,16 +18,10 @@ import torch
 from torch.nn.attention import varlen as torch_varlen
 
 import megadpo.assembly
-from megadpo.assembly import load_starting_model, log_attention
-from megadpo.config.schema import (
-    AttentionKernel,
-    Config,
-    DataConfig,
-    DeviceConfig,
-    Dtype,
-    ModelConfig,
-    PrecisionConfig,
-)
+from megadpo.assembly import load_starting_model
+from megadpo.compute import log_attention
+from megadpo.config.choices import AttentionKernel, Dtype
+from megadpo.config.schema import Config, DataConfig, DeviceConfig, ModelConfig, PrecisionConfig
 from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.model_source import model_source

@@ -152,7 +152,7 @@ def _train(case: PeakCase, state: ParallelState, device: Device, meter: LiveByte
 
 
 def _batch(case: PeakCase, state: ParallelState) -> GlobalBatch:
-    shape = case.layout.batch_shape
+    shape = case.job().batch_shape
     rates = case.arch.flop_rates
     builder = BatchBuilder(
         shape=type(shape)(**{**asdict(shape), "data_rank": state.data_rank}),

@@ -146,6 +146,11 @@ class _Live:
     inner: Reference
     tap: ReferenceTap
 
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]:
+        """Those of the reference behind it."""
+        return self.inner.chunks
+
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Those of the reference behind it."""
         logps = self.inner.log_probs(batch)
@@ -156,6 +161,7 @@ class _Live:
 @dataclass(frozen=True, slots=True)
 class _Replayed:
     logps: LogProbsOfPairs
+    chunks: Sequence[torch.nn.Module] = ()
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Those that were recorded."""

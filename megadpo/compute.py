@@ -1,0 +1,202 @@
+"""What computes a run: formats, layers, kernels and options of model and optimizer, by configuration and machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megadpo import fp8_recipes
+from megadpo.config.choices import AttentionKernel, Backend, Dtype, Fp8Backend, MomentDtype
+from megadpo.config.schema import Config
+from megadpo.device import Device
+from megadpo.errors import ConfigError
+from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
+from megadpo.models.builder import fuses_weight_gradients
+from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
+from megadpo.models.hf_config import Architecture
+from megadpo.models.kernels import choose_attention
+from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
+from megadpo.models.varlen import why_not_varlen
+from megadpo.optimizer import DataParallelOptions, OptimizerOptions, adam_package, why_not_fused_adam
+from megadpo.parallel.state import ParallelState
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+_MOMENT_DTYPES = {
+    MomentDtype.fp32: torch.float32,
+    MomentDtype.bf16: torch.bfloat16,
+    MomentDtype.fp16: torch.float16,
+    MomentDtype.fp8: torch.uint8,
+}
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """Number format of weights and activations."""
+    return TORCH_DTYPES[config.precision.dtype]
+
+
+def announce(config: Config, arch: Architecture, device: Device, *, trains: bool) -> None:
+    """Says what computes here; ConfigError, of everything at once, where this machine can't serve what is asked for."""
+    problems = [*fp8_problems(config, arch, device), *(optimizer_problems(config, device) if trains else [])]
+    if problems:
+        raise ConfigError(problems)
+    log_backend(config, device)
+    log_attention(config, arch, device)
+    fp8 = fp8_settings(config)
+    if fp8 is not None:
+        how = "emulated: for the numbers, slower than without" if fp8.emulated else "by Transformer Engine"
+        logger.info("fp8: recipe %s, format %s (%s)", fp8.recipe, fp8.format, how)
+        unaligned = unaligned_features(arch, fp8.recipe, tensor=config.parallel.tensor)
+        if unaligned is not None:
+            logger.warning("fp8: Transformer Engine would refuse this model: the recipe %s", unaligned)
+
+
+def log_attention(config: Config, arch: Architecture, device: Device) -> None:
+    """Says which kernel serves the model's attention, and why not the faster one; ConfigError as `choose_attention`."""
+    kernel = _attention(config, arch, device)
+    lacks = why_not_varlen(device, torch_dtype(config), arch.head_dim)
+    asked = config.device.attention != AttentionKernel.auto
+    logger.info("attention: %s%s", kernel, "" if asked or lacks is None else f" (varlen: {lacks})")
+
+
+def settle_backend(config: Config, device: Device) -> Config:
+    """A copy that says which layers models will be made of here; ConfigError as `choose_backend`."""
+    return replace(config, precision=replace(config.precision, backend=Backend(_backend(config, device))))
+
+
+def _backend(config: Config, device: Device) -> str:
+    precision = config.precision
+    is_emulated = precision.fp8 is not None and precision.fp8_backend == Fp8Backend.emulate  # in native layers only
+    wanted = Backend.native if is_emulated else precision.backend
+    return choose_backend(str(wanted), device=device, dtype=torch_dtype(config))
+
+
+def log_backend(config: Config, device: Device) -> None:
+    """Says what the layers are made of and why not of the faster ones, and what Megatron found for the update."""
+    backend = config.precision.backend
+    if backend == Backend.transformer_engine:
+        layers = f"transformer_engine {transformer_engine_version()}"
+    else:
+        lacks = why_not_transformer_engine(device, torch_dtype(config)) if device.kind == "cuda" else None
+        layers = "native" if lacks is None else f"native (transformer_engine: {lacks})"
+    added = "inside" if fuses_weight_gradients(str(backend)) else "after"
+    logger.info(
+        "layers: %s; weight gradients are added up %s the matrix product; AdamW is %s's", layers, added, adam_package()
+    )
+
+
+def optimizer_problems(config: Config, device: Device) -> list[str]:
+    """What keeps the optimizer that is asked for from working on `device` with what is installed."""
+    asked = {"precision_aware": config.optimizer.precision_aware, "cpu_offload": config.optimizer.cpu_offload}
+    lacks = why_not_fused_adam(device)
+    return [f"optimizer.{key}=true: needs {lacks}: drop it" for key, is_on in asked.items() if is_on and lacks]
+
+
+def fp8_settings(config: Config) -> Fp8 | None:
+    """FP8 as configured, None without."""
+    precision = config.precision
+    if precision.fp8 is None:
+        return None
+    recipe = str(precision.fp8)
+    return Fp8(
+        recipe=recipe,
+        format=str(precision.fp8_format or fp8_recipes.default_format(recipe)),
+        emulated=precision.fp8_backend == Fp8Backend.emulate,
+        num_layers_at_start_in_bf16=precision.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=precision.num_layers_at_end_in_bf16,
+        amax_history_len=precision.fp8_amax_history_len,
+        amax_compute_algo=str(precision.fp8_amax_compute_algo),
+    )
+
+
+def fp8_problems(config: Config, arch: Architecture, device: Device) -> list[str]:
+    """What keeps the configured FP8 from being computed on `device` for such a model."""
+    fp8 = fp8_settings(config)
+    if fp8 is None or fp8.emulated:
+        return []
+    found = (
+        why_not_fp8(fp8, device, torch_dtype(config)),
+        unaligned_features(arch, fp8.recipe, tensor=config.parallel.tensor),
+    )
+    return [
+        f"precision.fp8={config.precision.fp8}: {problem}. precision.fp8_backend=emulate shows the recipe's effect on "
+        "the numbers on any device; precision.fp8=null does without"
+        for problem in found
+        if problem is not None
+    ]
+
+
+def model_options(config: Config, arch: Architecture, device: Device, *, trained: bool = False) -> ModelOptions:
+    """Options of a model; only one that is trained has activations to compute again."""
+    return ModelOptions(
+        device=device,
+        dtype=torch_dtype(config),
+        sequence_parallel=bool(config.parallel.sequence_parallel),
+        backend=_backend(config, device),
+        attention=_attention(config, arch, device),
+        logits_mib=config.model.logits_mib,
+        recompute=recomputation(config) if trained else Recompute(),
+        split=pipeline_split(config),
+        fp8=fp8_settings(config),
+    )
+
+
+def recomputation(config: Config) -> Recompute:
+    """What the backward computes again of a model that is trained."""
+    model = config.model
+    return Recompute(
+        granularity=None if model.recompute_granularity is None else str(model.recompute_granularity),
+        method=None if model.recompute_method is None else str(model.recompute_method),
+        num_layers=model.recompute_num_layers,
+        modules=tuple(map(str, model.recompute_modules or ())),
+    )
+
+
+def pipeline_split(config: Config) -> PipelineSplit:
+    """Layers of the outer pipeline stages where others are configured than the rest has."""
+    parallel = config.parallel
+    return PipelineSplit(
+        first=parallel.num_layers_in_first_pipeline_stage, last=parallel.num_layers_in_last_pipeline_stage
+    )
+
+
+def data_parallel_options(config: Config, state: ParallelState) -> DataParallelOptions:
+    """How gradients and weights travel; a lone data-parallel rank overlaps nothing, and says so where it was asked to.
+
+    That is no error: the number of data-parallel ranks is no key, it follows from how many ranks were started, and a
+    configuration is to run, and a run to go on, on as many as there are.
+    """
+    parallel = config.parallel
+    if parallel.overlap_grad_reduce and state.data_size == 1:
+        logger.warning(
+            "parallel.overlap_grad_reduce=true has no effect: one data-parallel rank exchanges nothing (more ranks "
+            "than tensor x pipeline make more of them)"
+        )
+        return DataParallelOptions(grad_reduce_in_fp32=parallel.grad_reduce_in_fp32)
+    return DataParallelOptions(
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+    )
+
+
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """Where the optimizer's states lie, and their formats."""
+    optimizer = config.optimizer
+    return OptimizerOptions(
+        precision_aware=optimizer.precision_aware,
+        exp_avg_dtype=_MOMENT_DTYPES[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=_MOMENT_DTYPES[optimizer.exp_avg_sq_dtype],
+        offload_fraction=optimizer.offload_fraction if optimizer.cpu_offload else 0.0,
+        overlap_offload_copies=optimizer.overlap_cpu_optimizer_d2h_h2d,
+    )
+
+
+def _attention(config: Config, arch: Architecture, device: Device) -> str:
+    return choose_attention(
+        str(config.device.attention), device=device, dtype=torch_dtype(config), head_dim=arch.head_dim
+    )

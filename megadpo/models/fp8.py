@@ -1,0 +1,94 @@
+"""FP8 of a model's layers: its settings, and what they need of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import Version
+
+from megadpo.device import Device
+from megadpo.fp8_recipes import feature_multiple
+from megadpo.models.backend import why_not_transformer_engine
+
+if TYPE_CHECKING:
+    from megadpo.models.hf_config import Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8:
+    """Which linear layers are quantised, how, and by what: Transformer Engine's kernels, or in emulation.
+
+    `format` is 'hybrid' (gradients in e5m2) or 'e4m3'. The first and last layers may stay out, by their numbers. The
+    amax settings matter for the recipe 'delayed' alone.
+    """
+
+    recipe: str
+    format: str
+    emulated: bool
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+    amax_history_len: int = 1
+    amax_compute_algo: str = "most_recent"
+
+    def covers(self, layer: int, num_layers: int) -> bool:
+        """Whether the layer, counted from 0 over the whole model, is quantised."""
+        return self.num_layers_at_start_in_bf16 <= layer < num_layers - self.num_layers_at_end_in_bf16
+
+    def megatron_fields(self) -> dict[str, Any]:
+        """Megatron's configuration of it; none in emulation, of which Megatron knows nothing."""
+        if self.emulated:
+            return {}
+        some_in_bf16 = self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16 > 0
+        return {
+            "fp8": self.format,
+            "fp8_recipe": self.recipe,
+            "fp8_amax_history_len": self.amax_history_len,
+            "fp8_amax_compute_algo": self.amax_compute_algo,
+            "tp_only_amax_red": True,  # data-parallel ranks hold other pairs, and answer for their own scales
+            "first_last_layers_bf16": some_in_bf16,
+            "num_layers_at_start_in_bf16": self.num_layers_at_start_in_bf16,
+            "num_layers_at_end_in_bf16": self.num_layers_at_end_in_bf16,
+        }
+
+
+def why_not_fp8(fp8: Fp8, device: Device, dtype: torch.dtype) -> str | None:
+    """What the machine lacks for FP8, as a clause; None where nothing.
+
+    Megatron would train without FP8 where Transformer Engine is missing, and say nothing. Emulation runs everywhere.
+    """
+    if fp8.emulated:
+        return None
+    return why_not_transformer_engine(device, dtype) or _why_not_recipe(
+        fp8.recipe, device.compute_capability(), torch.version.cuda
+    )
+
+
+def _why_not_recipe(recipe: str, capability: tuple[int, int], cuda: str | None) -> str | None:
+    """What a card and its CUDA lack for a recipe of a Transformer Engine that can serve."""
+    shown = ".".join(map(str, capability))
+    if recipe == "mxfp8" and capability[0] != 10:
+        return f"needs a Blackwell card (compute capability 10.x), this one has {shown}"
+    if recipe == "blockwise" and capability != (9, 0):
+        return f"needs a Hopper card (compute capability 9.0), this one has {shown}"
+    if recipe == "blockwise" and (cuda is None or Version(cuda) < Version("12.9")):
+        return f"needs torch for CUDA 12.9 or newer, this one is for {cuda}"
+    if capability < (8, 9):
+        return f"needs a card with FP8 (compute capability 8.9 or newer), this one has {shown}"
+    return None
+
+
+def unaligned_features(arch: Architecture, recipe: str, *, tensor: int) -> str | None:
+    """Which sizes of a tensor rank's quantised matrices the recipe's kernels don't take, as a clause; None if none."""
+    groups = max(1, arch.num_query_groups // tensor)
+    queries = arch.num_attention_heads // tensor * arch.head_dim
+    sizes = {
+        "hidden size": arch.hidden_size,
+        "query features": queries,
+        "query, key and value features": queries + 2 * groups * arch.head_dim,
+        "feed-forward features": arch.ffn_hidden_size // tensor,
+    }
+    multiple = feature_multiple(recipe)
+    unfit = [f"{name} {size}" for name, size in sizes.items() if size % multiple]
+    return f"needs multiples of {multiple}, a tensor rank's are: {', '.join(unfit)}" if unfit else None

@@ -1,0 +1,188 @@
+"""FP8 matrix products computed with the values that FP8 leaves of their operands: for numerics on any device.
+
+Each operand is scaled as the recipe says, rounded to an 8-bit format and scaled back, and the product is taken in fp32:
+what the hardware computes, but for its order of summation. It is slower than no FP8 and takes more memory.
+
+Legend: T rows of the stream, K input and N output features of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megadpo.fp8_recipes import BLOCK_SIZES
+from megadpo.models.fp8 import Fp8
+
+_FORWARD = torch.float8_e4m3fn
+_BACKWARD = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
+
+
+def rounded(
+    matrix: torch.Tensor,
+    dtype: torch.dtype,
+    recipe: str,
+    *,
+    contracted: int,
+    is_weight: bool = False,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What is left of a 2-D operand in an 8-bit format, fp32; `contracted` is the dimension that its product sums over.
+
+    `scale` is the one to use under delayed scaling; the other recipes find theirs in the values.
+    """
+    values = matrix.float()
+    if recipe not in BLOCK_SIZES:
+        return _round_scaled(values, dtype, _scale(values.abs().amax(), dtype) if scale is None else scale)
+    block = _block_shape(recipe, contracted, is_weight)
+    rows, columns = values.shape
+    padding = (0, -columns % block[1], 0, -rows % block[0])
+    blocks = torch.nn.functional.pad(values, padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    # Both block recipes use powers of two, the largest that keep a block's largest value in range.
+    scales = torch.exp2(_scale(blocks.abs().amax(dim=(1, 3), keepdim=True), dtype).log2().floor())
+    return _round_scaled(blocks, dtype, scales).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+
+
+def _block_shape(recipe: str, contracted: int, is_weight: bool) -> tuple[int, int]:
+    """Rows and columns of the values that share a scale."""
+    size = BLOCK_SIZES[recipe]
+    if recipe == "blockwise" and is_weight:
+        return size, size
+    return (1, size) if contracted == 1 else (size, 1)
+
+
+def _scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What brings values up to `amax` into the whole range of the format; 1 where there are only zeros."""
+    return torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
+
+
+def _round_scaled(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    largest = torch.finfo(dtype).max
+    return (values * scale).clamp(-largest, largest).to(dtype).float() / scale
+
+
+class AmaxHistory:
+    """Largest absolute values that one operand had in earlier passes: what delayed scaling makes its scale of."""
+
+    def __init__(self, length: int, algorithm: str) -> None:
+        self.length = length
+        self.algorithm = algorithm
+        self.amaxes: list[torch.Tensor] = []
+
+    def scale(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The scale of the next pass: 1 before the first."""
+        if not self.amaxes:
+            return torch.ones((), device=device)
+        amax = torch.stack(self.amaxes).amax() if self.algorithm == "max" else self.amaxes[-1]
+        return _scale(amax, dtype)
+
+    def record(self, values: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Adds the largest of these values over the group's ranks. One all-reduce."""
+        amax = values.detach().abs().amax().float()
+        if group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+        self.amaxes = [*self.amaxes, amax][-self.length :]
+
+
+class EmulatedLinear:
+    """What turns one of Megatron's parallel linear layers into one with emulated FP8 products; set `quantised` or not.
+
+    Bias, gathering and reduction over ranks stay as they are, in the model's own dtype.
+    """
+
+    def __init__(self, *args: Any, fp8: Fp8, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp8 = fp8
+        self.quantised = True
+        self.histories = {
+            operand: AmaxHistory(fp8.amax_history_len, fp8.amax_compute_algo)
+            for operand in (("input", "weight", "gradient") if fp8.recipe == "delayed" else ())
+        }
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: dist.ProcessGroup,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Stands in for the function that Megatron's layers compute their product with, collectives included."""
+        if not self.quantised:
+            options |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+            plain: torch.Tensor = super()._forward_impl(  # type: ignore[misc]
+                input=input, weight=weight, bias=bias, tp_group=tp_group, **options
+            )
+            return plain
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        scales = {
+            name: self.histories[name].scale(_FORWARD, input.device) for name in self.histories if name != "gradient"
+        }
+        output: torch.Tensor = _Product.apply(input, weight, self, scales)
+        # As Transformer Engine does: passes without gradients use the scales and leave no trace in them.
+        if self.histories and torch.is_grad_enabled():
+            self.histories["input"].record(input, self.tp_group)  # type: ignore[attr-defined]
+            self.histories["weight"].record(weight, self.tp_group)  # type: ignore[attr-defined]
+        return output if bias is None else output + bias
+
+    def round_gradient(self, grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient as the input's and the weight's gradient take it: rounded along N, and along T."""
+        dtype, recipe, scale = _BACKWARD[self.fp8.format], self.fp8.recipe, None
+        if self.histories:
+            scale = self.histories["gradient"].scale(dtype, grad_TN.device)
+            self.histories["gradient"].record(grad_TN, self.tp_group)  # type: ignore[attr-defined]
+        along_n = rounded(grad_TN, dtype, recipe, contracted=1, scale=scale)
+        if recipe not in BLOCK_SIZES:
+            return along_n, along_n
+        return along_n, rounded(grad_TN, dtype, recipe, contracted=0)
+
+
+class EmulatedColumnParallelLinear(EmulatedLinear, ColumnParallelLinear):
+    """Megatron's column-parallel linear layer with emulated FP8 products."""
+
+
+class EmulatedRowParallelLinear(EmulatedLinear, RowParallelLinear):
+    """Megatron's row-parallel linear layer with emulated FP8 products."""
+
+
+class _Product(torch.autograd.Function):
+    """input · weightᵀ of rounded operands; each of the three products rounds its own two along what it sums over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight_NK: torch.Tensor, layer: EmulatedLinear, scales: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input, weight_NK)
+        ctx.layer, ctx.scales = layer, scales
+        recipe = layer.fp8.recipe
+        input_TK = rounded(input.flatten(0, -2), _FORWARD, recipe, contracted=1, scale=scales.get("input"))
+        weight = rounded(weight_NK, _FORWARD, recipe, contracted=1, is_weight=True, scale=scales.get("weight"))
+        return (input_TK @ weight.t()).to(input.dtype).unflatten(0, input.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight_NK = ctx.saved_tensors
+        recipe, scales = ctx.layer.fp8.recipe, ctx.scales
+        for_input, for_weight = ctx.layer.round_gradient(grads[0].flatten(0, -2))
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weight = rounded(weight_NK, _FORWARD, recipe, contracted=0, is_weight=True, scale=scales.get("weight"))
+            grad_input = (for_input @ weight).to(input.dtype).view(input.shape)
+        if ctx.needs_input_grad[1]:
+            input_TK = rounded(input.flatten(0, -2), _FORWARD, recipe, contracted=0, scale=scales.get("input"))
+            grad_weight = (for_weight.t() @ input_TK).to(weight_NK.dtype)
+        return grad_input, grad_weight, None, None
