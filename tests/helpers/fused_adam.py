@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
-from collections.abc import Iterable, Iterator
-from types import ModuleType
+from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
 import torch
-from megatron.core import optimizer as megatron_optimizer
-from megatron.core import utils
-from megatron.core.optimizer import distrib_optimizer
-from packaging.version import Version
 
 _LARGEST = {torch.float16: 32752.0, torch.uint8: 448.0}
-_PARENTS = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
 _STORED = {torch.uint8: torch.float8_e4m3fn}
 
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW over states in chosen formats, as version 2 of Transformer Engine has it; nothing else is accepted.
 
-    Main weights are made for every parameter and updated for those in a lower format only. fp16 and fp8 (uint8) states
-    have a scale each.
+    A parameter group has one step counter, a whole number. Main weights are made for every parameter and updated for
+    those in a lower format only. fp16 and fp8 (uint8) states have a scale each.
     """
 
     def __init__(
@@ -35,18 +25,22 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
         exp_avg_sq_dtype: torch.dtype = torch.float32,
         use_decoupled_grad: bool = False,
         store_param_remainders: bool = False,
+        set_grad_none: bool | None = None,
     ) -> None:
-        if master_weight_dtype is not torch.float32 or store_param_remainders or not adam_w_mode:
-            raise NotImplementedError("main weights as something else than fp32, and Adam without decoupled decay")
+        unknown = amsgrad or capturable or store_param_remainders or not adam_w_mode
+        if unknown or master_weight_dtype is not torch.float32:
+            raise NotImplementedError("not made here: fp32 main weights and decoupled decay are")
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -107,7 +101,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(params[index], name, value.float())
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None, grad_scaler: None = None) -> None:
         for group in self.param_groups:
             if not group["params"]:
                 continue
@@ -134,37 +128,3 @@ class FusedAdam(torch.optim.Optimizer):
         main -= group["lr"] * (mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * main)
         if main is not param:
             param.copy_(main)
-
-
-@contextlib.contextmanager
-def fused_adam_installed(seen: dict[str, Any]) -> Iterator[None]:
-    """Megatron as it is where Transformer Engine is installed; `seen` gets FusedAdam's arguments and states' bytes."""
-
-    @functools.wraps(FusedAdam.__init__)
-    def init(self: FusedAdam, params: Iterable[Any], **options: Any) -> None:
-        seen["options"] = options
-        original_init(self, params, **options)
-
-    def step(self: FusedAdam, closure: None = None) -> None:
-        original_step(self, closure)
-        moments = [value for state in self.state.values() for name, value in state.items() if name != "master_param"]
-        seen["moment_bytes"] = sum(value.nbytes for value in moments)
-        seen["moments"] = sum(value.numel() for value in moments)
-
-    original_init, original_step = FusedAdam.__init__, FusedAdam.step
-    modules = {name: ModuleType(name) for name in _PARENTS}
-    modules["transformer_engine.pytorch.optimizers"].FusedAdam = FusedAdam  # type: ignore[attr-defined]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sys.modules, modules))
-        for owner, name, value in (
-            (FusedAdam, "__init__", init),
-            (FusedAdam, "step", step),
-            (megatron_optimizer, "Adam", FusedAdam),
-            (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
-            (utils, "get_te_version", lambda: Version("2.8.0")),
-            (distrib_optimizer, "Adam", FusedAdam),
-            (distrib_optimizer, "HAVE_APEX_OR_TE", True),
-            (distrib_optimizer, "USING_TE_OPTIMIZER", True),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
-        yield

@@ -79,6 +79,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _rank_main(
     pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    # Megatron writes them where a model is built, which tests do in the process that launches, too.
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

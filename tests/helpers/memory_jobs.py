@@ -27,7 +27,7 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions, Recompute
 from megadpo.optimizer import wrap_data_parallel
 from megadpo.parallel.state import build_parallel_state, distributed
-from tests.helpers.fused_adam import fused_adam_installed
+from tests.helpers.fused_adam_installed import fused_adam_installed
 from tests.helpers.host_memory import host_memory_apart
 from tests.helpers.jobs import train
 
