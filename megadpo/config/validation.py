@@ -10,16 +10,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import date
 from operator import attrgetter
 from pathlib import Path
 
 from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, LossName, Schedule, Tracker
 from megadpo.config.cluster_rules import check_cluster
+from megadpo.config.data_rules import check_data, demo_remedy
 from megadpo.config.fp8_rules import check_fp8
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.schema import Config, show
-from megadpo.config.source_spec import check_source
 from megadpo.errors import ConfigError
 
 
@@ -114,7 +113,7 @@ def validate(
     violations = [
         *_check_ranges(config),
         *_check_model(config, planning),
-        *_check_data(config, planning),
+        *check_data(config, planning=planning),
         *_check_layout(config, world_size),
         *check_memory_keys(config),
         *(_check_shape(config, shape, "model") if shape is not None else []),
@@ -187,7 +186,7 @@ def _check_model(config: Config, planning: bool) -> list[str]:
         )
     for key, path in (("model.hf_path", config.model.hf_path), ("reference.hf_path", config.reference.hf_path)):
         if path is not None and not (Path(path) / "config.json").is_file():
-            remedy = _demo_remedy(path) or "download the model to a local directory and give its path"
+            remedy = demo_remedy(path) or "download the model to a local directory and give its path"
             violations.append(f"{key}={path}: must be a Hugging Face directory with a config.json: {remedy}")
     return violations
 
@@ -207,60 +206,6 @@ def _check_missing_model(config: Config, planning: bool) -> list[str]:
     return [
         f"model.hf_path=null: {named}weights must come from somewhere: give model.hf_path=DIR or model.checkpoint=DIR"
     ]
-
-
-def _check_data(config: Config, planning: bool) -> list[str]:
-    data = config.data
-    violations = []
-    if not data.train_path and not planning:
-        violations.append("data.train_path=[]: must name at least one file, as in data.train_path=pairs.jsonl")
-    if data.validation_path == {}:
-        violations.append("data.validation_path={}: must name at least one file, or be null for no validation")
-    for name in data.validation_files() if isinstance(data.validation_path, dict) else ():
-        if not _SET_NAME.fullmatch(name):
-            violations.append(
-                f"data.validation_path={show(data.validation_path)}: the name {name!r} must be made of letters, "
-                "digits, '_', '-' and '.', as it becomes part of metrics' names: choose another name"
-            )
-    named = [("data.train_path", path) for path in data.train_path]
-    named += [("data.validation_path", path) for path in data.validation_files().values()]
-    for key, path in named:
-        problem = check_source(path)
-        if problem is not None:
-            remedy = _demo_remedy(path)
-            violations.append(f"{key}={path}: {f'must be an existing file: {remedy}' if remedy else problem}")
-    if data.validation_path is not None and data.validation_fraction:
-        violations.append(
-            f"data.validation_fraction={show(data.validation_fraction)}: must be 0 when data.validation_path is given: "
-            "drop one of the two"
-        )
-    if data.template_date is not None and not _is_date(data.template_date):
-        violations.append(
-            f"data.template_date={data.template_date}: must be a day, as in data.template_date=2025-01-31"
-        )
-    keys = [data.prompt_key, data.chosen_key, data.rejected_key]
-    if len(set(keys)) < len(keys):
-        violations.append(
-            f"data.prompt_key={keys[0]}, data.chosen_key={keys[1]}, data.rejected_key={keys[2]}: must be three "
-            "different fields: name the ones your records have"
-        )
-    return violations
-
-
-_SET_NAME = re.compile(r"[\w.-]+")
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-def _demo_remedy(path: str) -> str:
-    if Path(path).parts[:2] != ("outputs", "demo"):
-        return ""
-    return "make the demo's files first: python tools/make_demo.py prepare (or the whole run: make demo)"
 
 
 def _check_layout(config: Config, world_size: int) -> list[str]:
