@@ -13,10 +13,11 @@ class Card:
     `bf16_tflops` and `fp8_tflops` are dense matrix products' (None: no such units). `memory_gib` is what CUDA reports
     in total, a little under the number on the box. `nvlink_gb_per_s` is what one card sends to its neighbours in a
     machine, `network_gb_per_s` its share of the network in the vendor's own machines; both one way, in 10**9 bytes.
-    `words` are those of the card's name by which it is known.
+    `words` are those of the card's name by which it is known, `compute_capability` says what its units can do.
     """
 
     words: tuple[str, ...]
+    compute_capability: tuple[int, int]
     bf16_tflops: float
     fp8_tflops: float | None
     memory_gib: float
@@ -25,11 +26,12 @@ class Card:
     network_gb_per_s: float
 
 
-def _card(words: str, *numbers: float | None) -> Card:
+def _card(words: str, capability: tuple[int, int], *numbers: float | None) -> Card:
     bf16, fp8, gib, memory, nvlink, network = numbers
     assert bf16 and gib and memory and nvlink and network
     return Card(
         words=tuple(words.split()),
+        compute_capability=capability,
         bf16_tflops=bf16,
         fp8_tflops=fp8,
         memory_gib=gib,
@@ -42,18 +44,18 @@ def _card(words: str, *numbers: float | None) -> Card:
 # By the name that `cluster.gpu` takes. More words come before fewer, so that the first whose words fit is the card.
 # Cards without NVLink between all of a machine's have their PCI Express rate instead.
 CARDS = {
-    "gb200": _card("GB200", 2500.0, 5000.0, 184.0, 8.0, 900.0, 50.0),
-    "b200": _card("B200", 2250.0, 4500.0, 178.0, 8.0, 900.0, 50.0),
-    "gh200": _card("GH200", 989.4, 1978.9, 94.0, 4.0, 450.0, 50.0),
-    "h200_nvl": _card("H200 NVL", 835.5, 1671.0, 139.0, 4.8, 64.0, 50.0),
-    "h200": _card("H200", 989.4, 1978.9, 139.0, 4.8, 450.0, 50.0),
-    "h100_nvl": _card("H100 NVL", 835.5, 1671.0, 93.0, 3.9, 64.0, 50.0),
-    "h100_pcie": _card("H100 PCIe", 756.0, 1513.0, 79.0, 2.0, 64.0, 50.0),
-    "h100": _card("H100", 989.4, 1978.9, 79.0, 3.35, 450.0, 50.0),
-    "h800": _card("H800", 989.4, 1978.9, 79.0, 3.35, 200.0, 50.0),
-    "a100": _card("A100", 312.0, None, 79.0, 2.0, 300.0, 25.0),
-    "a800": _card("A800", 312.0, None, 79.0, 2.0, 200.0, 25.0),
-    "l40s": _card("L40S", 362.0, 733.0, 44.0, 0.864, 32.0, 25.0),
+    "gb200": _card("GB200", (10, 0), 2500.0, 5000.0, 184.0, 8.0, 900.0, 50.0),
+    "b200": _card("B200", (10, 0), 2250.0, 4500.0, 178.0, 8.0, 900.0, 50.0),
+    "gh200": _card("GH200", (9, 0), 989.4, 1978.9, 94.0, 4.0, 450.0, 50.0),
+    "h200_nvl": _card("H200 NVL", (9, 0), 835.5, 1671.0, 139.0, 4.8, 64.0, 50.0),
+    "h200": _card("H200", (9, 0), 989.4, 1978.9, 139.0, 4.8, 450.0, 50.0),
+    "h100_nvl": _card("H100 NVL", (9, 0), 835.5, 1671.0, 93.0, 3.9, 64.0, 50.0),
+    "h100_pcie": _card("H100 PCIe", (9, 0), 756.0, 1513.0, 79.0, 2.0, 64.0, 50.0),
+    "h100": _card("H100", (9, 0), 989.4, 1978.9, 79.0, 3.35, 450.0, 50.0),
+    "h800": _card("H800", (9, 0), 989.4, 1978.9, 79.0, 3.35, 200.0, 50.0),
+    "a100": _card("A100", (8, 0), 312.0, None, 79.0, 2.0, 300.0, 25.0),
+    "a800": _card("A800", (8, 0), 312.0, None, 79.0, 2.0, 200.0, 25.0),
+    "l40s": _card("L40S", (8, 9), 362.0, 733.0, 44.0, 0.864, 32.0, 25.0),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from megadpo.errors import ConfigError
 from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
 from megadpo.models.builder import fuses_weight_gradients
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
-from megadpo.models.hf_config import Architecture
+from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.kernels import choose_attention
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.varlen import why_not_varlen
@@ -40,7 +41,9 @@ def torch_dtype(config: Config) -> torch.dtype:
 
 def announce(config: Config, arch: Architecture, device: Device, *, trains: bool) -> None:
     """Says what computes here; ConfigError, of everything at once, where this machine can't serve what is asked for."""
-    problems = [*fp8_problems(config, arch, device), *(optimizer_problems(config, device) if trains else [])]
+    own = config.reference.hf_path if trains else None
+    models = (arch,) if own is None else (arch, read_architecture(own))
+    problems = [*fp8_problems(config, models, device), *(optimizer_problems(config, device) if trains else [])]
     if problems:
         raise ConfigError(problems)
     log_backend(config, device)
@@ -49,8 +52,7 @@ def announce(config: Config, arch: Architecture, device: Device, *, trains: bool
     if fp8 is not None:
         how = "emulated: for the numbers, slower than without" if fp8.emulated else "by Transformer Engine"
         logger.info("fp8: recipe %s, format %s (%s)", fp8.recipe, fp8.format, how)
-        unaligned = unaligned_features(arch, fp8.recipe, tensor=config.parallel.tensor)
-        if unaligned is not None:
+        for unaligned in _unaligned(fp8, models, config):
             logger.warning("fp8: Transformer Engine would refuse this model: the recipe %s", unaligned)
 
 
@@ -91,8 +93,8 @@ def log_backend(config: Config, device: Device) -> None:
 def optimizer_problems(config: Config, device: Device) -> list[str]:
     """What keeps the optimizer that is asked for from working on `device` with what is installed."""
     asked = {"precision_aware": config.optimizer.precision_aware, "cpu_offload": config.optimizer.cpu_offload}
-    lacks = why_not_fused_adam(device)
-    return [f"optimizer.{key}=true: needs {lacks}: drop it" for key, is_on in asked.items() if is_on and lacks]
+    lacks = {key: why_not_fused_adam(device, with_formats=key == "precision_aware") for key in asked if asked[key]}
+    return [f"optimizer.{key}=true: needs {what}: drop it" for key, what in lacks.items() if what is not None]
 
 
 def fp8_settings(config: Config) -> Fp8 | None:
@@ -112,21 +114,22 @@ def fp8_settings(config: Config) -> Fp8 | None:
     )
 
 
-def fp8_problems(config: Config, arch: Architecture, device: Device) -> list[str]:
-    """What keeps the configured FP8 from being computed on `device` for such a model."""
+def fp8_problems(config: Config, models: Sequence[Architecture], device: Device) -> list[str]:
+    """What keeps the configured FP8 from being computed on `device` for such models."""
     fp8 = fp8_settings(config)
     if fp8 is None or fp8.emulated:
         return []
-    found = (
-        why_not_fp8(fp8, device, torch_dtype(config)),
-        unaligned_features(arch, fp8.recipe, tensor=config.parallel.tensor),
-    )
+    lacks = why_not_fp8(fp8, device, torch_dtype(config))
     return [
         f"precision.fp8={config.precision.fp8}: {problem}. precision.fp8_backend=emulate shows the recipe's effect on "
         "the numbers on any device; precision.fp8=null does without"
-        for problem in found
-        if problem is not None
+        for problem in (*([] if lacks is None else [lacks]), *_unaligned(fp8, models, config))
     ]
+
+
+def _unaligned(fp8: Fp8, models: Sequence[Architecture], config: Config) -> list[str]:
+    found = [unaligned_features(model, fp8.recipe, tensor=config.parallel.tensor) for model in models]
+    return [problem for problem in dict.fromkeys(found) if problem is not None]
 
 
 def model_options(config: Config, arch: Architecture, device: Device, *, trained: bool = False) -> ModelOptions:

@@ -75,6 +75,12 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def memory_gib(self) -> float | None:
+        """Memory of the CUDA device in GiB, whatever is in it; None on CPU."""
+        if self.kind == "cpu":
+            return None
+        return torch.cuda.get_device_properties(self.torch_device).total_memory / 2**30
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """FLOP/s of dense matrix products in `dtype` that the card's data sheet promises; None on CPU.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 
 from megadpo.compute import announce
@@ -60,6 +62,8 @@ def _prepare(session: Session) -> Job:
         arch if own is None else read_architecture(own),
         world_size=state.tensor_size * state.pipeline_size * state.data_size,
         gpu=gpu,
+        memory_gib=device.memory_gib(),
+        gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,
         steps=lengths.steps,
         longest_pair=lengths.longest_pair,
         attention=attention_of_cards(config) if on_cards else "sdpa",

@@ -26,7 +26,7 @@ def margin_errors(
 ) -> dict[str, float]:
     """Errors of the batch's margins under FP8 in units of 1/β, on every rank; four forward passes.
 
-    `margin_error` and `margin_error_max` are the mean and the largest change of |β (Δ policy − Δ reference)| by FP8, Δ
+    `margin_error` and `margin_error_max` are the mean and the largest |change of β (Δ policy − Δ reference)| by FP8, Δ
     the log-prob of the chosen response less that of the rejected one; `policy_margin_error` is the mean of the policy's
     alone, of which the reference's own error takes a part away. Collectives: those of scoring, and one all-gather.
     """

@@ -81,15 +81,18 @@ class OptimizerOptions:
     overlap_offload_copies: bool = False
 
 
-def why_not_fused_adam(device: Device) -> str | None:
+def why_not_fused_adam(device: Device, *, with_formats: bool) -> str | None:
     """What the device or the installation lacks of the optimizers of OptimizerOptions, None where nothing is lacking.
 
     One on the host needs Transformer Engine too: Megatron (0.16) compares its version, and fails where there is none.
+    `with_formats`: moments are to be in formats of their own.
     """
     if device.kind != "cuda":
         return "CUDA"
     if not distrib_optimizer.USING_TE_OPTIMIZER:
         return "Transformer Engine, for its FusedAdam (NGC's PyTorch images hold it)"
+    if not with_formats:
+        return None
     known = inspect.signature(distrib_optimizer.Adam).parameters
     lacks = [name for name in _WANTED_OF_FUSED_ADAM if name not in known]
     return f"a newer Transformer Engine: its FusedAdam does not know {', '.join(lacks)}" if lacks else None

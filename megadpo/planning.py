@@ -11,19 +11,20 @@ import numpy as np
 
 from megadpo.cards import CARDS
 from megadpo.compute import optimizer_options, pipeline_split, recomputation, torch_dtype
-from megadpo.config.choices import AttentionKernel, Dtype
+from megadpo.config.choices import AttentionKernel, Dtype, Fp8Backend
 from megadpo.config.schema import Config
 from megadpo.data.loader import epoch_order
 from megadpo.data.store import PairView
 from megadpo.datasets import open_datasets, prepare_stores
 from megadpo.errors import ConfigError
 from megadpo.model_source import model_source
-from megadpo.models.fp8 import unaligned_features
+from megadpo.models.fp8 import unaligned_features, why_not_card
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 
 # Steps of the data whose schedules are looked at.
 _STEPS = 50
+_CARDS_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +51,14 @@ def data_lengths(pairs: PairView, config: Config) -> DataLengths:
 def planned_job(config: Config) -> Job:
     """The job of a checked and resolved configuration for tools/plan.py; reads data where they are named."""
     arch = _architecture(config)
-    if config.precision.fp8 is not None:
-        unaligned = unaligned_features(arch, str(config.precision.fp8), tensor=config.parallel.tensor)
-        if unaligned is not None:
-            raise ConfigError(f"precision.fp8={config.precision.fp8}: {unaligned}: lower parallel.tensor, or use null")
     own = config.reference.hf_path
+    reference = arch if own is None else read_architecture(own)
+    _check_fp8(config, (arch, reference))
     lengths = _read_lengths(config, arch) if config.data.train_path else None
     return job_of(
         config,
         arch,
-        arch if own is None else read_architecture(own),
+        reference,
         world_size=int(config.cluster.gpus or 0),
         gpu=config.cluster.gpu,
         steps=None if lengths is None else lengths.steps,
@@ -75,6 +74,8 @@ def job_of(
     *,
     world_size: int,
     gpu: str | None,
+    memory_gib: float | None = None,
+    gpus_per_node: int | None = None,
     steps: Sequence[Sequence[PairLengths]] | None = None,
     longest_pair: int = 0,
     attention: str = "varlen",
@@ -82,16 +83,17 @@ def job_of(
     """The job that a configuration describes on `world_size` ranks of the card `gpu` (a name of the table, or null).
 
     Without `steps`, those of real data, the lengths are assumed: `plan.prompt_tokens` and `plan.response_tokens`, by
-    default each a quarter of data.max_length.
+    default each a quarter of data.max_length. `memory_gib` of a card and `gpus_per_node` are a launch's; settings win
+    over them.
     """
-    parallel, data, cluster = config.parallel, config.data, config.cluster
+    parallel, data, cluster, precision = config.parallel, config.data, config.cluster, config.precision
     card = None if gpu is None else CARDS.get(gpu)
     lengths_from = "the data"
     if steps is None:
         pair = _assumed_pair(config)
         steps = [[pair] * config.train.global_batch_size]
         lengths_from = f"assumed: prompts of {pair.prompt}, responses of {pair.chosen} tokens"
-    sequence_parallel = parallel.sequence_parallel
+    recipe = None if precision.fp8 is None else str(precision.fp8)
     return Job(
         name=config.model.name,
         arch=arch,
@@ -101,20 +103,22 @@ def job_of(
             pipeline=parallel.pipeline,
             virtual_pipeline=parallel.virtual_pipeline or 1,
             data=world_size // (parallel.tensor * parallel.pipeline),
-            sequence_parallel=parallel.tensor > 1 if sequence_parallel is None else sequence_parallel,
+            sequence_parallel=parallel.uses_sequence_parallelism(),
             split=pipeline_split(config),
         ),
         knobs=MemoryKnobs(
             recompute=recomputation(config),
             optimizer=optimizer_options(config),
             grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
-            fp8=None if config.precision.fp8 is None else str(config.precision.fp8),
+            fp8=recipe if precision.fp8_backend == Fp8Backend.transformer_engine else None,
+            layers_in_bf16=(precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16),
+            padded_for=recipe,
         ),
         cluster=Cluster(
             gpu=gpu,
             card=card,
-            memory_gib=cluster.memory_gib or (card.memory_gib if card else None),
-            gpus_per_node=cluster.gpus_per_node,
+            memory_gib=cluster.memory_gib or memory_gib or (card.memory_gib if card else None),
+            gpus_per_node=cluster.gpus_per_node or gpus_per_node or _CARDS_OF_A_MACHINE,
             network_gb_per_s=cluster.network_gb_per_s or (card.network_gb_per_s if card else None),
         ),
         dtype=torch_dtype(config),
@@ -134,6 +138,25 @@ def attention_of_cards(config: Config) -> str:
         return "sdpa"
     has_kernel = find_spec("torch.nn.attention.varlen") is not None
     return "varlen" if has_kernel and config.precision.dtype == Dtype.bf16 else "sdpa"
+
+
+def _check_fp8(config: Config, models: Sequence[Architecture]) -> None:
+    """Raises ConfigError where the planned card or the models' sizes don't take the FP8 recipe."""
+    recipe = config.precision.fp8
+    if recipe is None or config.precision.fp8_backend == Fp8Backend.emulate:
+        return
+    card = CARDS.get(str(config.cluster.gpu))
+    found = (
+        None if card is None else why_not_card(str(recipe), card.compute_capability),
+        *(unaligned_features(arch, str(recipe), tensor=config.parallel.tensor) for arch in models),
+    )
+    problems = [
+        f"precision.fp8={recipe}: {problem}: use another recipe or layout"
+        for problem in dict.fromkeys(found)
+        if problem
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _architecture(config: Config) -> Architecture:

@@ -117,6 +117,7 @@ _DATA_ORDER = ("train.seed", "train.shuffle", "train.global_batch_size")
 _FREE = (
     "model.recompute_",
     "parallel.",
+    "precision.fp8_check_",
     "optimizer.cpu_offload",
     "optimizer.offload_fraction",
     "optimizer.overlap_cpu_optimizer_d2h_h2d",
@@ -135,6 +136,8 @@ _FREE = (
     "data.cache_dir",
     "data.workers",
 )
+# Those of them that change the rounding under FP8.
+_SEEN_BY_FP8 = ("parallel.tensor", "parallel.pipeline", "data.tokens_per_microbatch", "data.share_prompt")
 
 
 def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -> None:
@@ -158,7 +161,9 @@ def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -
     if problems:
         raise CheckpointError(f"{directory} can't be resumed:\n" + "\n".join(f"  {p}" for p in problems))
     for key, value in now.settings.items():
-        if saved.settings.get(key) != value and not key.startswith(_FREE):
+        # A scale of FP8 belongs to what is packed together, and to a tensor rank's part.
+        counts = now.settings["precision.fp8"] is not None and key in _SEEN_BY_FP8
+        if saved.settings.get(key) != value and (counts or not key.startswith(_FREE)):
             logger.warning(
                 "resuming with %s=%s; the checkpoint was written with %s", key, value, saved.settings.get(key)
             )

@@ -184,6 +184,10 @@ def _run_loop(
         )
         return train_step(policy.chunks, policy.optimizer, reference, loss, batch, device=device)
 
+    def check_margins() -> dict[str, float]:
+        batch = data.builder.build(data.pairs[: config.precision.fp8_check_pairs])
+        return margin_errors(policy.chunks, reference, batch, beta=loss.beta, state=state, device=device.torch_device)
+
     def save(step: int) -> None:
         path = save_checkpoint(
             run_dir / "checkpoints",
@@ -205,15 +209,7 @@ def _run_loop(
         trainer = Trainer(
             update=update,
             evaluate=partial(evaluate, policy.chunks, reference, loss, device=device.torch_device),
-            check_margins=partial(
-                margin_errors,
-                policy.chunks,
-                reference,
-                data.builder.build(data.pairs[: config.precision.fp8_check_pairs]),
-                beta=loss.beta,
-                state=state,
-                device=device.torch_device,
-            ),
+            check_margins=check_margins,
             save=save,
             on_step=progress.report,
             data=data,

@@ -176,7 +176,8 @@ def _identity(config: Config, source: ModelSource, pairs: PairView) -> dict[str,
             for path in (*weights, source.hf_dir / "config.json")
         },
         "dtype": str(config.precision.dtype),
-        **({} if fp8 is None else {"fp8": str(fp8)}),
+        # A scale belongs to what is packed together, and to a tensor rank's part.
+        **({} if fp8 is None else {"fp8": f"{fp8}, {config.parallel}, {config.data.tokens_per_microbatch} tokens"}),
     }
 
 

@@ -68,9 +68,9 @@ def _check_card(config: Config) -> list[str]:
         violations.append(
             f"cluster.gpu={cluster.gpu}: must be one of {', '.join(CARDS)}: give cluster.memory_gib=GIB for another"
         )
-    if cluster.network_gb_per_s is not None and cluster.gpu is not None and not known:
+    if cluster.network_gb_per_s is not None and not known and not (cluster.gpu is None and config.train.dry_run):
         violations.append(
-            f"cluster.network_gb_per_s={show(cluster.network_gb_per_s)}: has no effect with cluster.gpu={cluster.gpu}, "
-            f"of which no rates are known: drop it, or name one of {', '.join(CARDS)}"
+            f"cluster.network_gb_per_s={show(cluster.network_gb_per_s)}: has no effect with "
+            f"cluster.gpu={show(cluster.gpu)}, of which no rates are known: drop it, or name one of {', '.join(CARDS)}"
         )
     return violations

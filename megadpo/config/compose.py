@@ -104,9 +104,7 @@ def resolve_defaults(config: Config, now: datetime) -> Config:
     `now` must be the same on all ranks: rank 0's clock names the run directory for everyone.
     """
     run_dir = config.train.run_dir or f"outputs/{now:%Y-%m-%d_%H-%M-%S}-{config.model.name}"
-    sequence_parallel = config.parallel.sequence_parallel
-    if sequence_parallel is None:
-        sequence_parallel = config.parallel.tensor > 1
+    sequence_parallel = config.parallel.uses_sequence_parallelism()
     data = replace(
         config.data,
         cache_dir=config.data.cache_dir or f"{run_dir}/tokens",

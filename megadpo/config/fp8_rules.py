@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
 
@@ -13,8 +14,8 @@ _DELAYED_ONLY = ("fp8_amax_history_len", "fp8_amax_compute_algo")
 _WITHOUT_FP8 = ("dtype", "backend", "fp8")
 
 
-def check_fp8(config: Config, *, num_layers: int | None) -> list[str]:
-    """Violations of the keys about FP8; with `num_layers` those that depend on the model as well."""
+def check_fp8(config: Config, *, num_layers: Sequence[int]) -> list[str]:
+    """Violations of the keys about FP8; `num_layers` are the policy's and its reference's, where they are known."""
     precision = config.precision
     recipe = precision.fp8
     changed = [item.name for item in fields(PrecisionConfig) if attrgetter(item.name)(precision) != item.default]
@@ -55,7 +56,7 @@ def _check_backend(config: Config) -> list[str]:
     return violations
 
 
-def _check_recipe(config: Config, num_layers: int | None) -> list[str]:
+def _check_recipe(config: Config, num_layers: Sequence[int]) -> list[str]:
     precision = config.precision
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
     named = f"precision.num_layers_at_start_in_bf16={start}, precision.num_layers_at_end_in_bf16={end}"
@@ -72,13 +73,14 @@ def _check_recipe(config: Config, num_layers: int | None) -> list[str]:
                 f"{named}: delayed scaling keeps its scales for all layers together: leave them at 0, or use "
                 "precision.fp8=tensorwise"
             )
-    if num_layers is None or min(start, end, config.parallel.pipeline) < 0 or not config.parallel.pipeline:
+    if min(start, end) < 0 or config.parallel.pipeline < 1:
         return violations
-    per_stage = num_layers // config.parallel.pipeline
-    if max(start, end) > per_stage:
-        violations.append(f"{named}: each must be at most the {per_stage} layers of a pipeline stage: lower them")
-    if start + end >= num_layers:
-        violations.append(f"{named}: leave none of the model's {num_layers} layers for FP8: lower them")
+    for layers in dict.fromkeys(num_layers):
+        per_stage = layers // config.parallel.pipeline
+        if max(start, end) > per_stage:
+            violations.append(f"{named}: each must be at most the {per_stage} layers of a pipeline stage: lower them")
+        if start + end >= layers:
+            violations.append(f"{named}: leave none of a model's {layers} layers for FP8: lower them")
     return violations
 
 
@@ -86,12 +88,11 @@ def _check_tokens(config: Config) -> list[str]:
     tensor, budget = config.parallel.tensor, config.data.tokens_per_microbatch
     if tensor < 1 or budget < 1:
         return []
-    sequence_parallel = config.parallel.sequence_parallel
     multiple = token_multiple(
         str(config.precision.fp8),
         tensor=tensor,
         context=1,
-        sequence_parallel=tensor > 1 if sequence_parallel is None else sequence_parallel,
+        sequence_parallel=config.parallel.uses_sequence_parallelism(),
     )
     if budget % multiple == 0:
         return []

@@ -23,14 +23,14 @@ def check_memory_keys(config: Config) -> list[str]:
     ]
 
 
-def check_pipeline_split(config: Config, num_layers: int, what: str) -> list[str]:
+def check_pipeline_split(config: Config, num_layers: int, what: str, *, trained: bool) -> list[str]:
     """What keeps `num_layers` layers of the model `what` from being cut into the pipeline's stages and chunks.
 
-    Speaks of recomputation too, which counts the layers of a chunk.
+    Speaks of recomputation too, which counts the layers of a chunk, where the model is trained.
     """
     parallel = config.parallel
     if parallel.pipeline == 1:
-        return _check_recomputed_layers(config.model, {num_layers}, what)
+        return _check_recomputed_layers(config.model, {num_layers}) if trained else []
     chunks = parallel.virtual_pipeline or 1
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     outer = [layers for layers in (first, last) if layers is not None]
@@ -39,7 +39,8 @@ def check_pipeline_split(config: Config, num_layers: int, what: str) -> list[str
         return []  # said by `_check_split`
     if left >= others * chunks and left % (others * chunks) == 0:
         inner = left // (others * chunks)
-        return _check_recomputed_layers(config.model, {*(layers // chunks for layers in outer), inner}, what)
+        sizes = {*(layers // chunks for layers in outer), inner}
+        return _check_recomputed_layers(config.model, sizes) if trained else []
     key = f"parallel.pipeline={parallel.pipeline}"
     if chunks > 1:
         key += f", parallel.virtual_pipeline={chunks}"
@@ -89,7 +90,7 @@ def _check_recompute(model: ModelConfig) -> list[str]:
     return violations
 
 
-def _check_recomputed_layers(model: ModelConfig, layers_of_chunks: set[int], what: str) -> list[str]:
+def _check_recomputed_layers(model: ModelConfig, layers_of_chunks: set[int]) -> list[str]:
     number = model.recompute_num_layers
     if number is None or number < 1 or model.recompute_granularity != RecomputeGranularity.full:
         return []
@@ -98,11 +99,11 @@ def _check_recomputed_layers(model: ModelConfig, layers_of_chunks: set[int], wha
     if model.recompute_method == RecomputeMethod.block:
         if number <= max(layers_of_chunks):
             return []
-        return [f"{key}: a chunk of the {what} has {sizes} layers, so it must be at most {max(layers_of_chunks)}"]
+        return [f"{key}: a chunk of the model has {sizes} layers, so it must be at most {max(layers_of_chunks)}"]
     if all(layers % number == 0 for layers in layers_of_chunks):
         return []
     return [
-        f"{key}: must divide the {sizes} layers of the {what}'s chunks with model.recompute_method=uniform: use 1, or "
+        f"{key}: must divide the {sizes} layers of the model's chunks with model.recompute_method=uniform: use 1, or "
         "method block"
     ]
 

@@ -157,6 +157,10 @@ class ParallelConfig:
     grad_reduce_in_fp32: bool = True
     """Add up and exchange gradients in fp32. False: in the weights' format, 2 bytes less a parameter, and rounding."""
 
+    def uses_sequence_parallelism(self) -> bool:
+        """Whether it is on, by its key or by its default."""
+        return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
+
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
@@ -197,7 +201,10 @@ class PrecisionConfig:
     """Modules of the layers. auto is settled when a run starts: its config.yaml holds what was chosen."""
 
     fp8: Fp8Recipe | None = None
-    """Quantise the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none."""
+    """Quantise the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none.
+
+    `delayed`, and with it the two keys about its history, is refused with a resident reference, the only one so far.
+    """
 
     fp8_backend: Fp8Backend = Fp8Backend.transformer_engine
     """Kernels, or an emulation that shows on any device what a recipe does to the numbers."""
@@ -341,11 +348,11 @@ class ClusterConfig:
     gpu: str | None = None
     """Kind of card: a name in megadpo/cards.py, or another with memory_gib. Null: the card that a dry run is on."""
 
-    gpus_per_node: int = 8
-    """Cards that NVLink joins, >= 1: those of one machine."""
+    gpus_per_node: int | None = None
+    """Cards that NVLink joins, >= 1: those of one machine. Null: 8, in a dry run the ranks of rank 0's machine."""
 
     memory_gib: float | None = None
-    """Memory of a card in GiB, > 0. Null: the table's."""
+    """Memory of a card in GiB, > 0. Null: in a dry run on CUDA the device's, else the table's."""
 
     network_gb_per_s: float | None = None
     """What the network carries for each card, one way, in 10**9 bytes a second, > 0. Null: the table's."""

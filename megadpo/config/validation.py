@@ -116,10 +116,10 @@ def validate(
         *check_data(config, planning=planning),
         *_check_layout(config, world_size),
         *check_memory_keys(config),
-        *(_check_shape(config, shape, "model") if shape is not None else []),
-        *(_check_shape(config, reference_shape, "reference") if reference_shape is not None else []),
+        *(_check_shape(config, shape, "model", trained=True) if shape is not None else []),
+        *(_check_shape(config, reference_shape, "reference", trained=False) if reference_shape is not None else []),
         *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
-        *check_fp8(config, num_layers=shape.num_layers if shape is not None else None),
+        *check_fp8(config, num_layers=[model.num_layers for model in (shape, reference_shape) if model is not None]),
         *_check_loss(config),
         *_check_optimizer(config),
         *_check_run(config),
@@ -239,7 +239,7 @@ def _check_reference(config: Config, shape: ModelShape, reference: ModelShape) -
     ]
 
 
-def _check_shape(config: Config, shape: ModelShape, what: str) -> list[str]:
+def _check_shape(config: Config, shape: ModelShape, what: str, *, trained: bool) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     chunks = config.parallel.virtual_pipeline or 1
     if min(tensor, pipeline, chunks) < 1:
@@ -255,7 +255,7 @@ def _check_shape(config: Config, shape: ModelShape, what: str) -> list[str]:
             f"parallel.tensor={tensor}: must divide the {what}'s {groups} key-value heads or be a multiple of them: "
             f"{_use_divisor(groups, tensor)}"
         )
-    return [*violations, *check_pipeline_split(config, shape.num_layers, what)]
+    return [*violations, *check_pipeline_split(config, shape.num_layers, what, trained=trained)]
 
 
 def _use_divisor(size: int, wanted: int) -> str:

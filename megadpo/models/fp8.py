@@ -60,33 +60,39 @@ def why_not_fp8(fp8: Fp8, device: Device, dtype: torch.dtype) -> str | None:
     """
     if fp8.emulated:
         return None
-    return why_not_transformer_engine(device, dtype) or _why_not_recipe(
-        fp8.recipe, device.compute_capability(), torch.version.cuda
+    return (
+        why_not_transformer_engine(device, dtype)
+        or why_not_card(fp8.recipe, device.compute_capability())
+        or _why_not_cuda(fp8.recipe, torch.version.cuda)
     )
 
 
-def _why_not_recipe(recipe: str, capability: tuple[int, int], cuda: str | None) -> str | None:
-    """What a card and its CUDA lack for a recipe of a Transformer Engine that can serve."""
+def why_not_card(recipe: str, capability: tuple[int, int]) -> str | None:
+    """What a card of this compute capability lacks for a recipe of Transformer Engine, as a clause."""
     shown = ".".join(map(str, capability))
     if recipe == "mxfp8" and capability[0] != 10:
         return f"needs a Blackwell card (compute capability 10.x), this one has {shown}"
     if recipe == "blockwise" and capability != (9, 0):
         return f"needs a Hopper card (compute capability 9.0), this one has {shown}"
-    if recipe == "blockwise" and (cuda is None or Version(cuda) < Version("12.9")):
-        return f"needs torch for CUDA 12.9 or newer, this one is for {cuda}"
     if capability < (8, 9):
         return f"needs a card with FP8 (compute capability 8.9 or newer), this one has {shown}"
     return None
 
 
+def _why_not_cuda(recipe: str, cuda: str | None) -> str | None:
+    if recipe == "blockwise" and (cuda is None or Version(cuda) < Version("12.9")):
+        return f"needs torch for CUDA 12.9 or newer, this one is for {cuda}"
+    return None
+
+
 def unaligned_features(arch: Architecture, recipe: str, *, tensor: int) -> str | None:
     """Which sizes of a tensor rank's quantised matrices the recipe's kernels don't take, as a clause; None if none."""
-    groups = max(1, arch.num_query_groups // tensor)
-    queries = arch.num_attention_heads // tensor * arch.head_dim
+    all_heads = arch.num_attention_heads + 2 * arch.num_query_groups
     sizes = {
         "hidden size": arch.hidden_size,
-        "query features": queries,
-        "query, key and value features": queries + 2 * groups * arch.head_dim,
+        "query features": arch.num_attention_heads * arch.head_dim // tensor,
+        # Megatron cuts them evenly, and gathers key-value heads that more ranks share.
+        "query, key and value features": all_heads * arch.head_dim // tensor,
         "feed-forward features": arch.ffn_hidden_size // tensor,
     }
     multiple = feature_multiple(recipe)

@@ -47,8 +47,9 @@ def rounded(
     padding = (0, -columns % block[1], 0, -rows % block[0])
     blocks = torch.nn.functional.pad(values, padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
     # Both block recipes use powers of two, the largest that keep a block's largest value in range.
-    scales = torch.exp2(_scale(blocks.abs().amax(dim=(1, 3), keepdim=True), dtype).log2().floor())
-    return _round_scaled(blocks, dtype, scales).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+    # The largest such scale is fp32's, which has 8 bits for the exponent.
+    exponents = _scale(blocks.abs().amax(dim=(1, 3), keepdim=True), dtype).log2().floor().clamp(max=127)
+    return _round_scaled(blocks, dtype, torch.exp2(exponents)).flatten(2, 3).flatten(0, 1)[:rows, :columns]
 
 
 def _block_shape(recipe: str, contracted: int, is_weight: bool) -> tuple[int, int]:
@@ -60,8 +61,12 @@ def _block_shape(recipe: str, contracted: int, is_weight: bool) -> tuple[int, in
 
 
 def _scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What brings values up to `amax` into the whole range of the format; 1 where there are only zeros."""
-    return torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
+    """What brings values up to `amax` into the whole range of the format; 1 where there are only zeros.
+
+    Finite, as in Transformer Engine: values of 1e-36 would ask for more than fp32 has.
+    """
+    largest = torch.finfo(torch.float32).max
+    return torch.where(amax > 0, (torch.finfo(dtype).max / amax).clamp(max=largest), torch.ones_like(amax))
 
 
 def _round_scaled(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from megatron.core.fp8_utils import TE_LINEAR_TYPES
+from megatron.core.fp8_utils import TE_LINEAR_TYPES, is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megadpo.errors import ConfigError
@@ -18,22 +18,40 @@ _LINEARS_OF_A_LAYER = 4
 
 
 def count_quantised(chunks: Sequence[GPTModel], fp8: Fp8) -> tuple[int, int]:
-    """(linear layers of this rank's chunks that compute in FP8, those that the settings say should).
+    """(linear layers of this rank's chunks that compute in FP8, all of them).
 
-    Raises ConfigError where the two differ: layers without FP8 would train on without a word.
+    Raises ConfigError where those that do are not those that the settings say should: layers without FP8 would train on
+    without a word.
     """
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
-    covered = [layer for layer in layers if fp8.covers(layer.layer_number - 1, chunks[0].config.num_layers)]
-    types: tuple[type, ...] = (EmulatedLinear,) if fp8.emulated else TE_LINEAR_TYPES
-    active = fp8.emulated or all(chunk.config.fp8 == fp8.format for chunk in chunks)
-    found = sum(isinstance(module, types) for layer in covered for module in layer.modules()) if active else 0
-    wanted = _LINEARS_OF_A_LAYER * len(covered)
-    if found != wanted:
+    config = chunks[0].config
+    wrong = []
+    quantised = 0
+    for layer in layers:
+        number = layer.layer_number - 1
+        found = sum(_in_fp8(module, number, fp8) for module in layer.modules())
+        wanted = _LINEARS_OF_A_LAYER if fp8.covers(number, config.num_layers) else 0
+        quantised += found
+        if found != wanted:
+            wrong.append(f"{found} of {wanted} in layer {number}")
+    if wrong:
         raise ConfigError(
-            f"precision.fp8={fp8.recipe}: {found} of {wanted} linear layers were built for FP8: Megatron-Core or "
-            "Transformer Engine is of a version that this program does not know: use precision.fp8=null"
+            f"precision.fp8={fp8.recipe}: other linear layers compute in FP8 than should ({', '.join(wrong)}): "
+            "Megatron-Core or Transformer Engine is of a version that this program does not know: use "
+            "precision.fp8=null"
         )
-    return found, _LINEARS_OF_A_LAYER * len(layers)
+    return quantised, _LINEARS_OF_A_LAYER * len(layers)
+
+
+def _in_fp8(module: torch.nn.Module, layer: int, fp8: Fp8) -> bool:
+    """Whether a module of the layer, counted from 0 over the model, is a linear layer that computes in FP8."""
+    if isinstance(module, EmulatedLinear):
+        return module.quantised
+    if not isinstance(module, TE_LINEAR_TYPES):
+        return False
+    config = module.config
+    is_set = (config.fp8, config.fp8_recipe) == (fp8.format, fp8.recipe)
+    return is_set and not is_first_last_bf16_layer(config, layer)
 
 
 @contextmanager

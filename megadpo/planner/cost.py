@@ -22,6 +22,8 @@ from megadpo.planner.pipeline import bubble_share
 class StepLoad:
     """One step's work: pairs, microbatches of a rank, the longest stream, tokens with and without padding, FLOPs.
 
+    `rank_tokens` are the computed ones of the data rank that has most.
+
     `flops` are those of `flops.step_flops`, from true lengths; `linear`, `attention` and `head` are their parts in one
     forward pass of the policy. `logical_tokens` counts every prompt twice.
     """
@@ -31,6 +33,7 @@ class StepLoad:
     stream_tokens: int
     tokens: int
     computed_tokens: int
+    rank_tokens: int
     logical_tokens: int
     response_tokens: int
     linear: int
@@ -116,6 +119,7 @@ def step_load(job: Job, pairs: Sequence[PairLengths]) -> StepLoad:
         stream_tokens=max(map(max, widths)),
         tokens=sum(lengths),
         computed_tokens=sum(map(sum, widths)),
+        rank_tokens=max(map(sum, widths)),
         logical_tokens=sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs),
         response_tokens=response,
         linear=linear,
@@ -137,10 +141,11 @@ def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Tra
     gathers its inputs twice more. Without it, two all-reduces take the place of either pair.
     """
     layout = job.layout
-    recomputes = 4 if job.knobs.recompute.granularity == "full" else 0
-    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + recomputes  # forward, backward, reference
-    ends = 3  # the embedding's or the head's rows: forward, backward, reference
-    rows = load.microbatches * load.stream_tokens * job.arch.hidden_size * job.dtype.itemsize
+    recompute = job.knobs.recompute
+    again = 4 if recompute.granularity == "full" else 2 * ("mlp" in recompute.modules)
+    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + again  # forward, backward, reference
+    ends = 3 if layout.pipeline > 1 else 6  # the embedding's or the head's rows, or both: forward, backward, reference
+    rows = load.rank_tokens * job.arch.hidden_size * job.dtype.itemsize
     layers = max(sum(stage.layers) for stage in stages)
     gradients = max(stage.gradients for stage in stages)
     weights = max(stage.parameters for stage in stages) * job.dtype.itemsize
@@ -186,14 +191,15 @@ def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], plac
     """Seconds of matrix products of one stage's ranks, padding and what is computed again included."""
     card, knobs = job.cluster.card, job.knobs
     assert card is not None
-    fast = card.fp8_tflops if knobs.fp8 is not None and card.fp8_tflops else card.bf16_tflops
+    quantised = job.fp8_share if card.fp8_tflops else 0.0
+    seconds_a_tflop = (1 - quantised) / card.bf16_tflops + (quantised / card.fp8_tflops if card.fp8_tflops else 0.0)
     share = sum(stages[place].layers) / job.arch.num_layers
     reference = load.reference_forward / (load.linear + load.attention + load.head)
     again = 1 if knobs.recompute.granularity == "full" else 0
     passes = 3 + reference + again
     linear = load.linear * (load.computed_tokens / load.tokens) * (passes + _recomputed_linear(job))
     attention = load.attention * (passes + ("core_attn" in knobs.recompute.modules))
-    seconds = share * (linear / fast + attention / card.bf16_tflops)
+    seconds = share * (linear * seconds_a_tflop + attention / card.bf16_tflops)
     if place == len(stages) - 1:
         seconds += load.head * (3 + reference + _recomputed_head(job, load)) / card.bf16_tflops
     return seconds / 1e12 / (job.layout.tensor * job.layout.data)

@@ -46,13 +46,16 @@ class Layout:
 class MemoryKnobs:
     """Settings that change what a parameter or a token takes, and nothing of the layout.
 
-    `fp8` is a recipe of Transformer Engine's, for all layers.
+    `fp8` is a recipe of Transformer Engine's, which (first, last) `layers_in_bf16` are spared; `padded_for` is the
+    recipe to whose multiple streams are padded, which an emulated one asks for too.
     """
 
     recompute: Recompute = field(default_factory=Recompute)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     grad_reduce_in_fp32: bool = True
     fp8: str | None = None
+    layers_in_bf16: tuple[int, int] = (0, 0)
+    padded_for: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +101,11 @@ class Job:
     logits_mib: int
     attention: str = "varlen"
 
+    @property
+    def fp8_share(self) -> float:
+        """Share of the layers that are quantised."""
+        return 0.0 if self.knobs.fp8 is None else 1 - sum(self.knobs.layers_in_bf16) / self.arch.num_layers
+
     def stream_tokens(self, pair: PairLengths) -> int:
         """Tokens that a pair takes in a stream."""
         return stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
@@ -110,11 +118,16 @@ class Job:
             data_rank=0,
             data_size=layout.data,
             token_multiple=token_multiple(
-                self.knobs.fp8, tensor=layout.tensor, context=1, sequence_parallel=layout.sequence_parallel
+                self.knobs.padded_for, tensor=layout.tensor, context=1, sequence_parallel=layout.sequence_parallel
             ),
             fixed_streams=layout.pipeline > 1,
             microbatch_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         )
+
+    @property
+    def longest_stream(self) -> int:
+        """Tokens of the longest pair."""
+        return max(self.longest_pair, *(self.stream_tokens(pair) for step in self.steps for pair in step))
 
     @property
     def widest_stream(self) -> int:
@@ -122,8 +135,7 @@ class Job:
 
         A full budget, or a longer pair; less where all pairs of a step don't fill it.
         """
-        lengths = [[self.stream_tokens(pair) for pair in step] for step in self.steps]
-        longest = max(self.longest_pair, *(max(step) for step in lengths))
-        widest = max(longest, min(self.tokens_per_microbatch, max(map(sum, lengths))))
+        whole_steps = (sum(self.stream_tokens(pair) for pair in step) for step in self.steps)
+        widest = max(self.longest_stream, min(self.tokens_per_microbatch, max(whole_steps)))
         multiple = self.batch_shape.token_multiple
         return -(-widest // multiple) * multiple

@@ -17,9 +17,9 @@ CONTEXT_BYTES = 2 * 2**30
 FRAGMENTATION = 0.05
 _FP32 = 4
 
-# Under FP8 Transformer Engine holds every weight of a layer's matrix quantised beside the bf16 one, in two
-# orientations. Scales of blocks count as a part of a byte.
-_FP8_COPIES = 2
+# Under FP8 Transformer Engine holds every weight of a layer's matrix quantised beside the bf16 one, once for the
+# forward and, where there are gradients, once for theirs. Scales of blocks count as a part of a byte.
+_FP8_COPIES_TRAINED, _FP8_COPIES_FROZEN = 2, 1
 _SCALE_BYTES = {"tensorwise": 0.0, "delayed": 0.0, "blockwise": 4 / 128, "mxfp8": 1 / 32}
 
 
@@ -82,10 +82,10 @@ def stage_memory(
         stage=stage,
         layers=shard.layers,
         parameters=shard.parameters,
-        weights=_weight_bytes(job, shard),
+        weights=_weight_bytes(job, shard, shard.buffer_parameters, fp8_copies=_FP8_COPIES_TRAINED),
         gradients=shard.buffer_parameters * _gradient_bytes(job),
         optimizer=optimizer,
-        reference=_weight_bytes(job, reference),
+        reference=_weight_bytes(job, reference, reference.parameters, fp8_copies=_FP8_COPIES_FROZEN),
         activations=activations,
         head=max(0, in_flight - activations),
         workspace=max(item.workspace for item in prints) + messages,
@@ -104,26 +104,29 @@ def _gradient_bytes(job: Job) -> int:
     return _FP32 if job.knobs.grad_reduce_in_fp32 else job.dtype.itemsize
 
 
-def _weight_bytes(job: Job, shard: Shard) -> int:
-    """Weights in the model's format, and what FP8 adds to those of the layers' matrices."""
-    plain = shard.parameters * job.dtype.itemsize
+def _weight_bytes(job: Job, shard: Shard, numbers: int, *, fp8_copies: int) -> int:
+    """Weights in the model's format, `numbers` of them, and what FP8 adds to those of the layers' matrices."""
+    plain = numbers * job.dtype.itemsize
     if job.knobs.fp8 is None:
         return plain
-    return plain + round(shard.linear_parameters * _FP8_COPIES * (1 + _SCALE_BYTES[job.knobs.fp8]))
+    return plain + round(shard.linear_parameters * fp8_copies * (1 + _SCALE_BYTES[job.knobs.fp8]))
 
 
 def _optimizer_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
     """(on the device, on the host, the update's own) bytes of this rank's share of the optimizer.
 
     On the host lies a copy of the gradients too. An update of gradients in bf16 copies them in fp32, unless FusedAdam
-    takes them as they are.
+    takes them as they are; where a part is offloaded, Megatron keeps the copy of the other.
     """
     knobs = job.knobs
     numbers = -(-shard.buffer_parameters // job.layout.data)
     state, offloaded = numbers * state_bytes(knobs, job.dtype), knobs.optimizer.offload_fraction
     on_host = round(state * offloaded)
-    copies = _gradient_bytes(job) < _FP32 and not (knobs.optimizer.precision_aware or offloaded)
-    return state - on_host, on_host + round(numbers * _FP32 * offloaded), numbers * _FP32 if copies else 0
+    copies = _gradient_bytes(job) < _FP32 and not knobs.optimizer.precision_aware
+    copied = round(numbers * _FP32 * (1 - offloaded)) if copies else 0
+    on_device = state - on_host
+    host = on_host + round(numbers * _FP32 * offloaded)
+    return (on_device + copied, host, 0) if offloaded else (on_device, 0, copied)
 
 
 def state_bytes(knobs: MemoryKnobs, dtype: torch.dtype) -> int:
@@ -154,12 +157,15 @@ def _chunk_footprints(
 
 
 def _fp8_saving(job: Job, stream: Stream) -> int:
-    """Bytes a layer keeps less because the inputs of its matrices are kept quantised."""
+    """Bytes a layer keeps less because the inputs of its matrices are kept quantised.
+
+    But for the projection's, which attention keeps as it is: Megatron has the projection keep the same tensor.
+    """
     knobs, arch = job.knobs, job.arch
     if knobs.fp8 is None or knobs.recompute.granularity == "full":
         return 0
     rows, ranks = stream.tokens // job.layout.sequence_ranks, job.layout.tensor
-    inputs = rows * arch.hidden_size + stream.tokens * arch.num_attention_heads * arch.head_dim // ranks
+    inputs = rows * arch.hidden_size
     if "mlp" not in knobs.recompute.modules:
         inputs += rows * arch.hidden_size + stream.tokens * arch.ffn_hidden_size // ranks
     return round(inputs * (job.dtype.itemsize - 1 - _SCALE_BYTES[knobs.fp8]))

@@ -51,11 +51,11 @@ class Plan:
     def refusal(self) -> str:
         """Why a layout that does not fit does not, and what to change."""
         stage, capacity = self.fullest, self.job.cluster.memory_gib
-        card = f"a {self.job.cluster.gpu} has" if self.job.cluster.gpu else "a card has"
+        card = f"the card ({self.job.cluster.gpu}) has" if self.job.cluster.gpu else "a card has"
         largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in _largest(stage))
         return (
-            f"{self.job.layout} does not fit: a rank of stage {stage.stage} needs {stage.total / _GIB:.1f} GiB, "
-            f"{card} {capacity:g} GiB; most of it are, in GiB, {largest}: {', or '.join(_remedies(self))}; "
+            f"{self.job.layout} does not fit: a rank of stage {stage.stage} needs {stage.total / _GIB:.2f} GiB, "
+            f"{card} {capacity:.5g} GiB; most of it are, in GiB, {largest}: {', or '.join(_remedies(self))}; "
             "tools/plan.py --suggest ranks the layouts that fit"
         )
 
@@ -120,15 +120,17 @@ def _remedies(plan: Plan) -> list[str]:
     job, stage, layout = plan.job, plan.fullest, plan.job.layout
     remedies = []
     if stage.activations + stage.head > stage.total // 8:
-        if job.knobs.recompute.granularity is None:
+        if job.knobs.recompute.granularity != "full":
             remedies.append("set model.recompute_granularity=full")
-        if job.tokens_per_microbatch > job.longest_pair:
+        if job.tokens_per_microbatch > job.longest_stream:
             remedies.append(f"lower data.tokens_per_microbatch={job.tokens_per_microbatch}")
         else:
             remedies.append("lower data.max_length")
     optimizer = job.knobs.optimizer
     if stage.optimizer > stage.total // 8 and not (optimizer.precision_aware or optimizer.offload_fraction):
-        remedies.append("set optimizer.precision_aware=true with moments in 16 bits, or optimizer.cpu_offload=true")
+        remedies.append("set optimizer.precision_aware=true with moments in 16 bits")
+        if job.dtype.itemsize < 4:
+            remedies.append("optimizer.cpu_offload=true")
     if layout.tensor < job.cluster.gpus_per_node and layout.data > 1:
         remedies.append(f"raise parallel.tensor={layout.tensor} within a machine's {job.cluster.gpus_per_node} cards")
     if layout.data > 1:

@@ -23,6 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"[bold]{job.name}[/bold]: {plan.model_parameters:,} parameters on {job.layout.world_size} x "
         f"{job.cluster.gpu or 'ranks'}: {job.layout}"
         f"{', sequence parallel' if job.layout.sequence_parallel else ''}, recomputation {job.knobs.recompute}"
+        f"{f', FP8 {job.knobs.fp8}' if job.knobs.fp8 else ''}"
     )
     console.print(f"\nGiB on each rank of a stage{_verdict(plan)}")
     console.print(_memory_table(plan))
@@ -31,9 +32,20 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"Pairs: {job.lengths_from}. Memory is that of a stream of {plan.stream_tokens} tokens, the longest a step may "
         f"have. The allowance is not measured: {CONTEXT_BYTES / _GIB:g} GiB for CUDA, cuBLAS and NCCL, and "
-        f"{FRAGMENTATION:.0%} for the allocator's gaps.",
+        f"{FRAGMENTATION:.0%} for the allocator's gaps.{_not_counted(job)}",
         style="dim",
     )
+
+
+def _not_counted(job: Job) -> str:
+    """Settings of which a plan does not tell the whole cost."""
+    knobs = job.knobs
+    said = {
+        "What the optimizer on the host sends and takes there is not in the times.": knobs.optimizer.offload_fraction,
+        "Memory takes layers that stay in bf16 for quantised ones.": knobs.fp8 and any(knobs.layers_in_bf16),
+        "FP8 is emulated: planned as bf16, it is slower.": knobs.padded_for and not knobs.fp8,
+    }
+    return "".join(f" {sentence}" for sentence, applies in said.items() if applies)
 
 
 def print_ranking(ranking: Ranking, job: Job, console: Console, *, most: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megadpo.fp8_recipes import token_multiple
 from megadpo.models.fp8 import unaligned_features
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import Recompute
@@ -22,8 +23,7 @@ RECOMPUTES = (
     Recompute(granularity="selective", modules=("mlp",)),
     Recompute(granularity="full", method="uniform", num_layers=1),
 )
-# Bytes of a parameter besides the sharded optimizer's: weight, fp32 gradient, reference.
-_PER_PARAMETER = 8
+_WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,15 @@ def suggest(
 def layouts_of(job: Job) -> Iterator[Layout]:
     """Every layout that the model can be cut into, tensor ranks inside a machine, with a pair for each data rank."""
     world, arch = job.layout.world_size, job.arch
-    pairs = min(map(len, job.steps))
+    pairs = max(map(len, job.steps))  # a last step that is smaller leaves some data ranks without a pair
     for tensor in _divisors(world):
-        if tensor > job.cluster.gpus_per_node or not all(
-            _splits(model, tensor, job.knobs.fp8) for model in (arch, job.reference)
-        ):
+        if tensor > job.cluster.gpus_per_node or not _takes_budget(job, tensor):
+            continue
+        if not all(_splits(model, tensor, job.knobs.fp8) for model in (arch, job.reference)):
             continue
         for pipeline in _divisors(world // tensor):
+            if max(job.knobs.layers_in_bf16) > arch.num_layers // pipeline:
+                continue  # they would be more than an outer stage has
             data = world // (tensor * pipeline)
             if data > pairs:
                 continue
@@ -78,6 +80,14 @@ def layouts_of(job: Job) -> Iterator[Layout]:
                         data=data,
                         sequence_parallel=tensor > 1,
                     )
+
+
+def _takes_budget(job: Job, tensor: int) -> bool:
+    """Whether the token budget is a multiple of what an FP8 recipe asks for on so many tensor ranks."""
+    if job.knobs.padded_for is None:
+        return True
+    multiple = token_multiple(job.knobs.padded_for, tensor=tensor, context=1, sequence_parallel=tensor > 1)
+    return job.tokens_per_microbatch % multiple == 0
 
 
 def _divisors(number: int) -> list[int]:
@@ -101,10 +111,11 @@ def _hopeless(job: Job, layout: Layout) -> bool:
         or job.dtype.itemsize > 2
     ):
         return False
-    numbers = job.arch.num_parameters / (layout.tensor * layout.pipeline)
-    knobs = job.knobs
-    per_parameter = _PER_PARAMETER if knobs.grad_reduce_in_fp32 else _PER_PARAMETER - 2
-    return numbers * (per_parameter + state_bytes(knobs, job.dtype) / layout.data) > job.cluster.memory_gib * 2**30
+    knobs, ranks = job.knobs, layout.tensor * layout.pipeline
+    per_parameter = _WEIGHT_BYTES + (4 if knobs.grad_reduce_in_fp32 else _WEIGHT_BYTES)
+    policy = job.arch.num_parameters * (per_parameter + state_bytes(knobs, job.dtype) / layout.data)
+    reference = job.reference.num_parameters * _WEIGHT_BYTES
+    return (policy + reference) / ranks > job.cluster.memory_gib * 2**30
 
 
 def _badness(plan: Plan) -> tuple[float, int]:

@@ -75,7 +75,7 @@ def test_a_dry_run_plans_the_launch_and_reads_no_weights(files: tuple[Path, Path
     small = words(files, run_dir, "cluster.gpu=tiny", "cluster.memory_gib=2.001")
     (status, out, err), *others = launch(4, dry_run, small)
     assert status == 2 and [rank[0] for rank in others] == [0] * 3
-    assert "tp2 x pp2 x dp1 does not fit: a rank of stage 0 needs 2.0 GiB, a tiny has 2.001 GiB" in err
+    assert "tp2 x pp2 x dp1 does not fit: a rank of stage 0 needs 2.00 GiB, the card (tiny) has 2.001 GiB" in err
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,12 @@ def test_attention_takes_shared_prompts_keys_and_no_more(served: list[Served]) -
 def test_delayed_scaling_begins_where_a_checkpoint_has_no_history(served: list[Served]) -> None:
     assert any(name.endswith("mlp.linear_fc1._extra_state") for name in served[0].histories)
     assert [line for line in served[0].filling_log if "holds no history of FP8's largest values" in line]
+
+
+def test_fp8_reaches_the_layers_that_should_have_it_and_can_be_left_for_a_moment(served: list[Served]) -> None:
+    fp8 = served[0].fp8
+    assert fp8.counted == (4, 8)
+    assert fp8.layers == {"with": [1], "without": [], "with again": [1]}
+    assert fp8.logps["with"] == fp8.logps["with again"]
+    assert fp8.logps["without"] != fp8.logps["with"] == pytest.approx(fp8.logps["without"], rel=2e-2)
+    assert "other linear layers compute in FP8 than should (0 of 4 in layer 1)" in fp8.refused

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from megadpo.device import Device
+from megadpo.fp8_recipes import default_format
 from megadpo.models.backend import why_not_transformer_engine
-from tests.helpers.device_checks import check_command, check_resuming, check_scores, check_training
+from megadpo.models.fp8 import Fp8, why_not_fp8
+from tests.helpers.device_checks import check_command, check_resuming, check_scores, check_training, fp8_words
+from tests.helpers.runs import metrics
 
 NATIVE = ["precision.backend=native"]
 BY_TE = ["precision.backend=transformer_engine", "device.attention=transformer_engine"]
@@ -57,12 +60,15 @@ def test_bf16_training(backend: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_fp8_training(recipe: str, tmp_path: Path) -> None:
     """The recipes without a history: policy and reference are quantised alike, so that the first loss is still ln 2."""
-    skip_without_transformer_engine()
-    blackwell = torch.cuda.get_device_capability()[0] >= 10
-    if blackwell != (recipe == "mxfp8") and recipe != "tensorwise":
-        pytest.skip(f"{recipe} is for {'Blackwell' if recipe == 'mxfp8' else 'Hopper'}")
-    words = ["precision.dtype=bf16", *BY_TE, f"precision.fp8={recipe}"]
-    check_training(tmp_path, "cuda", words, loss=2.5e-2, norm=0.15)
+    device = Device("cuda", torch.device("cuda", 0))
+    fp8 = Fp8(recipe=recipe, format=default_format(recipe), emulated=False)
+    problem = why_not_fp8(fp8, device, torch.bfloat16)
+    if problem is not None:
+        pytest.skip(problem)
+    check_training(tmp_path, "cuda", fp8_words(recipe), loss=2.5e-2, norm=0.15)
+    checks = [line for line in metrics(tmp_path / "on_device") if "fp8/margin_error" in line]
+    assert [line["step"] for line in checks] == [0, 3, 6]
+    assert checks[0]["fp8/margin_error"] == 0 < checks[0]["fp8/policy_margin_error"]
 
 
 def test_resuming_and_export(backend: list[str], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def run_words(root: Path, name: str, *more: str) -> list[str]:
         f"model.hf_path={model}",
         f"data.train_path={data}",
         f"train.run_dir={root / name}",
-        "data.tokens_per_microbatch=600",
+        "data.tokens_per_microbatch=640",  # of which every FP8 recipe's multiple is a part
         "trackers=[jsonl]",
         "train.max_steps=6",
         "train.save_every=3",
@@ -49,6 +49,16 @@ def run_words(root: Path, name: str, *more: str) -> list[str]:
         "optimizer.lr=1e-4",
         "optimizer.schedule=constant",
         *more,
+    ]
+
+
+def fp8_words(recipe: str) -> list[str]:
+    """Words of a run in FP8 by Transformer Engine, with the margin monitor."""
+    return [
+        "precision.dtype=bf16",
+        "precision.backend=transformer_engine",
+        f"precision.fp8={recipe}",
+        "precision.fp8_check_every=3",
     ]
 
 

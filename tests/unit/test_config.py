@@ -210,6 +210,7 @@ def test_every_number_has_a_range() -> None:
         "train.eval_every",
         "data.workers",
         "cluster.gpus",
+        "cluster.gpus_per_node",
         "cluster.memory_gib",
         "cluster.network_gb_per_s",
         "plan.prompt_tokens",
@@ -310,7 +311,7 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
         "cluster": {
             "gpus": None,
             "gpu": None,
-            "gpus_per_node": 8,
+            "gpus_per_node": None,
             "memory_gib": None,
             "network_gb_per_s": None,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
 from megadpo import compute
-from megadpo.config.compose import config_from_yaml
+from megadpo.config.compose import compose_config, config_from_yaml
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.device import Device
@@ -21,8 +22,9 @@ from megadpo.fp8_recipes import default_format, feature_multiple, token_multiple
 from megadpo.models import fp8 as fp8_module
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
 from megadpo.models.fp8_emulation import AmaxHistory, rounded
-from megadpo.models.hf_config import Architecture, parse_architecture
+from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
+from tests.helpers.device_checks import fp8_words, run_words
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -67,6 +69,16 @@ def test_blocks_have_scales_of_their_own_along_the_contraction(recipe: str, size
         torch.testing.assert_close(left[row, size:][normal], expected[normal], rtol=1e-6, atol=0)
     # One scale for all would lose the small ones.
     assert rounded(lines, E4M3, "tensorwise", contracted=1)[0, size] == 0
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_values_too_small_for_a_scale_stay_numbers(recipe: str, dtype: torch.dtype) -> None:
+    """As the gradients of pairs that have long been told apart are."""
+    for value in (1e-30, 1e-36, 1e-40):
+        left = rounded(torch.tensor([[0.0, value, -value]]), dtype, recipe, contracted=1)
+        assert left.isfinite().all() and left[0, 0] == 0
+        assert (left.abs() <= 2 * value).all()
 
 
 def test_weights_share_a_scale_in_squares_of_128() -> None:
@@ -146,10 +158,15 @@ def arch(**fields: Any) -> Architecture:
 
 def test_features_of_a_tensor_rank_must_fit_the_blocks() -> None:
     assert unaligned_features(arch(), "blockwise", tensor=2) is None
-    assert unaligned_features(arch(), "tensorwise", tensor=8) is None  # 192 and 64 + 2 · 64
+    assert unaligned_features(arch(), "tensorwise", tensor=8) is None  # (8 + 2 · 2) · 64 / 8 = 96
     assert unaligned_features(arch(), "blockwise", tensor=8) == (
-        "needs multiples of 128, a tensor rank's are: query features 64, query, key and value features 192, "
+        "needs multiples of 128, a tensor rank's are: query features 64, query, key and value features 96, "
         "feed-forward features 192"
+    )
+    # Two ranks share a key-value head: 16 + 4 heads of 128 over 8 ranks.
+    shared = arch(hidden_size=2048, num_attention_heads=16, intermediate_size=8192)
+    assert unaligned_features(shared, "blockwise", tensor=8) == (
+        "needs multiples of 128, a tensor rank's are: query, key and value features 320"
     )
     assert unaligned_features(arch(hidden_size=520, head_dim=64), "tensorwise", tensor=1) == (
         "needs multiples of 16, a tensor rank's are: hidden size 520"
@@ -189,10 +206,11 @@ def test_a_card_is_asked_for_by_recipe(
 def test_fp8_without_a_backend_is_refused(tmp_path: Path) -> None:
     """Megatron would train on without it."""
     config = built(tmp_path, "precision.fp8=tensorwise", "parallel.tensor=4")
-    said = compute.fp8_problems(config, arch(head_dim=20), Device("cpu", torch.device("cpu")))
+    models = (arch(), arch(head_dim=20))  # the reference's sizes count too
+    said = compute.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
     assert said[0].startswith("precision.fp8=tensorwise: needs a CUDA device: set device.kind=cuda")
     assert said[1].startswith(
-        "precision.fp8=tensorwise: needs multiples of 16, a tensor rank's are: query features 40."
+        "precision.fp8=tensorwise: needs multiples of 16, a tensor rank's are: query features 40, query, key and value"
     )
     assert all("precision.fp8_backend=emulate shows the recipe's effect" in line for line in said)
     with pytest.raises(ConfigError) as caught:
@@ -293,7 +311,7 @@ SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=4, ffn_
                 "precision.num_layers_at_start_in_bf16=4",
                 "precision.num_layers_at_end_in_bf16=4",
             ],
-            "leave none of the model's 8 layers for FP8: lower them",
+            "leave none of a model's 8 layers for FP8: lower them",
         ),
     ],
 )
@@ -303,6 +321,25 @@ def test_what_does_not_go_together_is_said(words: list[str], says: str, tmp_path
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size=world_size, shape=SHAPE)
     assert any(says in line for line in caught.value.violations), caught.value.violations
+
+
+def test_a_references_layers_count_too(tmp_path: Path) -> None:
+    words = ["precision.fp8=mxfp8", EMULATED, "precision.num_layers_at_start_in_bf16=2", "parallel.pipeline=2"]
+    config = built(tmp_path, *words, f"reference.hf_path={tmp_path / 'model'}")
+    validate(config, world_size=2, shape=SHAPE, reference_shape=SHAPE)
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=2, shape=SHAPE, reference_shape=replace(SHAPE, num_layers=2))
+    assert len(caught.value.violations) == 2
+    assert "each must be at most the 1 layers of a pipeline stage" in caught.value.violations[0]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_the_words_of_the_tests_on_gpus_are_taken(recipe: str, tmp_path: Path) -> None:
+    config = compose_config([*run_words(tmp_path, "run", "device.kind=cuda"), *fp8_words(recipe)])
+    validate(config, world_size=1)
+    models = (read_architecture(config.model.hf_path),)
+    said = compute.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
+    assert len(said) == 1 and "needs a CUDA device" in said[0]
 
 
 def test_what_goes_together_is_taken(tmp_path: Path) -> None:

@@ -253,5 +253,7 @@ def test_what_the_optimizer_lacks_is_said(
     monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", adam is not None)
     monkeypatch.setattr(distrib_optimizer, "Adam", adam)
     assert optimizer_problems(build(), device) == []
+    if adam is _OldAdam and key == "cpu_offload":
+        lacks = None  # the host's moments have no formats
     said = [] if lacks is None else [f"optimizer.{key}=true: needs {lacks}: drop it"]
     assert optimizer_problems(build(f"optimizer.{key}=true"), device) == said

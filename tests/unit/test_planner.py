@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -303,7 +304,7 @@ def test_knobs_change_what_a_number_takes() -> None:
     plain = memory(planned)
     numbers = plain.gradients // 4
     assert plain.parameters <= numbers <= plain.parameters + 2**16
-    assert plain.weights == plain.reference == 2 * plain.parameters
+    assert (plain.weights, plain.reference) == (2 * numbers, 2 * plain.parameters)  # the policy's in padded buffers
     assert (plain.optimizer, plain.host, plain.update) == (3 * numbers, 0, 0)  # 12 bytes over four ranks
     offloaded = memory(planned, optimizer=OptimizerOptions(offload_fraction=0.75))
     assert offloaded.optimizer == plain.optimizer // 4
@@ -314,7 +315,10 @@ def test_knobs_change_what_a_number_takes() -> None:
     low = memory(planned, grad_reduce_in_fp32=False)
     assert (low.gradients, low.update) == (2 * numbers, numbers)  # with an fp32 copy of a rank's quarter in the update
     exact = memory(replace(planned, dtype=torch.float32, attention="sdpa"))
-    assert (exact.weights, exact.optimizer) == (4 * plain.parameters, 2 * numbers)
+    assert (exact.weights, exact.optimizer) == (4 * numbers, 2 * numbers)
+    # Of gradients in bf16, what is updated beside the model is copied in fp32, and Megatron keeps the copy.
+    half = memory(planned, optimizer=OptimizerOptions(offload_fraction=0.5), grad_reduce_in_fp32=False)
+    assert (half.optimizer, half.update) == (plain.optimizer // 2 + numbers // 4 * 2, 0)
     assert plain.peak == plain.always + plain.activations + plain.head
 
 
@@ -322,9 +326,10 @@ def test_fp8_keeps_quantised_inputs_and_copies_of_weights() -> None:
     planned = job(small(num_hidden_layers=2), Layout())
     plain, fp8, blocks = memory(planned), memory(planned, fp8="tensorwise"), memory(planned, fp8="mxfp8")
     matrices = 2 * (2 * (H * Q + H * KV) + 3 * H * F)
-    assert fp8.weights - plain.weights == 2 * matrices
+    assert fp8.weights - plain.weights == 2 * matrices  # for the forward and for gradients
+    assert fp8.reference - plain.reference == matrices
     assert blocks.weights - plain.weights == round(2 * matrices * (1 + 1 / 32))
-    assert plain.activations - fp8.activations == 2 * 120 * (H + Q + H + F)
+    assert plain.activations - fp8.activations == 2 * 120 * (H + H + F)
     assert memory(planned, fp8="tensorwise", recompute=FULL).activations < fp8.activations
 
 
@@ -340,8 +345,8 @@ def test_the_floor_names_its_bottleneck() -> None:
     assert plan.floor is not None and plan.floor.bottleneck == "compute" and plan.floor.network == 0
     # Matrix products alone at the data sheet's rate cannot be faster than all of the step's FLOPs.
     assert plan.floor.step >= plan.load.flops / (8 * 989.4e12)
-    rows = plan.load.microbatches * plan.load.stream_tokens * 4096 * 2
-    assert plan.traffic.tensor == rows * (14 * 32 + 3) // 2
+    rows = plan.load.rank_tokens * 4096 * 2
+    assert plan.traffic.tensor == rows * (14 * 32 + 6) // 2
     assert plan.traffic.data == pytest.approx(6 * plan.stages[0].parameters * 3 / 4, rel=1e-3)
     apart = make_plan(replace(inside, cluster=replace(H100, gpus_per_node=1, network_gb_per_s=1.0)), REHEARSALS)
     assert apart.floor is not None and apart.floor.bottleneck == "network" and apart.floor.nvlink == 0
@@ -358,6 +363,9 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
     plans = [make_plan(replace(planned, knobs=MemoryKnobs(recompute=way)), REHEARSALS) for way in ways]
     times = [plan.floor.compute for plan in plans if plan.floor is not None]
     assert times == sorted(set(times)) and times[2] / times[0] < 1.3
+    sent = [plan.traffic.tensor for plan in plans]
+    moved = (sent[0] * 2) // (14 * 32 + 6)  # the rows that a layer gathers or scatters once
+    assert [(more - sent[0]) * 2 // moved for more in sent] == [0, 2 * 32, 4 * 32]
     assert [plan.fullest.activations for plan in plans] == sorted((p.fullest.activations for p in plans), reverse=True)
 
 
@@ -382,9 +390,48 @@ def test_70b_on_64_h100_fits_and_on_16_it_does_not(capsys: pytest.CaptureFixture
     words = ("+model=llama70b", "parallel.pipeline=2", "cluster.gpus=16", "cluster.gpu=h100")
     status, out, err = plan_words(capsys, *words)
     assert status == 2 and "does not fit 79 GiB" in out
-    assert "tp8 x pp2 x dp1 does not fit: a rank of stage 0 needs 1" in err and "a h100 has 79 GiB" in err
+    assert "tp8 x pp2 x dp1 does not fit: a rank of stage 0 needs 11" in err and "the card (h100) has 79 GiB" in err
     assert "optimizer 49." in err and "take more than 16 cards" in err and "Traceback" not in err
     assert plan_words(capsys, *words, "cluster.memory_gib=120")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("precision.fp8=mxfp8",),
+            "precision.fp8=mxfp8: needs a Blackwell card (compute capability 10.x), this one has 9",
+        ),
+        (
+            ("precision.fp8=blockwise", "parallel.tensor=8", "model.shape.intermediate_size=14400"),
+            "feed-forward features 1800",
+        ),
+    ],
+)
+def test_fp8_that_a_run_would_refuse_is_refused(
+    words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = plan_words(capsys, *PLANNED, *words)
+    assert status == 2 and says in err
+
+
+def test_fp8_is_planned_as_it_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    def floor(*words: str) -> float:
+        given = ("+model=llama3_8b", "cluster.gpus=16", "cluster.gpu=h100", "train.global_batch_size=640", *words)
+        status, out, _ = plan_words(capsys, *given)
+        assert status == 0, out
+        found = re.search(r"floor of its time *│ ([\d.]+) s", out)
+        assert found is not None
+        said.append(" ".join(out.split()))
+        return float(found[1])
+
+    said: list[str] = []
+    plain, quantised = floor(), floor("precision.fp8=tensorwise")
+    some = floor("precision.fp8=tensorwise", "precision.num_layers_at_start_in_bf16=16")
+    emulated = floor("precision.fp8=tensorwise", "precision.fp8_backend=emulate")
+    assert quantised < some < plain == emulated
+    assert ", FP8 tensorwise" in said[1] and "Memory takes layers that stay in bf16 for quantised ones" in said[2]
+    assert "FP8 is emulated: planned as bf16, it is slower." in said[3]
 
 
 def test_suggestions_fit_and_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,6 +445,27 @@ def test_suggestions_fit_and_can_be_asked_for(capsys: pytest.CaptureFixture[str]
     assert status == 2 and "parallel.tensor=2: has no effect with --suggest" in err
     status, _, err = plan_words(capsys, *words, "--suggest", "cluster.memory_gib=20")
     assert status == 2 and "none of the" in err and "layouts fits: take more cards" in err
+
+
+def test_layouts_that_the_settings_allow_are_looked_at() -> None:
+    uneven = ((PairLengths(60, 50, 40),) * 64, (PairLengths(60, 50, 40),) * 2)  # an epoch's last step is smaller
+    planned = replace(job(small(), Layout(data=8), steps=uneven), cluster=H100)
+    assert max(layout.data for layout in layouts_of(planned)) == 8
+    padded = MemoryKnobs(fp8="mxfp8", padded_for="mxfp8", layers_in_bf16=(0, 3))
+    quantised = replace(planned, knobs=padded, tokens_per_microbatch=4032)
+    wide = small(hidden_size=512, intermediate_size=512)
+    found = list(layouts_of(replace(quantised, arch=wide, reference=wide)))
+    assert {layout.tensor for layout in found} == {1, 2}  # 4032 is no multiple of 4 · 32
+    assert {layout.pipeline for layout in found} == {1, 2}  # of 8 layers, a stage of 4 has no 3 to spare
+
+
+def test_a_small_reference_leaves_room() -> None:
+    arch, reference = small(num_hidden_layers=64, vocab_size=64), small(num_hidden_layers=8, vocab_size=64)
+    cluster = replace(H100, memory_gib=None)
+    planned = replace(job(arch, Layout(), cluster=cluster), reference=reference)
+    needed = make_plan(planned, REHEARSALS).fullest
+    tight = replace(planned, cluster=replace(cluster, memory_gib=(needed.total + 2**10) / 2**30))
+    assert suggest(tight, [Recompute()]).plans
 
 
 def test_every_layout_that_the_model_can_be_cut_into_is_looked_at() -> None:
@@ -425,6 +493,7 @@ def test_cards_are_found_by_the_name_that_cuda_gives() -> None:
     assert find_card("NVIDIA H200 NVL") == ("h200_nvl", CARDS["h200_nvl"])
     assert find_card("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     assert find_card("Tesla T4") is None
+    assert CARDS["l40s"].compute_capability == (8, 9)
     assert CARDS["gb200"].bf16_tflops == 2500.0 and CARDS["a100"].fp8_tflops is None
 
 
@@ -438,6 +507,10 @@ PLANNED = ("+model=llama3_8b", "cluster.gpus=8", "cluster.gpu=h100")
         (("+model=llama3_8b", "cluster.gpus=8"), "cluster.gpu=null: the kind of card is needed: add cluster.gpu=NAME"),
         (("+model=llama3_8b", "cluster.gpus=8", "cluster.gpu=x1"), "cluster.gpu=x1: must be one of gb200, b200"),
         ((*PLANNED, "parallel.tensor=3"), "must divide the world size 8"),
+        (
+            ("+model=llama3_8b", "cluster.gpus=8", "cluster.memory_gib=80", "cluster.network_gb_per_s=3"),
+            "=null, of which no",
+        ),
         ((*PLANNED, "train.dry_run=true"), "train.dry_run=true: has no effect here"),
         ((*PLANNED, "plan.prompt_tokens=2000"), "prompt and response are 2512 tokens, data.max_length=2048 keeps"),
         ((*PLANNED, "data.train_path=setup.py"), "the data are read with its tokenizer: give model.hf_path=DIR"),

@@ -1,4 +1,4 @@
-"""FP8's context, which is refused: the stand-in computes in the format of its inputs."""
+"""FP8's context: while it is on, linear layers round what goes into them, every tensor by its own largest value."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformer_engine.common import recipe
+
 
 class FP8GlobalStateManager:
+    """Whether FP8 is on."""
+
+    enabled = False
+
     @classmethod
     def is_fp8_enabled(cls) -> bool:
-        return False
+        return cls.enabled
 
 
 @contextmanager
@@ -21,6 +27,11 @@ def fp8_autocast(
     fp8_group: Any = None,
     _graph: bool = False,
 ) -> Iterator[None]:
-    if enabled:
-        raise NotImplementedError("the stand-in for Transformer Engine computes no FP8")
-    yield
+    assert not calibrating
+    if enabled and not isinstance(fp8_recipe, recipe.Float8CurrentScaling):
+        raise NotImplementedError("the stand-in for Transformer Engine computes Float8CurrentScaling only")
+    before, FP8GlobalStateManager.enabled = FP8GlobalStateManager.enabled, enabled
+    try:
+        yield
+    finally:
+        FP8GlobalStateManager.enabled = before

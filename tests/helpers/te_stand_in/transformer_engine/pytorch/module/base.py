@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
 _MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
 
 
@@ -106,6 +108,10 @@ class TransformerEngineBaseModule(torch.nn.Module):
             if self.sequence_parallel:
                 enter = mappings.gather_from_sequence_parallel_region
             inputs = enter(inputs, group=self.tp_group)
+        if FP8GlobalStateManager.is_fp8_enabled():
+            scale = 448.0 / inputs.detach().abs().amax()
+            left = (inputs.detach() * scale).to(torch.float8_e4m3fn).to(inputs.dtype) / scale
+            inputs = inputs + (left - inputs.detach())
         output = MatrixProduct.apply(inputs, self.weight, self.fuse_wgrad_accumulation, is_first_microbatch)
         if self.parallel_mode == "row":
             leave: Any = mappings.reduce_from_tensor_model_parallel_region

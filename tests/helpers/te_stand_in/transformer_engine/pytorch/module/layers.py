@@ -45,6 +45,7 @@ class Linear(TransformerEngineBaseModule):
         assert not delay_wgrad_compute
         assert parameters_split is symmetric_ar_type is None
         assert init_method is not None and params_dtype is not None
+        self.save_original_input = save_original_input  # for the backward, instead of what FP8 leaves of it
         self.build(
             in_features,
             out_features,
