@@ -43,7 +43,7 @@ lint: $(STAMP)  ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*.sbatch
+	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*.sbatch tests/te/*.sh
 	$(BIN)/hadolint docker/*.Dockerfile
 
 format: $(STAMP)  ## let ruff rewrite what it can
@@ -56,6 +56,6 @@ image-ngc:  ## the image for NVIDIA GPUs, on the base of docker/pins.env; needs 
 image-cpu:  ## the image for CPU; needs Docker and a network
 	docker/build.sh cpu
 
-clean:  ## remove caches and build output; .venv and outputs stay
+clean:  ## remove caches and build output; .venv, .venv-te and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find conf megadpo tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from megadpo.data.loader import stream_widths
 from megadpo.data.schedule import schedule_step
 from megadpo.flops import FlopRates, pair_flops, step_flops
 from megadpo.logprobs import chunk_rows
-from megadpo.planner.job import Job, PairLengths
+from megadpo.planner.job import Job, Layout, PairLengths
 from megadpo.planner.memory import StageMemory
 from megadpo.planner.pipeline import bubble_share
 
@@ -41,6 +41,10 @@ class StepLoad:
     head: int
     flops: int
     reference_forward: int
+
+    def bubble(self, layout: Layout) -> float:
+        """The pipeline's idle time over its working time."""
+        return bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=self.microbatches)
 
     @property
     def padding(self) -> float:
@@ -177,10 +181,9 @@ def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic:
     inside = sum(sent for sent, reach in links if reach <= node)
     outside = sum(sent for sent, reach in links if reach > node)
     compute = max(_stage_seconds(job, load, stages, place) for place in range(len(stages)))
-    share = bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=load.microbatches)
     return Floor(
         compute=compute,
-        bubble=compute * share,
+        bubble=compute * load.bubble(layout),
         memory=max(_bytes_touched(job, load, stage) for stage in stages) / (cluster.card.memory_tb_per_s * 1e12),
         nvlink=inside / (cluster.card.nvlink_gb_per_s * 1e9),
         network=outside / (cluster.network_gb_per_s * 1e9),

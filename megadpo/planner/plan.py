@@ -9,7 +9,6 @@ from megadpo.device import megatron_device, planning_device
 from megadpo.planner.cost import Floor, StepLoad, Traffic, step_floor, step_load, step_traffic
 from megadpo.planner.job import Job, PairLengths
 from megadpo.planner.memory import StageMemory, stage_memory
-from megadpo.planner.pipeline import bubble_share
 from megadpo.planner.rehearsal import Rehearsals, Stream
 from megadpo.planner.shards import Shard, build_shard
 
@@ -39,8 +38,7 @@ class Plan:
     @property
     def bubble(self) -> float:
         """The pipeline's idle time over its working time."""
-        layout = self.job.layout
-        return bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=self.load.microbatches)
+        return self.load.bubble(self.job.layout)
 
     @property
     def fits(self) -> bool:

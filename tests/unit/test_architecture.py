@@ -28,7 +28,7 @@ FLOORS = [
     {"host_optimizer"},
     {"forward_step", "optimizer", "checkpoint", "export", "planner"},
     {"reference"},
-    {"train_step", "evaluation", "margin_check", "trackers", "progress", "health"},
+    {"train_step", "evaluation", "margin_check", "trackers", "progress"},
     {"trainer"},
     {"command_line", "assembly", "compute", "datasets", "planning", "resume", "session"},
     {"run", "score_files", "scoring", "convert", "verification"},

@@ -106,13 +106,13 @@ def _conversions(model: Path, ranks: int) -> dict[str, Cost]:
         "verify": ["--hf", str(model), "--checkpoint", checkpoint],
         "export": ["--checkpoint", checkpoint, "--out", back],
     }
-    return {name: _run(["convert.py", name, *its_words, "--device", "cpu"], ranks) for name, its_words in words.items()}
+    return {name: _run([name, *its_words, "--device", "cpu"], ranks) for name, its_words in words.items()}
 
 
 def _run(words: Sequence[str], ranks: int) -> Cost:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *launcher, str(_CONVERT), *words[1:]], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, *launcher, str(_CONVERT), *words], stderr=subprocess.PIPE)
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)

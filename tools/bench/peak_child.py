@@ -20,7 +20,7 @@ from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
-from megadpo.optimizer import build_optimizer, wrap_data_parallel
+from megadpo.optimizer import DataParallelOptions, build_optimizer, wrap_data_parallel
 from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 from megadpo.planner.meter import LiveBytes
@@ -58,6 +58,7 @@ class PeakCase:
     logits_mib: int = 16
     recompute: str = "none"
     first_stage_layers: int | None = None
+    grad_reduce_in_fp32: bool = True
 
     @property
     def arch(self) -> Architecture:
@@ -104,7 +105,7 @@ class PeakCase:
             arch=self.arch,
             reference=self.arch,
             layout=self.layout,
-            knobs=MemoryKnobs(recompute=_RECOMPUTES[self.recompute]),
+            knobs=MemoryKnobs(recompute=_RECOMPUTES[self.recompute], grad_reduce_in_fp32=self.grad_reduce_in_fp32),
             cluster=Cluster(),
             dtype=self.torch_dtype,
             steps=(tuple(self.lengths()),),
@@ -142,7 +143,10 @@ def measure(case: PeakCase) -> dict[str, int]:
 def _train(case: PeakCase, state: ParallelState, device: Device, meter: LiveBytes) -> None:
     batch = _batch(case, state)
     reference = ResidentReference(_model(case, state, device, Recompute()), device=device.torch_device)
-    chunks = wrap_data_parallel(_model(case, state, device, case.job().knobs.recompute))
+    chunks = wrap_data_parallel(
+        _model(case, state, device, case.job().knobs.recompute),
+        DataParallelOptions(grad_reduce_in_fp32=case.grad_reduce_in_fp32),
+    )
     optimizer = build_optimizer(
         chunks, dtype=case.torch_dtype, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_grad=1.0
     )
