@@ -31,7 +31,7 @@ from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.score_files import ScoreWriter
 from megadpo.scoring import run_scoring
 from megadpo.verification import verify
-from tests.helpers.fault_jobs import captured_log
+from tests.helpers.fault_jobs import MeetingPlaces, captured_log
 from tests.helpers.no_room import largest_file
 
 
@@ -76,8 +76,9 @@ def differing_parameters(hf_dir: Path, imported: Path, layouts: Sequence[Mapping
 
 def refusals(cases: Sequence[tuple[str, Path, Path]]) -> list[str]:
     """What each of the conversions, ("import_hf" or "export_hf", FROM, TO), is refused with on this rank."""
-    said = []
-    for name, source, target in cases:
+    said, places = [], MeetingPlaces()
+    for number, (name, source, target) in enumerate(cases):
+        places.move(str(number))
         try:
             {"import_hf": import_hf, "export_hf": export_hf}[name](source, target)
             said.append("done")

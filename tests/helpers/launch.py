@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import socket
@@ -32,6 +33,7 @@ def launch(
 
     `function` is a module-level one of a package that can be imported; it returns no tensors (they would travel as
     handles that die with the rank), numpy arrays do. A rank that raises ends the others; its traceback is the error.
+    Ranks that are about to run out of time print where they are.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,7 +42,9 @@ def launch(
     context: Any = _CONTEXT if packages is None else mp.get_context("spawn")
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(theirs, rank, world_size, port, function, args))
+        process = context.Process(
+            target=_rank_main, args=(theirs, rank, world_size, port, 0.95 * timeout_s, function, args)
+        )
         # A spawned interpreter takes over the path of the one that starts it.
         with mock.patch.object(sys, "path", [*([] if packages is None else [str(packages)]), *sys.path]):
             process.start()
@@ -77,8 +81,15 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 
 def _rank_main(
-    pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    late_s: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    faulthandler.dump_traceback_later(late_s)
     # Megatron writes them where a model is built, which tests do in the process that launches, too.
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         del os.environ[name]
