@@ -13,6 +13,7 @@ from megadpo.data.loader import stream_widths
 from megadpo.data.schedule import schedule_step
 from megadpo.flops import FlopRates, pair_flops, step_flops
 from megadpo.logprobs import chunk_rows
+from megadpo.models.options import Recompute
 from megadpo.planner.job import Job, Layout, PairLengths
 from megadpo.planner.memory import StageMemory
 from megadpo.planner.pipeline import bubble_share
@@ -146,19 +147,28 @@ def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Tra
     """
     layout = job.layout
     recompute = job.knobs.recompute
-    again = 4 if recompute.granularity == "full" else 2 * ("mlp" in recompute.modules)
-    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + again  # forward, backward, reference
+    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + 2 * ("mlp" in recompute.modules)  # with the reference's
     ends = 3 if layout.pipeline > 1 else 6  # the embedding's or the head's rows, or both: forward, backward, reference
     rows = load.rank_tokens * job.arch.hidden_size * job.dtype.itemsize
-    layers = max(sum(stage.layers) for stage in stages)
+    in_layers = max(moves * sum(stage.layers) + 4 * _recomputed_layers(recompute, stage) for stage in stages)
     gradients = max(stage.gradients for stage in stages)
     weights = max(stage.parameters for stage in stages) * job.dtype.itemsize
     neighbours = layout.pipeline > 1
     return Traffic(
-        tensor=round(rows * (moves * layers + ends) * _others(layout.tensor)),
+        tensor=round(rows * (in_layers + ends) * _others(layout.tensor)),
         pipeline=3 * rows // layout.sequence_ranks * layout.virtual_pipeline if neighbours else 0,
         data=round((gradients + weights) * _others(layout.data)),
     )
+
+
+def _recomputed_layers(recompute: Recompute, stage: StageMemory) -> int:
+    """Layers of a stage whose whole forward the backward runs again."""
+    if recompute.granularity != "full":
+        return 0
+    if not recompute.is_block:
+        return sum(stage.layers)
+    assert recompute.num_layers is not None
+    return sum(min(recompute.num_layers, layers) for layers in stage.layers)
 
 
 def _others(ranks: int) -> float:
@@ -198,8 +208,7 @@ def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], plac
     seconds_a_tflop = (1 - quantised) / card.bf16_tflops + (quantised / card.fp8_tflops if card.fp8_tflops else 0.0)
     share = sum(stages[place].layers) / job.arch.num_layers
     reference = load.reference_forward / (load.linear + load.attention + load.head)
-    again = 1 if knobs.recompute.granularity == "full" else 0
-    passes = 3 + reference + again
+    passes = 3 + reference + _recomputed_layers(knobs.recompute, stages[place]) / sum(stages[place].layers)
     linear = load.linear * (load.computed_tokens / load.tokens) * (passes + _recomputed_linear(job))
     attention = load.attention * (passes + ("core_attn" in knobs.recompute.modules))
     seconds = share * (linear * seconds_a_tflop + attention / card.bf16_tflops)

@@ -359,13 +359,18 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
     steps = ((PairLengths(512, 512, 512),) * 64,)
     planned = job(arch, Layout(tensor=2, data=4, sequence_parallel=True), cluster=H100, steps=steps)
     planned = replace(planned, tokens_per_microbatch=8192)
-    ways = [Recompute(), Recompute(granularity="selective", modules=("mlp",)), FULL]
-    plans = [make_plan(replace(planned, knobs=MemoryKnobs(recompute=way)), REHEARSALS) for way in ways]
+    block = Recompute(granularity="full", method="block", num_layers=8)
+    ways = [Recompute(), Recompute(granularity="selective", modules=("mlp",)), FULL, block]
+    *plans, partly = [make_plan(replace(planned, knobs=MemoryKnobs(recompute=way)), REHEARSALS) for way in ways]
     times = [plan.floor.compute for plan in plans if plan.floor is not None]
     assert times == sorted(set(times)) and times[2] / times[0] < 1.3
     sent = [plan.traffic.tensor for plan in plans]
     moved = (sent[0] * 2) // (14 * 32 + 6)  # the rows that a layer gathers or scatters once
     assert [(more - sent[0]) * 2 // moved for more in sent] == [0, 2 * 32, 4 * 32]
+    # Eight of the 32 layers cost a quarter of all.
+    assert partly.floor is not None
+    assert partly.floor.compute - times[0] == pytest.approx((times[2] - times[0]) / 4)
+    assert partly.traffic.tensor - sent[0] == (sent[2] - sent[0]) // 4
     assert [plan.fullest.activations for plan in plans] == sorted((p.fullest.activations for p in plans), reverse=True)
 
 
