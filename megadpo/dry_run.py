@@ -17,7 +17,7 @@ from megadpo.planner import Job, make_plan
 from megadpo.planner.report import print_plan
 from megadpo.planning import attention_of_cards, data_lengths, job_of
 from megadpo.rank_logging import get_logger
-from megadpo.run import begin, check_steps
+from megadpo.run import begin, count_steps
 from megadpo.session import Session, open_session
 
 logger = get_logger(__name__)
@@ -50,8 +50,7 @@ def _prepare(session: Session) -> Job:
     datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
     warn_long_sequences(datasets, arch.max_position_embeddings)
     check_all_agree("data or model configuration", f"{datasets.digests} {arch}")
-    steps_per_epoch = -(-len(datasets.train) // config.train.global_batch_size)
-    check_steps(config, config.train.max_steps or config.train.epochs * steps_per_epoch)
+    count_steps(config, len(datasets.train))
     lengths = data_lengths(datasets.train, config)
     own = config.reference.hf_path
     gpu = config.cluster.gpu or device.card_name()

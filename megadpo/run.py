@@ -23,7 +23,7 @@ from megadpo.compute import announce, torch_dtype
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
-from megadpo.data.loader import GlobalBatch, TrainingData
+from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import ConfigError
@@ -93,8 +93,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         shuffle=config.train.shuffle,
         builder=build_batches(config, arch, state, datasets.pad_token_id),
     )
-    total_steps = config.train.max_steps or config.train.epochs * data.steps_per_epoch
-    check_steps(config, total_steps)
+    total_steps = count_steps(config, len(datasets.train))
     # Rank 0 decides for all: file systems may show other ranks another moment.
     start, exported = on_main(
         lambda: (
@@ -136,8 +135,11 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     logger.info("exported the model to %s", run_dir / "hf")
 
 
-def check_steps(config: Config, total_steps: int) -> None:
-    """Raises ConfigError for a warm-up that the run never ends; says which intervals it is too short for."""
+def count_steps(config: Config, num_pairs: int) -> int:
+    """Updates of a run; ConfigError for a warm-up that it never ends. Says which intervals it is too short for."""
+    total_steps = config.train.max_steps or config.train.epochs * steps_per_epoch(
+        num_pairs, config.train.global_batch_size
+    )
     if config.optimizer.warmup_steps >= total_steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: must be below the run's {total_steps} steps: "
@@ -146,6 +148,7 @@ def check_steps(config: Config, total_steps: int) -> None:
     for key, interval in (("eval_every", config.train.eval_every), ("save_every", config.train.save_every)):
         if interval is not None and interval > total_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, interval, total_steps)
+    return total_steps
 
 
 def _write_beginning(config: Config, run_dir: Path, datasets: Datasets, *, goes_on: bool) -> None:

@@ -141,6 +141,11 @@ def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.n
     return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(num_pairs)
 
 
+def steps_per_epoch(num_pairs: int, global_batch_size: int) -> int:
+    """Optimizer steps that one pass over the pairs takes."""
+    return -(-num_pairs // global_batch_size)
+
+
 class TrainingData:
     """The training pairs in the order of (seed, epoch), cut into global batches, an epoch's last one smaller."""
 
@@ -157,7 +162,7 @@ class TrainingData:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that one pass over the pairs takes."""
-        return -(-len(self.pairs) // self.global_batch_size)
+        return steps_per_epoch(len(self.pairs), self.global_batch_size)
 
     def batches(self, *, steps_done: int, total_steps: int) -> Iterator[GlobalBatch]:
         """The global batches of the steps that are left."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megadpo.attention_plan import AttentionPlan, Segment
+from megadpo.models.sdpa import Attend
 
 
 def packed_plan(lengths: Sequence[int]) -> AttentionPlan:
@@ -79,3 +80,29 @@ def dense(allowed_TT: torch.Tensor, query: torch.Tensor, key: torch.Tensor, valu
     k_ATD, v_ATD = (t.double().squeeze(1).transpose(0, 1).repeat_interleave(heads_per_group, 0) for t in (key, value))
     scores_ATT = (scale * q_ATD @ k_ATD.transpose(1, 2)).masked_fill(~allowed_TT, -math.inf)
     return (scores_ATT.softmax(-1) @ v_ATD).transpose(0, 1).flatten(1)[:, None]
+
+
+def random_streams(num_tokens: int, heads: int, kv_heads: int, head_dim: int) -> list[torch.Tensor]:
+    """Queries, keys and values [T, heads, D] in fp64, the same at every call."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(num_tokens, h, head_dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def dense_under_plan(name: str, qkv: Sequence[torch.Tensor], scale: float | None = None) -> torch.Tensor:
+    """What attention under the named plan gives, [T, A, D]; the scale is 1/√D by default."""
+    _, allowed_TT = PLANS[name]
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    return dense(allowed_TT, *(t[:, None] for t in qkv), scale=scale).view_as(qkv[0])
+
+
+def assert_dense_under_plan(name: str, attend: Attend, qkv: Sequence[torch.Tensor]) -> None:
+    """`attend`, prepared for the named plan, gives the dense attention and its gradients."""
+    copies = [t.detach().requires_grad_() for t in qkv]
+    output, expected = attend(*qkv, None), dense_under_plan(name, copies)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    output.backward(gradient)
+    expected.backward(gradient)
+    for actual, copy in zip(qkv, copies, strict=True):
+        torch.testing.assert_close(actual.grad, copy.grad, rtol=1e-11, atol=1e-11)

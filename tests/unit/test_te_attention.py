@@ -22,7 +22,7 @@ from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models.kernels import choose_attention
 from megadpo.models.te_attention import dot_product_attention, te_attend
-from tests.helpers.plans import PLANS, dense
+from tests.helpers.plans import PLANS, assert_dense_under_plan, random_streams
 
 CPU, D = torch.device("cpu"), 16
 CUDA = Device("cuda", torch.device("cuda", 0))
@@ -46,9 +46,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def random_qkv(num_tokens: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes = [(num_tokens, h, D) for h in (heads, kv_heads, kv_heads)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    return random_streams(num_tokens, heads, kv_heads, D)
 
 
 @pytest.mark.usefixtures("package")
@@ -56,18 +54,8 @@ def random_qkv(num_tokens: int, heads: int, kv_heads: int) -> list[torch.Tensor]
 @pytest.mark.parametrize("name", PLANS)
 def test_equals_a_dense_masked_softmax(name: str, heads: int, kv_heads: int) -> None:
     """The stand-in leaves NaN in rows that no sequence covers, so that equality also shows that all are covered."""
-    plan, allowed_TT = PLANS[name]
-    qkv = random_qkv(plan.num_tokens, heads, kv_heads)
-    copies = [t.detach().requires_grad_() for t in qkv]
-    core = dot_product_attention(heads=heads, kv_heads=kv_heads, head_dim=D)
-    output = te_attend(plan, CPU, core)(*qkv, None)
-    expected = dense(allowed_TT, *(t[:, None] for t in copies), scale=D**-0.5).view_as(qkv[0])
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    output.backward(gradient)
-    expected.backward(gradient)
-    for actual, copy in zip(qkv, copies, strict=True):
-        torch.testing.assert_close(actual.grad, copy.grad, rtol=1e-11, atol=1e-11)
+    attend = te_attend(PLANS[name][0], CPU, dot_product_attention(heads=heads, kv_heads=kv_heads, head_dim=D))
+    assert_dense_under_plan(name, attend, random_qkv(PLANS[name][0].num_tokens, heads, kv_heads))
 
 
 def test_it_is_given_lengths_that_it_need_not_read_back() -> None:

@@ -33,7 +33,7 @@ from megadpo.models.varlen import varlen_attend, why_not_varlen
 from megadpo.parallel.state import ParallelState
 from tests.helpers.attention_jobs import outputs_of_kernels
 from tests.helpers.launch import launch
-from tests.helpers.plans import PLANS, dense
+from tests.helpers.plans import PLANS, assert_dense_under_plan, dense_under_plan, random_streams
 from tests.helpers.tiny_models import write_tiny_model
 from tests.helpers.varlen_kernels import KERNELS
 
@@ -52,15 +52,7 @@ def newest_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random_qkv(num_tokens: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes = [(num_tokens, h, D) for h in (heads, kv_heads, kv_heads)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-
-
-def dense_attention(name: str, qkv: list[torch.Tensor], scale: float = D**-0.5) -> torch.Tensor:
-    """The oracle's [T, A, D]."""
-    _, allowed_TT = PLANS[name]
-    return dense(allowed_TT, *(t[:, None] for t in qkv), scale=scale).view_as(qkv[0])
+    return random_streams(num_tokens, heads, kv_heads, D)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -68,16 +60,8 @@ def dense_attention(name: str, qkv: list[torch.Tensor], scale: float = D**-0.5) 
 @pytest.mark.parametrize("name", PLANS)
 def test_equals_a_dense_masked_softmax(name: str, heads: int, kv_heads: int) -> None:
     """The stand-in leaves NaN in rows that no sequence covers, so that equality also shows that all are covered."""
-    plan, _ = PLANS[name]
-    qkv = random_qkv(plan.num_tokens, heads, kv_heads)
-    copies = [t.detach().requires_grad_() for t in qkv]
-    output, expected = varlen_attend(plan, CPU)(*qkv, None), dense_attention(name, copies)
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    output.backward(gradient)
-    expected.backward(gradient)
-    for actual, copy in zip(qkv, copies, strict=True):
-        torch.testing.assert_close(actual.grad, copy.grad, rtol=1e-11, atol=1e-11)
+    attend = varlen_attend(PLANS[name][0], CPU)
+    assert_dense_under_plan(name, attend, random_qkv(PLANS[name][0].num_tokens, heads, kv_heads))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -85,7 +69,7 @@ def test_the_softmax_scale_is_used() -> None:
     plan, _ = PLANS["shared prompt"]
     qkv = random_qkv(plan.num_tokens, 4, 2)
     output = varlen_attend(plan, CPU)(*qkv, 0.9)
-    torch.testing.assert_close(output, dense_attention("shared prompt", qkv, scale=0.9), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, dense_under_plan("shared prompt", qkv, scale=0.9), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("newest_kernel")
