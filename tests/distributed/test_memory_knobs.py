@@ -21,6 +21,7 @@ STEPS = 3
 OVERLAPS = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=10000"]
 FULL = ["model.recompute_granularity=full"]
 SELECTIVE = ["model.recompute_granularity=selective", "model.recompute_modules=[core_attn,mlp]"]
+TP2_PP2 = ["parallel.tensor=2", "parallel.pipeline=2"]
 UNEVEN = "parallel.num_layers_in_{}_pipeline_stage={}".format
 
 # name: ranks, words. The keys come together where they meet: hooks of the weights run again in what is recomputed,
@@ -40,7 +41,7 @@ LAYOUTS = {
     ),
     "pp2_vpp2_uneven_full": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", UNEVEN("last", 2), *FULL]),
     "pp2_vpp2_dp2_overlaps": (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", UNEVEN("first", 2), *OVERLAPS]),
-    "tp2_pp2_uneven_selective": (4, ["parallel.tensor=2", "parallel.pipeline=2", UNEVEN("last", 1), *SELECTIVE]),
+    "tp2_pp2_uneven_selective": (4, [*TP2_PP2, UNEVEN("last", 1), *SELECTIVE]),
     "pp3_uneven": (
         3,
         ["parallel.pipeline=3", UNEVEN("first", 1), UNEVEN("last", 2), "model.recompute_granularity=selective"],
@@ -167,7 +168,10 @@ def test_overlapped_exchanges_start_early_and_resume_anywhere(plain: tuple[list[
 
 
 def test_precision_aware_optimizer(plain: tuple[list[str], Path]) -> None:
-    """A stand-in for Transformer Engine's FusedAdam: with fp32 moments the same run, to and from torch's AdamW too."""
+    """A stand-in for Transformer Engine's FusedAdam: with fp32 moments the same run at any layout.
+
+    To and from torch's AdamW too.
+    """
     words, root = plain
     aware = "optimizer.precision_aware=true"
     run = root / "aware"
@@ -176,6 +180,11 @@ def test_precision_aware_optimizer(plain: tuple[list[str], Path]) -> None:
     options = seen["options"]
     assert options["master_weights"] and options["use_decoupled_grad"] and not options["store_param_remainders"]
     assert seen["moment_bytes"] == 4 * seen["moments"]
+
+    for name, layout in (("aware_tp2_pp2", [*TP2_PP2, UNEVEN("last", 1)]), ("aware_pp2_dp2", ["parallel.pipeline=2"])):
+        cut = [*words, *layout, *OVERLAPS, "train.save_every=null", f"train.run_dir={root / name}"]
+        launch(4, train_pretending, "fused_adam", [*cut, aware])
+        assert_same_run(root / "plain", root / name)
 
     launch(1, train, [*words, *go_on(run, root / "aware_to_adamw")])
     assert_same_run(root / "plain", root / "aware_to_adamw")
@@ -212,12 +221,15 @@ def test_optimizer_on_the_host(plain_bf16: tuple[list[str], Path]) -> None:
     assert 0.5 <= seen["host"] / (seen["host"] + seen["device"]) < 0.7
     launch(2, train_pretending, "host_memory", [*words, *half, *go_on(root / "half", root / "half_resumed")])
     launch(1, train, [*words, *go_on(root / "host", root / "host_to_adamw")])
+    cut = [*words, *TP2_PP2]
+    launch(4, train, [*cut, f"train.run_dir={root / 'cut_bf16'}"])
+    launch(4, train_pretending, "host_memory", [*cut, host, f"train.run_dir={root / 'cut_host'}"])
 
-    pairs = [("plain_bf16", "host"), ("host", "host_to_adamw"), ("half", "half_resumed")]
+    pairs = [("plain_bf16", "host"), ("cut_bf16", "cut_host"), ("host", "host_to_adamw"), ("half", "half_resumed")]
     paths = [tuple(str(checkpoint(root / run, STEPS)) for run in pair) for pair in pairs]
     paths.append((str(checkpoint(root / "plain_bf16", 1)), str(checkpoint(root / "half", 1))))
-    ((whole, in_adamw, resumed, half_of_first_step),) = launch(1, main_weights_apart, paths)
-    assert whole <= 1e-7
+    ((whole, cut_apart, in_adamw, resumed, half_of_first_step),) = launch(1, main_weights_apart, paths)
+    assert max(whole, cut_apart) <= 1e-7
     assert in_adamw <= 1e-7
     assert resumed == 0.0
     # Later on FusedAdam's rounding ends in another bf16 weight now and then.
