@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import CheckpointError, ConfigError, ConversionError, MegaDPOError
-from megadpo.model_source import model_source, resolve_checkpoint
+from megadpo.model_source import model_source, resolve_model
 from megadpo.rank_logging import configure_logging, get_logger, global_rank, launched_world_size, silence_libraries
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _model_dir(config: Config, violations: list[str]) -> str | None:
     if checkpoint is None or not Path(checkpoint).is_dir():
         return config.model.hf_path
     try:
-        return str(model_source(resolve_checkpoint(config).model).hf_dir)
+        return str(model_source(resolve_model(config).model).hf_dir)
     except CheckpointError as error:
         violations.append(f"model.checkpoint={checkpoint}: {error}")
         return None

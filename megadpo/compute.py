@@ -41,7 +41,7 @@ def torch_dtype(config: Config) -> torch.dtype:
 
 def announce(config: Config, arch: Architecture, device: Device, *, trains: bool) -> None:
     """Says what computes here; ConfigError, of everything at once, where this machine can't serve what is asked for."""
-    own = config.reference.hf_path if trains else None
+    own = config.reference.hf_path
     models = (arch,) if own is None else (arch, read_architecture(own))
     problems = [*fp8_problems(config, models, device), *(optimizer_problems(config, device) if trains else [])]
     if problems:

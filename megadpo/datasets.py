@@ -72,14 +72,14 @@ class Datasets:
         }
 
 
-def load_datasets(config: Config, tokenizer_dir: Path, vocab_size: int) -> Datasets:
+def load_datasets(config: Config, tokenizer_dir: Path, vocab_size: int, *, trains: bool = True) -> Datasets:
     """Every set of a run on every rank; rank 0 reads and tokenizes what is not in data.cache_dir yet.
 
-    Collective over all ranks, which wait for rank 0 without a time limit. The configuration is resolved. Raises
-    DataError or ConfigError, the same on every rank.
+    Collective over all ranks, which wait for rank 0 without a time limit. The configuration is resolved. Unless it
+    `trains`, messages don't call the pairs training pairs. Raises DataError or ConfigError, the same on every rank.
     """
-    prepared = on_main(lambda: prepare_stores(config, tokenizer_dir), patience_s=_PATIENCE_S)
-    return open_datasets(config, prepared, tokenizer_dir, vocab_size)
+    prepared = on_main(lambda: prepare_stores(config, tokenizer_dir, trains=trains), patience_s=_PATIENCE_S)
+    return open_datasets(config, prepared, tokenizer_dir, vocab_size, trains=trains)
 
 
 def warn_long_sequences(datasets: Datasets, max_positions: int) -> None:
@@ -93,7 +93,7 @@ def warn_long_sequences(datasets: Datasets, max_positions: int) -> None:
         )
 
 
-def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
+def prepare_stores(config: Config, tokenizer_dir: Path, *, trains: bool = True) -> PreparedStores:
     """Tokenizes every set that data.cache_dir does not hold yet; for one process, no collectives."""
     data = config.data
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -105,7 +105,7 @@ def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
     )
     stores = {}
     for name, specs in _sources(config).items():
-        with ProgressBar(f"tokenizing {name} pairs", total=100, visible=True) as bar:
+        with ProgressBar(f"tokenizing {_title(name, trains)}", total=100, visible=True) as bar:
 
             def report(share: float, pairs: int, bar: ProgressBar = bar) -> None:
                 bar.tell(round(100 * share), f"{pairs} pairs, {share:.0%} of the data read")
@@ -120,7 +120,9 @@ def prepare_stores(config: Config, tokenizer_dir: Path) -> PreparedStores:
     return PreparedStores(stores, int(tokenizer.pad_token_id))
 
 
-def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path, vocab_size: int) -> Datasets:
+def open_datasets(
+    config: Config, prepared: PreparedStores, tokenizer_dir: Path, vocab_size: int, *, trains: bool = True
+) -> Datasets:
     """The pairs of prepared stores that are kept, logged with what became of the others; any rank, no collectives.
 
     Raises DataError where a set has no pair left, or token ids that a vocabulary of `vocab_size` does not have.
@@ -134,19 +136,23 @@ def open_datasets(config: Config, prepared: PreparedStores, tokenizer_dir: Path,
         selections[_TRAIN] = (store, np.setdiff1d(rows, held_out))
         selections[_VALIDATION] = (store, held_out)
     views = {
-        name: select_pairs(store, rows, max_length=data.max_length, truncation=str(data.truncation), name=name)
+        name: select_pairs(
+            store, rows, max_length=data.max_length, truncation=str(data.truncation), title=_title(name, trains)
+        )
         for name, (store, rows) in selections.items()
     }
     for name, view in views.items():
         view.check_vocabulary(vocab_size)
-        _log_counts(view.counts, name, data.max_length)
-        _warn_oversized(view, name, data)
+        _log_counts(view.counts, _title(name, trains), data.max_length)
+        _warn_oversized(view, _title(name, trains), data)
     for store in stores.values():
         _log_findings(store.about)
     train = views.pop(_TRAIN)
     if global_rank() == 0:
         logger.info(
-            "the first training pair as the model sees it:\n%s", describe_pair(train[0], load_tokenizer(tokenizer_dir))
+            "the first %s as the model sees it:\n%s",
+            _title(_TRAIN, trains).removesuffix("s"),
+            describe_pair(train[0], load_tokenizer(tokenizer_dir)),
         )
     return Datasets(
         train=train,
@@ -162,6 +168,11 @@ def _sources(config: Config) -> dict[str, list[str]]:
     return {_TRAIN: list(config.data.train_path), **validation}
 
 
+def _title(name: str, trains: bool) -> str:
+    """What messages call the pairs of a set."""
+    return f"{name} pairs" if trains or name != _TRAIN else "pairs"
+
+
 def _pad_token_id(wanted: int, vocab_size: int) -> int:
     """The tokenizer's pad token where the model knows it; nothing sees padding, so that any other does as well."""
     if wanted < vocab_size:
@@ -175,10 +186,10 @@ def _pad_token_id(wanted: int, vocab_size: int) -> int:
     return 0
 
 
-def _log_counts(counts: PairCounts, name: str, max_length: int) -> None:
-    logger.info("%s pairs: %d read, %d kept at max_length %d", name, counts.read, counts.kept, max_length)
+def _log_counts(counts: PairCounts, title: str, max_length: int) -> None:
+    logger.info("%s: %d read, %d kept at max_length %d", title, counts.read, counts.kept, max_length)
     for what, number in told_counts(counts, max_length):
-        logger.warning("%s pairs: %s: %d of %d", name, what, number, counts.read)
+        logger.warning("%s: %s: %d of %d", title, what, number, counts.read)
 
 
 def _log_findings(about: About) -> None:
@@ -193,15 +204,15 @@ def _log_findings(about: About) -> None:
         )
 
 
-def _warn_oversized(view: PairView, name: str, data: DataConfig) -> None:
+def _warn_oversized(view: PairView, title: str, data: DataConfig) -> None:
     budget = data.tokens_per_microbatch
     oversized = int((view.stream_lengths(share_prompt=data.share_prompt) > budget).sum())
     if oversized:
         logger.warning(
-            "%d of %d %s pairs are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
+            "%d of %d %s are longer than data.tokens_per_microbatch=%d; each gets a microbatch of its own, which "
             "takes more memory than the budget says, and under a pipeline a step's other microbatches are padded to it",
             oversized,
             len(view),
-            name,
+            title,
             budget,
         )

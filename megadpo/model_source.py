@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megadpo.checkpoint_files import HF_DIRECTORY, find_checkpoint
+from megadpo.checkpoint_files import HF_DIRECTORY, find_checkpoint, is_trained, read_training_state
 from megadpo.config.schema import Config, ModelConfig
+
+# The name that conf/model/hf.yaml gives to every model.
+_ANY_MODEL = "hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +20,36 @@ class ModelSource:
     checkpoint: Path | None
 
 
-def resolve_checkpoint(config: Config) -> Config:
-    """A copy in which `model.checkpoint` names the checkpoint itself, found on this machine's disk, by its full path.
+def resolve_model(config: Config) -> Config:
+    """A copy in which `model.checkpoint` names the checkpoint itself, by its full path, and `model.name` the model.
 
     So that `latest`, links and the working directory are followed once: a run that goes on later must not start from
     another one. Raises CheckpointError.
     """
-    if config.model.checkpoint is None:
-        return config
-    found = find_checkpoint(Path(config.model.checkpoint))
-    return replace(config, model=replace(config.model, checkpoint=str(found.resolve())))
+    model = config.model
+    if model.checkpoint is not None:
+        model = replace(model, checkpoint=str(find_checkpoint(Path(model.checkpoint)).resolve()))
+    if model.name == _ANY_MODEL:
+        model = replace(model, name=_own_name(model))
+    return replace(config, model=model)
+
+
+def _own_name(model: ModelConfig) -> str:
+    """The name of a model that was named by its directory only: the run's that trained it, or the directory's."""
+    if model.checkpoint is not None:
+        directory = Path(model.checkpoint)
+        if is_trained(directory):
+            return str(read_training_state(directory).settings.get("model.name", _ANY_MODEL))
+        return directory.name
+    return _ANY_MODEL if model.hf_path is None else directory_name(Path(model.hf_path))
+
+
+def directory_name(directory: Path) -> str:
+    """Name of a Hugging Face directory's model; in the Hub's cache, where directories are hashes, the repository's."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name
 
 
 def model_source(model: ModelConfig) -> ModelSource:

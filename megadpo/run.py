@@ -31,7 +31,7 @@ from megadpo.evaluation import evaluate
 from megadpo.export import export_model, model_card
 from megadpo.files import write_durably, writing
 from megadpo.margin_check import margin_errors
-from megadpo.model_source import model_source, resolve_checkpoint
+from megadpo.model_source import model_source, resolve_model
 from megadpo.models.conversion.side_files import SideFiles, read_side_files
 from megadpo.models.hf_config import read_architecture
 from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
@@ -62,7 +62,7 @@ def run_training(config: Config) -> Path:
 
 def begin(config: Config) -> Config:
     """The configuration with everything filled in, and its run directory made: on one rank."""
-    resolved = resolve_checkpoint(resolve_defaults(keep_beginning(config), datetime.now()))
+    resolved = resolve_defaults(resolve_model(keep_beginning(config)), datetime.now())
     check_run_dir_is_fresh(resolved)
     run_dir = str(resolved.train.run_dir)
     try:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megadpo.errors import ConfigError, MegaDPOError, listing
 from megadpo.files import write_durably, writing
+
+# Written at a time where nothing is computed in between.
+_LINES_AT_ONCE = 10_000
+
+
+class Role(str, Enum):
+    """Whose log-probs a pass over the pairs gives; the name of its file while the scoring runs."""
+
+    policy = "scores"
+    reference = "reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +38,9 @@ class ScoreFiles:
         """Directory of an unfinished scoring."""
         return self.output.with_name(f"{self.output.name}.partial")
 
-    @property
-    def scores(self) -> Path:
-        """The lines so far."""
-        return self.partial / "scores.jsonl"
+    def scores(self, role: Role) -> Path:
+        """The lines of a pass so far."""
+        return self.partial / f"{role.value}.jsonl"
 
     @property
     def tokens(self) -> Path:
@@ -55,14 +66,17 @@ class ScoreFiles:
     def known_identity(self) -> dict[str, Any]:
         """Identity of the scoring that is unfinished or finished here, {} where there is none."""
         if self.output.exists():
-            return _object(_read(self.summary).get("identity", {}), self.summary)
+            return _object(self.read_summary().get("identity", {}), self.summary)
         return _read(self._identity) if self._identity.is_file() else {}
 
-    def begin(self, identity: Mapping[str, Any], group_size: int) -> int | None:
-        """Number of pairs that have lines already, None where all is finished; raises for another identity.
+    def begin(
+        self, identity: Mapping[str, Any], roles: Sequence[Role], *, pairs: int, group_size: int
+    ) -> dict[Role, int] | None:
+        """Of each pass, the number of pairs that have lines already; None where all is finished.
 
-        Lines beyond the last whole group of `group_size` are cut off, torn ones with them, so that the groups that
-        follow are those of an uninterrupted scoring.
+        Unless a pass has the lines of all `pairs`, those beyond its last whole group of `group_size` are cut off, torn
+        ones with them, so that the groups that follow are those of an uninterrupted scoring. MegaDPOError for scores of
+        another identity.
         """
         finished, known = self.output.exists(), self.known_identity()
         if finished:
@@ -75,7 +89,7 @@ class ScoreFiles:
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             write_durably(self._identity, json.dumps(identity, indent=1))
-            return _cut_to_groups(self.scores, group_size)
+            return {role: _cut_to_groups(self.scores(role), pairs, group_size) for role in roles}
 
     def _check_identity(self, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         different = list(_differences(known, identity))
@@ -87,24 +101,53 @@ class ScoreFiles:
             f"{listing(different)}"
         )
 
-    def read_scores(self) -> Iterator[dict[str, Any]]:
-        """The lines so far as objects."""
-        with self.scores.open(encoding="utf-8") as lines:
+    def join(self, line_of_both: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]) -> Path:
+        """File of what `line_of_both` makes of each pair's two lines; both passes are complete."""
+        joined = self.partial / "joined.jsonl"
+        joined.unlink(missing_ok=True)  # of a start that ended here
+        lines = (line_of_both(policy, reference) for policy, reference in self._both())
+        with ScoreWriter(joined) as writer:
+            while some := list(islice(lines, _LINES_AT_ONCE)):
+                writer.write(some)
+        return joined
+
+    def _both(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        passes = (self.read(self.scores(role)) for role in (Role.policy, Role.reference))
+        for number, (policy, reference) in enumerate(zip(*passes, strict=True), 1):
+            if policy["index"] != reference["index"]:
+                raise MegaDPOError(
+                    f"{self.scores(Role.reference)}:{number}: is of pair {reference['index']}, the policy's line of "
+                    f"{policy['index']}: remove {self.partial} to start anew"
+                )
+            yield policy, reference
+
+    def read(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The lines of a file as objects."""
+        with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield _object(json.loads(line), self.scores)
+                    yield _object(json.loads(line), path)
                 except ValueError as error:
+                    there = path if path == self.output else self.partial
                     raise MegaDPOError(
-                        f"{self.scores}:{number}: can't be read ({error}): remove {self.partial} to start anew"
+                        f"{path}:{number}: can't be read ({error}): remove {there} to start anew"
                     ) from error
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes the summary and gives the scores their name: from then on the scoring is complete."""
-        write_durably(self.summary, json.dumps(summary, indent=1) + "\n")
+    def finish(self, summary: Mapping[str, Any], lines: Path) -> None:
+        """Writes the summary and gives the file of lines its name: from then on the scoring is complete."""
+        self.write_summary(summary)
         with writing(self.output):
-            self.scores.rename(self.output)
+            lines.rename(self.output)
         # Other ranks have the tokens mapped: some network file systems keep names of such files until they let go.
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `write_summary` has written."""
+        return _read(self.summary)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces the summary."""
+        write_durably(self.summary, json.dumps(summary, indent=1) + "\n")
 
 
 class ScoreWriter:
@@ -139,25 +182,25 @@ def _differences(known: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     """One line for each leaf of two nested mappings that differs."""
     for name in sorted({*known, *now}):
         before, after = known.get(name), now.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(before, after, f"{prefix}{name}: ")
+        if before != after and all(side is None or isinstance(side, Mapping) for side in (before, after)):
+            yield from _differences(before or {}, after or {}, f"{prefix}{name}: ")
         elif before != after:
             yield f"{prefix}{name}: {before} then, {after} now"
 
 
-def _cut_to_groups(path: Path, group_size: int) -> int:
-    """Cuts a file of lines to whole groups; the number of lines left."""
+def _cut_to_groups(path: Path, pairs: int, group_size: int) -> int:
+    """Cuts a file of at most `pairs` lines to whole groups, the last of which may be smaller; the lines left."""
     path.touch()
+    kept, kept_end, end = 0, 0, 0
     with path.open("r+b") as file:
-        count, end, group_end = 0, 0, 0
-        for line in file:
+        for count, line in enumerate(islice(file, pairs), 1):
             if not line.endswith(b"\n"):
                 break
-            count, end = count + 1, end + len(line)
-            if count % group_size == 0:
-                group_end = end
-        file.truncate(group_end)
-    return count - count % group_size
+            end += len(line)
+            if count % group_size == 0 or count == pairs:
+                kept, kept_end = count, end
+        file.truncate(kept_end)
+    return kept
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,22 +1,26 @@
-"""Log-probs of every retained pair under one model, at any layout: one JSON object a pair, in the order of the data.
+"""Log-probs of every retained pair under a model, at any layout: one JSON object a pair, in the order of the data.
 
-Until it is complete, OUT.jsonl grows as OUT.jsonl.partial/scores.jsonl, beside an identity of model and data: a scoring
-that was killed goes on where it stopped, and never under another model. Legend: G pairs of a group.
+With a reference its log-probs stand beside them. The two models score one after the other, so that one is in memory at
+a time. Until all is complete, each one's lines grow in OUT.jsonl.partial/, beside an identity of models and data: a
+scoring that was killed goes on where it stopped, and never under another model. Legend: G pairs of a group.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,26 +36,40 @@ from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import score
-from megadpo.model_source import ModelSource, model_source, resolve_checkpoint
-from megadpo.models.hf_config import read_architecture
+from megadpo.model_source import ModelSource, directory_name, model_source, resolve_model
+from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.parallel.collectives import check_all_agree, gather_rows, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
-from megadpo.score_files import ScoreFiles, ScoreWriter
+from megadpo.score_files import Role, ScoreFiles, ScoreWriter
+from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session
 
 logger = get_logger(__name__)
 
+_TITLES = {Role.policy: "scoring", Role.reference: "scoring with the reference"}
 
-def run_scoring(config: Config, output: Path) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model that scores the pairs."""
+
+    role: Role
+    name: str
+    source: ModelSource
+    arch: Architecture
+
+
+def run_scoring(config: Config, output: Path, buckets: Buckets | None = None) -> None:
     """Writes `output` and its summary on rank 0; collective over all ranks of the launch. `config` has been validated.
 
-    A finished `output` of the same model and data is left as it is; another one is a MegaDPOError on every rank.
+    With `reference.hf_path` that model scores the pairs too. A finished `output` of the same models and data is left as
+    it is, and its summary is parted anew where `buckets` are others; another one is a MegaDPOError on every rank.
     """
     files = ScoreFiles(output)
     with open_session(config, partial(_begin, files)) as session:
-        _score_all(session.config, files, session.state, session.device)
+        _score_all(session.config, files, buckets or Buckets(), session.state, session.device)
 
 
 def _begin(files: ScoreFiles, config: Config) -> Config:
@@ -65,63 +83,85 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
         # Templates that ask for the date are told the one of the scoring's first start.
         template_date=config.data.template_date or files.known_identity().get("template_date"),
     )
-    return resolve_checkpoint(resolve_defaults(replace(config, data=data), datetime.now()))
+    return resolve_defaults(resolve_model(replace(config, data=data)), datetime.now())
 
 
-def _score_all(config: Config, files: ScoreFiles, state: ParallelState, device: Device) -> None:
-    source = model_source(config.model)
-    arch = read_architecture(source.hf_dir)
-    announce(config, arch, device, trains=False)
-    on_main(lambda: check_weight_files(config, source, arch))
-    datasets = load_datasets(config, source.hf_dir, arch.vocab_size)
-    warn_long_sequences(datasets, arch.max_position_embeddings)
+def _score_all(config: Config, files: ScoreFiles, buckets: Buckets, state: ParallelState, device: Device) -> None:
+    models = _models(config)
+    policy = models[0]
+    announce(config, policy.arch, device, trains=False)
+    on_main(lambda: check_weight_files(config, policy.source, policy.arch))
+    datasets = load_datasets(config, policy.source.hf_dir, policy.arch.vocab_size, trains=False)
+    warn_long_sequences(datasets, min(model.arch.max_position_embeddings for model in models))
     pairs = datasets.train
-    check_all_agree("data or model configuration", f"{datasets.digests} {arch}")
+    check_all_agree("data or model configuration", f"{datasets.digests} {[model.arch for model in models]}")
     group_size = config.train.global_batch_size
     # Rank 0 decides for all: file systems may show other ranks another moment.
-    identity = on_main(lambda: _identity(config, source, pairs))
-    done = on_main(lambda: files.begin(identity, group_size))
-    if done is None:
-        logger.info("%s is finished, with the same model and data. Nothing to do.", files.output)
+    identity = on_main(lambda: _identity(config, models, pairs))
+    begun = on_main(
+        lambda: files.begin(identity, [model.role for model in models], pairs=len(pairs), group_size=group_size)
+    )
+    if begun is None:
+        logger.info("%s is finished, with the same model and data.", files.output)
+        on_main(lambda: _summarise_again(config, files, buckets, pairs))
         return
-    if done:
-        logger.info("going on after %d of %d pairs", done, len(pairs))
-    started = time.perf_counter()
-    if done < len(pairs):
-        chunks = load_starting_model(config, source, arch, state, device)
-        builder = build_batches(config, arch, state, datasets.pad_token_id)
-        started = time.perf_counter()
-        batches = evaluation_batches(pairs, group_size=group_size, builder=builder, first=done)
-        _score_groups(chunks, batches, pairs, files, done, state, device)
-    seconds = time.perf_counter() - started
-    on_main(lambda: _finish(files, identity, datasets, len(pairs) - done, seconds))
+    seconds = 0.0
+    builder = build_batches(config, policy.arch, state, datasets.pad_token_id)
+    for model in models:
+        done = begun[model.role]
+        if done:
+            logger.info("%s: going on after %d of %d pairs", _TITLES[model.role], done, len(pairs))
+        if done < len(pairs):
+            batches = evaluation_batches(pairs, group_size=group_size, builder=builder, first=done)
+            seconds += _score_pass(config, model, batches, pairs, files, done, state, device)
+            gc.collect()  # modules refer to each other, and the next model is about to need the room
+    scored = {model.role: len(pairs) - begun[model.role] for model in models}
+    on_main(lambda: _finish(config, files, identity, models, datasets, buckets, scored, seconds))
 
 
-def _score_groups(
-    chunks: Sequence[torch.nn.Module],
+def _models(config: Config) -> list[_Model]:
+    """The scored model and, where one is named, the reference."""
+    source = model_source(config.model)
+    models = [_Model(Role.policy, config.model.name, source, read_architecture(source.hf_dir))]
+    if config.reference.hf_path is not None:
+        hf_dir = Path(config.reference.hf_path)
+        own = ModelSource(hf_dir, checkpoint=None)
+        models.append(_Model(Role.reference, directory_name(hf_dir), own, read_architecture(hf_dir)))
+    return models
+
+
+def _score_pass(
+    config: Config,
+    model: _Model,
     batches: Iterator[GlobalBatch],
     pairs: PairView,
     files: ScoreFiles,
     done: int,
     state: ParallelState,
     device: Device,
-) -> None:
-    """Scores the batches, the first of which begins with pair `done`, and has rank 0 write a line for each pair."""
+) -> float:
+    """Loads a model, has it score the batches, the first of which begins with pair `done`; seconds without loading.
+
+    Rank 0 writes a line for each pair. The model is gone afterwards.
+    """
+    chunks = load_starting_model(config, model.source, model.arch, state, device)
+    first, started = done, time.perf_counter()
     with ExitStack() as stack:
         writers: list[ScoreWriter] = []  # one, on rank 0
-        on_main(lambda: writers.append(stack.enter_context(ScoreWriter(files.scores))))
-        bar = stack.enter_context(ProgressBar("scoring", total=len(pairs), done=done, visible=state.is_main))
-        first, started = done, time.perf_counter()
+        on_main(lambda: writers.append(stack.enter_context(ScoreWriter(files.scores(model.role)))))
+        title = _TITLES[model.role]
+        bar = stack.enter_context(ProgressBar(title, total=len(pairs), done=done, visible=state.is_main))
         for batch in stack.enter_context(prefetched(batches)):
             logps = score_batch(chunks, batch, state, device)
             lines = [
-                _line(index, *both, int(pairs.chosen_lengths[place]), int(pairs.rejected_lengths[place]))
+                _line(model.role, pairs, place, index, *both)
                 for place, (index, both) in enumerate(zip(batch.pair_indices, logps, strict=True), start=done)
             ]
             on_main(partial(_write, writers, lines))
             done += len(lines)
             pace = (done - first) / (time.perf_counter() - started)
             bar.tell(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
+    return time.perf_counter() - started
 
 
 def _write(writers: Sequence[ScoreWriter], lines: Sequence[dict[str, Any]]) -> None:
@@ -145,67 +185,107 @@ def score_batch(
     return [(chosen, rejected) for chosen, rejected in rows]
 
 
-def _line(index: int, chosen: float, rejected: float, chosen_tokens: int, rejected_tokens: int) -> dict[str, Any]:
+def _line(role: Role, pairs: PairView, place: int, index: int, chosen: float, rejected: float) -> dict[str, Any]:
+    """What a pass writes of the pair at `place`, row `index` of the data."""
     if not (math.isfinite(chosen) and math.isfinite(rejected)):
+        whose = "the reference" if role is Role.reference else "the model"
         raise MegaDPOError(
-            f"pair {index} (a row of the data, from 0) has log-probs {chosen} and {rejected}: the model computes no "
+            f"pair {index} (a row of the data, from 0) has log-probs {chosen} and {rejected}: {whose} computes no "
             "finite numbers on it; look at that pair, and at the weights (precision.dtype=fp32 rules out overflow)"
         )
+    if role is Role.reference:
+        return {"index": index, "reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
     return {
         "index": index,
         "chosen_logp": chosen,
         "rejected_logp": rejected,
-        "chosen_tokens": chosen_tokens,
-        "rejected_tokens": rejected_tokens,
+        "chosen_tokens": int(pairs.chosen_lengths[place]),
+        "rejected_tokens": int(pairs.rejected_lengths[place]),
     }
 
 
-def _identity(config: Config, source: ModelSource, pairs: PairView) -> dict[str, Any]:
+def _identity(config: Config, models: Sequence[_Model], pairs: PairView) -> dict[str, Any]:
     """What the numbers depend on, the layout left out: pairs, weights and their format, in plain values."""
-    directory = (source.checkpoint or source.hf_dir).resolve()
     fp8 = fp8_settings(config)
-    patterns = ("*.distcp", ".metadata") if source.checkpoint is not None else ("*.safetensors",)
-    weights = sorted(path for pattern in patterns for path in directory.glob(pattern))
+    policy, *others = models
     return {
         "data": pairs.digest,
         "rows": hashlib.sha256(pairs.rows_n.tobytes()).hexdigest(),
         "template_date": str(config.data.template_date),
-        "model": str(directory),
-        "weights": {
-            path.name: f"{path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}"
-            for path in (*weights, source.hf_dir / "config.json")
-        },
+        **_weights(policy.source),
+        **({"reference": {**_weights(others[0].source), "beta": config.loss.beta}} if others else {}),
         "dtype": str(config.precision.dtype),
         # A scale belongs to what is packed together, and to a tensor rank's part.
         **({} if fp8 is None else {"fp8": f"{fp8}, {config.parallel}, {config.data.tokens_per_microbatch} tokens"}),
     }
 
 
-def _finish(files: ScoreFiles, identity: dict[str, Any], datasets: Datasets, scored: int, seconds: float) -> None:
-    """Writes the summary, gives the scores their name, and prints the summary as a table; on one rank."""
-    counts = datasets.train.counts
-    chosen = rejected = 0.0
-    higher = scored_tokens = 0
-    for line in files.read_scores():
-        chosen += line["chosen_logp"]
-        rejected += line["rejected_logp"]
-        higher += line["chosen_logp"] > line["rejected_logp"]
-        scored_tokens += line["chosen_tokens"] + line["rejected_tokens"]
-    summary = {
-        "pairs": counts.kept,
-        "dropped": counts.read - counts.kept,
-        "mean_chosen_logp": chosen / counts.kept,
-        "mean_rejected_logp": rejected / counts.kept,
-        "share_chosen_higher": higher / counts.kept,
-        "tokens": int(datasets.train.stream_lengths(share_prompt=False).sum()),
-        "scored_tokens": scored_tokens,
-        "pairs_scored_in_this_run": scored,
-        "seconds": seconds,
-        "pairs_per_s": scored / seconds,
+def _weights(source: ModelSource) -> dict[str, Any]:
+    """Directory, and size and age of the files, that a model is read from."""
+    directory = (source.checkpoint or source.hf_dir).resolve()
+    patterns = ("*.distcp", ".metadata") if source.checkpoint is not None else ("*.safetensors",)
+    weights = sorted(path for pattern in patterns for path in directory.glob(pattern))
+    return {
+        "model": str(directory),
+        "weights": {
+            path.name: f"{path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}"
+            for path in (*weights, source.hf_dir / "config.json")
+        },
     }
-    files.finish({**summary, "identity": identity})
+
+
+def _finish(
+    config: Config,
+    files: ScoreFiles,
+    identity: dict[str, Any],
+    models: Sequence[_Model],
+    datasets: Datasets,
+    buckets: Buckets,
+    scored: Mapping[Role, int],
+    seconds: float,
+) -> None:
+    """Writes the summary, gives the scores their name, and prints the summary as tables; on one rank."""
+    pairs, lines = datasets.train, files.scores(Role.policy)
+    if Role.reference in scored:
+        lines = files.join(partial(with_reference, beta=config.loss.beta))
+    scores = read_scores(files.read(lines))
+    run = {
+        **{("model" if model.role is Role.policy else "reference"): model.name for model in models},
+        "pairs": pairs.counts.kept,
+        "dropped": pairs.counts.read - pairs.counts.kept,
+        "tokens": int(pairs.stream_lengths(share_prompt=False).sum()),
+        "scored_tokens": int(scores.response_tokens_n.sum()),
+        "pairs_scored_in_this_run": scored[Role.policy],
+        **({"reference_pairs_scored_in_this_run": scored[Role.reference]} if Role.reference in scored else {}),
+        "seconds": seconds,
+        "pairs_per_s": sum(scored.values()) / seconds if seconds else 0.0,
+    }
+    summary = {**run, **summarise(scores, _stream_tokens(config, pairs), buckets, config.loss.beta)}
+    files.finish({**summary, "identity": identity}, lines)
+    _show(files, summary)
+    logger.info("wrote %s and %s", files.output, files.summary)
+
+
+def _summarise_again(config: Config, files: ScoreFiles, buckets: Buckets, pairs: PairView) -> None:
+    """Parts a finished scoring's pairs by `buckets`, and writes its summary anew where that changes it; on one rank."""
+    known = files.read_summary()
+    scores = read_scores(files.read(files.output))
+    summary = {**known, **summarise(scores, _stream_tokens(config, pairs), buckets, config.loss.beta)}
+    if summary != known:
+        files.write_summary(summary)
+        logger.info("wrote %s", files.summary)
+    _show(files, summary)
+
+
+def _stream_tokens(config: Config, pairs: PairView) -> npt.NDArray[np.int64]:
+    return pairs.stream_lengths(share_prompt=config.data.share_prompt)
+
+
+def _show(files: ScoreFiles, summary: Mapping[str, Any]) -> None:
     table = Table("scores", str(files.output))
     for name, value in summary.items():
-        table.add_row(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    logger.info("wrote %s and %s", files.output, files.summary)
+        if not isinstance(value, Mapping):
+            table.add_row(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+    console = Console()
+    console.print(table)
+    console.print(bucket_table(summary))

@@ -24,7 +24,7 @@ from megadpo.config.schema import Config
 from megadpo.config.validation import validate
 from megadpo.errors import ConfigError
 from megadpo.files import writing
-from megadpo.model_source import model_source, resolve_checkpoint
+from megadpo.model_source import model_source, resolve_model
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _DEFAULT_PAIRS = 4
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         with TemporaryDirectory(prefix="megadpo-tokens-") as scratch:
             # Nothing is left behind unless a cache is named.
             cached = replace(config, data=replace(config.data, cache_dir=config.data.cache_dir or scratch))
-            show(resolve_checkpoint(resolve_defaults(cached, datetime.now())), pairs, output)
+            show(resolve_defaults(resolve_model(cached), datetime.now()), pairs, output)
         if output is not None:
             logger.info("wrote %s", output)
         return 0

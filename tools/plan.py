@@ -25,7 +25,7 @@ from megadpo.command_line import check_plan, run_tool
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
-from megadpo.model_source import resolve_checkpoint
+from megadpo.model_source import resolve_model
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _SUGGEST = "--suggest"
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         with TemporaryDirectory(prefix="megadpo-tokens-") as scratch:
             # Nothing is left behind unless a cache is named.
             cached = replace(config, data=replace(config.data, cache_dir=config.data.cache_dir or scratch))
-            show(resolve_checkpoint(resolve_defaults(cached, datetime.now())), console, suggesting=suggesting)
+            show(resolve_defaults(resolve_model(cached), datetime.now()), console, suggesting=suggesting)
         return 0
 
     return run_tool("plan", plan)

@@ -4,21 +4,34 @@
     torchrun --nproc-per-node N tools/score.py +model=NAME data.train_path=FILE output=OUT.jsonl key=value ...
 
 Writes one object a pair, in the data's order: index (0-based row of the data), chosen_logp and rejected_logp (nats,
-summed over the response), chosen_tokens and rejected_tokens (how many were scored); and OUT.summary.json. A scoring
-that was stopped goes on with the same command. Keys are those of training (megadpo/config/schema.py), as far as they
-have a meaning here; train.global_batch_size is the number of pairs between two writes.
+summed over the response), chosen_tokens and rejected_tokens (how many were scored). reference.hf_path=DIR scores the
+pairs with a second model, after the first has left memory, and adds reference_chosen_logp, reference_rejected_logp and
+reward_margin, loss.beta times what the chosen response has gained less what the rejected one has.
+
+OUT.summary.json has means and accuracies under the names of metrics.jsonl, over all pairs and by length:
+
+    buckets=N           N buckets of about equally many pairs (4)
+    buckets=[A,B,...]   buckets that begin at A, B, ... tokens
+    bucket_by=response  by the scored tokens of both responses (the default), or
+    bucket_by=stream    by the tokens that a pair takes in a microbatch
+
+A scoring that was stopped goes on with the same command; a finished one is only summarised again. Keys are those of
+training (megadpo/config/schema.py), as far as they have a meaning here; train.global_batch_size is the number of pairs
+between two writes. More: docs/scoring.md.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from megadpo.command_line import check, run_tool
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
+from megadpo.score_summary import BY, Buckets
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _TRAINING_ONLY = (
@@ -38,6 +51,8 @@ _WITHOUT_EFFECT = (
     *("data.validation_path", "data.validation_fraction"),
     *(f"train.{name}" for name in _TRAINING_ONLY),
 )
+_EXCEPT = ("reference.hf_path", "loss.beta")
+_OWN = ("output", "buckets", "bucket_by")
 
 
 def main(arguments: list[str]) -> int:
@@ -47,33 +62,63 @@ def main(arguments: list[str]) -> int:
         return 0
 
     def score(logger: logging.Logger) -> int:
-        config, output = read_words(arguments)
+        config, output, buckets = read_words(arguments)
         from megadpo.scoring import run_scoring  # Megatron takes seconds to import; mistakes above cost none
 
-        run_scoring(config, output)
+        run_scoring(config, output, buckets)
         return 0
 
     return run_tool("score", score)
 
 
-def read_words(arguments: list[str]) -> tuple[Config, Path]:
-    """The configuration, and the file to write. Raises one ConfigError with all mistakes, inert keys included."""
-    outputs = [word for word in arguments if _key(word) == "output"]
+def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
+    """The configuration, the file to write, and how pairs are parted by length.
+
+    Raises one ConfigError with all mistakes, inert keys included.
+    """
+    own = [word for word in arguments if _key(word) in _OWN]
     inert = [word for word in arguments if _has_no_effect(_key(word))]
     problems = [f"{word}: has no effect when scoring: drop it" for word in inert]
+    outputs = [word for word in own if _key(word) == "output"]
     paths = [word.partition("=")[2] for word in outputs]
     if len(paths) != 1 or not paths[0]:
         said = "is required" if not paths else f"must name one file, got {', '.join(outputs)}"
         problems.append(f"output {said}: add output=OUT.jsonl, the file that the scores are written to")
+    buckets = _buckets({_key(word): word.partition("=")[2] for word in own}, problems)
     try:
         config = compose_config(
-            [word for word in arguments if word not in (*outputs, *inert)], config_dir=CONFIG_DIR, check=check
+            [word for word in arguments if word not in (*own, *inert)], config_dir=CONFIG_DIR, check=check
         )
     except ConfigError as error:
         raise ConfigError([*problems, *error.violations]) from error
+    if config.reference.hf_path is None:
+        problems += [
+            f"{word}: has no effect without reference.hf_path: drop it, or name a second model"
+            for word in arguments
+            if _key(word) == "loss.beta"
+        ]
     if problems:
         raise ConfigError(problems)
-    return config, Path(paths[0])
+    return config, Path(paths[0]), buckets
+
+
+def _buckets(words: dict[str, str], problems: list[str]) -> Buckets:
+    """What the tool's own words say of buckets; adds what is wrong to `problems`."""
+    by = words.get("bucket_by", Buckets().by)
+    if by not in BY:
+        problems.append(f"bucket_by={by}: must be one of {', '.join(BY)}")
+    text = words.get("buckets", str(Buckets().count))
+    listed = text.startswith("[") and text.endswith("]")
+    numbers = [part.strip() for part in text.strip("[]").split(",")]
+    values = [int(number) for number in numbers if number.isdecimal()]
+    increasing = all(low < high for low, high in pairwise([0, *values]))
+    if len(values) < len(numbers) or not increasing or (len(values) > 1 and not listed):
+        problems.append(
+            f"buckets={text}: must be how many, >= 1, or the lengths at which they begin, >= 1 and increasing: "
+            "buckets=4 or buckets=[100,300]"
+        )
+        return Buckets()
+    return Buckets(by=by, edges=tuple(values)) if listed else Buckets(by=by, count=values[0])
 
 
 def _key(word: str) -> str:
@@ -81,7 +126,8 @@ def _key(word: str) -> str:
 
 
 def _has_no_effect(key: str) -> bool:
-    return any(key == inert or key.startswith(f"{inert}.") for inert in _WITHOUT_EFFECT)
+    inert = any(key == name or key.startswith(f"{name}.") for name in _WITHOUT_EFFECT)
+    return inert and key not in _EXCEPT
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ class ModelConfig:
     """The model to train."""
 
     name: str
-    """Name in the run directory and the model card; set by the file of conf/model/ that is chosen with +model=NAME."""
+    """Name in the run directory and the model card; set by the file of conf/model/ that is chosen with +model=NAME.
+
+    With +model=hf it becomes the name of the model's directory when a run starts.
+    """
 
     hf_path: str | None = None
     """Hugging Face directory (config.json, tokenizer, safetensors) of the starting weights. Has no sensible default."""

@@ -254,11 +254,11 @@ class PairView(Sequence[TokenizedPair]):
         return sha.hexdigest()
 
 
-def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncation: str, name: str) -> PairView:
+def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncation: str, title: str) -> PairView:
     """The pairs among these rows of a store that are kept at `max_length`; see `cut_to_length` for `truncation`.
 
     Raises DataError when none is left, saying why, and with `truncation` error at the first pair that is too long.
-    `name` says in messages which set it is.
+    `title` is what messages call them.
     """
     records = store.rows[rows]
     good = (records["flags"] & BAD) == 0
@@ -272,13 +272,13 @@ def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncat
         longest = int(records["prompt"][first] + max(records["chosen"][first], records["rejected"][first]))
         raise DataError(
             f"{store.where(int(rows[first]))}: the pair has {longest} tokens, data.max_length={max_length} and "
-            f"data.truncation=error ({int(too_long.sum())} such {name} pairs): raise data.max_length, or choose "
+            f"data.truncation=error ({int(too_long.sum())} such {title}): raise data.max_length, or choose "
             "keep_start, keep_end or drop"
         )
     kept = cut.outcome_n == Outcome.KEPT
     counts = _count(records, cut, kept, read)
     if not kept.any():
-        raise DataError(_nothing_left(counts, max_length, name, store.about.problems))
+        raise DataError(_nothing_left(counts, max_length, title, store.about.problems))
     own = Cut(cut.outcome_n[kept], cut.prompt_skip_n[kept], cut.chosen_n[kept], cut.rejected_n[kept])
     return PairView(store, rows[kept], own, counts)
 
@@ -307,9 +307,9 @@ def _count(records: np.ndarray, cut: Cut, kept: npt.NDArray[np.bool_], read: int
     )
 
 
-def _nothing_left(counts: PairCounts, max_length: int, name: str, problems: Sequence[str]) -> str:
+def _nothing_left(counts: PairCounts, max_length: int, title: str, problems: Sequence[str]) -> str:
     told = "; ".join(f"{what}: {number}" for what, number in told_counts(counts, max_length))
     too_long = counts.dropped_long_prompt + counts.dropped_long_response + counts.dropped_too_long
     remedy = "raise data.max_length, or look at the data" if too_long else "look at the data and the chat template"
     first = f"; the first that was skipped: {problems[0]}" if problems else ""
-    return f"none of the {counts.read} {name} pairs is left at data.max_length={max_length} ({told}): {remedy}{first}"
+    return f"none of the {counts.read} {title} is left at data.max_length={max_length} ({told}): {remedy}{first}"

@@ -98,7 +98,7 @@ def test_one_process_without_a_launcher_trains(tmp_path: Path, files: tuple[Path
     )
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "outputs").iterdir()
-    assert run_dir.name.endswith("-hf")
+    assert run_dir.name.endswith("-model")
     (line,) = training_lines(run_dir)
     assert line["loss"] == pytest.approx(1.0, abs=1e-6)  # IPO without a preference: (1 / (2·0.5))²
     assert "step 1/1" in result.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.conversion_jobs import score_pairs
 from tests.helpers.jobs import export_with_ranks_apart, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import load_hf, pair_logps
@@ -27,6 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     model = write_tiny_model(root / "model", "qwen3")
     train_file = write_jsonl(root / "train.jsonl", make_pairs(12, seed=1))
     validation = write_jsonl(root / "validation.jsonl", make_pairs(7, seed=2))
+    again = write_jsonl(root / "again.jsonl", make_pairs(5, seed=3))
     launch(
         4,
         train,
@@ -34,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
             "+model=hf",
             f"model.hf_path={model}",
             f"data.train_path={train_file}",
-            f"data.validation_path={{held_out: {validation}, again: {validation}}}",
+            f"data.validation_path={{held_out: {validation}, again: {again}}}",
             "data.tokens_per_microbatch=128",
             "parallel.tensor=2",
             "parallel.pipeline=2",
@@ -52,14 +54,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return model, validation, root / "run"
 
 
-def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Path]) -> None:
+@pytest.mark.parametrize(("name", "count"), [("held_out", 7), ("again", 5)])
+def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Path], name: str, count: int) -> None:
     model, validation, run_dir = run
-    pairs = tokenized_pairs(validation, model, max_length=2048)
+    pairs = tokenized_pairs(
+        validation.with_name("again.jsonl") if name == "again" else validation, model, max_length=2048
+    )
     reference, policy = pair_logps(model, pairs), pair_logps(run_dir / "hf", pairs)
 
-    lines = [line for line in metrics(run_dir) if "eval/held_out/loss" in line]
+    lines = [line for line in metrics(run_dir) if f"eval/{name}/loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
-    assert lines[0]["eval/held_out/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert lines[0][f"eval/{name}/loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
     last = lines[-1]
     margins = [BETA * ((policy[i][0] - reference[i][0]) - (policy[i][1] - reference[i][1])) for i in sorted(reference)]
     expected = {
@@ -69,11 +74,28 @@ def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Pa
         "rewards/margins": sum(margins) / len(pairs),
         "rewards/accuracies": sum(m > 0 for m in margins) / len(pairs),
         "logps/accuracies": sum(p[0] > p[1] for p in policy.values()) / len(pairs),
-        "pairs": 7.0,
+        "pairs": count,
     }
-    for name in ("held_out", "again"):
-        for key, value in expected.items():
-            assert last[f"eval/{name}/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+    for key, value in expected.items():
+        assert last[f"eval/{name}/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_scoring_the_run_says_what_its_evaluation_said(run: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """To the last bit of a pair's log-probs: both are one path. The model is the run's checkpoint."""
+    model, validation, run_dir = run
+    words = [
+        *("+model=hf", f"model.checkpoint={run_dir}", f"reference.hf_path={model}", f"data.train_path={validation}"),
+        *("data.tokens_per_microbatch=128", "parallel.tensor=2", "parallel.pipeline=2", "train.global_batch_size=4"),
+        *("precision.dtype=fp32", "device.kind=cpu", f"loss.beta={BETA}"),
+    ]
+    launch(4, score_pairs, words, tmp_path / "scores.jsonl")
+    told = json.loads((tmp_path / "scores.summary.json").read_text())
+    last = [line for line in metrics(run_dir) if "eval/held_out/loss" in line][-1]
+    shared = [key for key in told if f"eval/held_out/{key}" in last]
+    assert {"logps/chosen", "logps/accuracies", "rewards/margins", "rewards/accuracies", "pairs"} < set(shared)
+    for key in shared:
+        assert told[key] == pytest.approx(last[f"eval/held_out/{key}"], rel=1e-13), key
+    assert told["model"] == told["reference"] == "model"  # the run was started from it
 
 
 def test_training_lines_are_means_of_their_interval(run: tuple[Path, Path, Path]) -> None:

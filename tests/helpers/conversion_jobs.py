@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
+import signal
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megadpo import checkpoint
+from megadpo import checkpoint, scoring
 from megadpo.checkpoint import load_weights
 from megadpo.checkpoint_files import find_checkpoint
 from megadpo.config.choices import Dtype
@@ -27,8 +30,10 @@ from megadpo.models.conversion import stored
 from megadpo.models.conversion.load_save import global_parameters
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
+from megadpo.models.policy import PolicyModel
 from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.score_files import ScoreWriter
+from megadpo.score_summary import Buckets
 from megadpo.scoring import run_scoring
 from megadpo.verification import verify
 from tests.helpers.fault_jobs import MeetingPlaces, captured_log
@@ -131,11 +136,40 @@ def compare(hf_dir: Path, checkpoint: Path, pairs: Path | None = None) -> tuple[
     return equal, printed.getvalue()
 
 
-def score_pairs(words: list[str], output: Path) -> str:
+def score_pairs(words: list[str], output: Path, buckets: Buckets | None = None) -> str:
     """`score.py` on this rank; what was logged."""
     with captured_log() as log:
-        run_scoring(compose_config(words), output)
+        run_scoring(compose_config(words), output, buckets)
     return "\n".join(log)
+
+
+def score_in_turns(words: list[str], output: Path) -> list[int]:
+    """`score_pairs`; of each model that it loads, how many loaded before are still in memory."""
+    load, loaded, alive = scoring.load_starting_model, list[weakref.ref[PolicyModel]](), []
+
+    def loading(*args: Any) -> list[PolicyModel]:
+        alive.append(sum(model() is not None for model in loaded))
+        chunks = load(*args)
+        loaded.extend(map(weakref.ref, chunks))
+        return chunks
+
+    with mock.patch.object(scoring, "load_starting_model", loading):
+        score_pairs(words, output)
+    return alive
+
+
+def refused_scorings(cases: Sequence[list[str]], output: Path) -> list[str]:
+    """What each of the scorings to one output is refused with on this rank."""
+    said = []
+    for words in cases:
+        try:
+            said.append(score_pairs(words, output))
+        except MegaDPOError as error:
+            said.append(str(error))
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    return said
 
 
 def score_where_nothing_can_be_written(words: list[str], output: Path) -> str:
@@ -148,7 +182,7 @@ def score_where_nothing_can_be_written(words: list[str], output: Path) -> str:
 
 
 def score_and_die(words: list[str], output: Path, groups: int) -> None:
-    """`score_pairs` that is killed in the middle of writing a line, after so many groups."""
+    """`score_pairs` that is killed with SIGKILL before it writes the second line of a group, after so many groups."""
     write, written = ScoreWriter.write, 0
 
     def torn(writer: ScoreWriter, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -156,7 +190,7 @@ def score_and_die(words: list[str], output: Path, groups: int) -> None:
         write(writer, lines if written < groups else lines[:1])
         written += 1
         if written > groups:
-            raise SystemError("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
 
     with mock.patch.object(ScoreWriter, "write", torn):
         score_pairs(words, output)

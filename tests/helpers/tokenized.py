@@ -28,5 +28,7 @@ def tokenized_pairs(path: Path | str, tokenizer_dir: Path | str, *, max_length: 
             [str(path)], recipe(tokenizer_dir), cache_dir=Path(cache), workers=1, report=lambda share, rows: None
         )
         store = open_store(prepared)
-        view = select_pairs(store, np.arange(len(store)), max_length=max_length, truncation="keep_start", name="test")
+        view = select_pairs(
+            store, np.arange(len(store)), max_length=max_length, truncation="keep_start", title="test pairs"
+        )
         return [TokenizedPair(p.index, p.prompt.copy(), p.chosen.copy(), p.rejected.copy(), p.where) for p in view]

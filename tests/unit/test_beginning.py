@@ -12,7 +12,7 @@ import pytest
 from megadpo.checkpoint_files import TrainingState, step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
-from megadpo.model_source import resolve_checkpoint
+from megadpo.model_source import resolve_model
 from megadpo.resume import keep_beginning
 
 
@@ -58,7 +58,7 @@ def test_a_date_that_is_given_wins(run_dir: Path) -> None:
 
 def started_from(*words: str) -> str:
     words = ("model.hf_path=null", *words)
-    return Path(str(resolve_checkpoint(keep_beginning(configure(*words))).model.checkpoint)).name
+    return Path(str(resolve_model(keep_beginning(configure(*words))).model.checkpoint)).name
 
 
 def test_a_resumed_run_keeps_the_checkpoint_it_started_from(run_dir: Path) -> None:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from megadpo.config.choices import ReferenceMode
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import DataError, MegaDPOError
@@ -28,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as `py
 
 from bench import report, tables
 from bench.ablations import ABLATIONS
-from bench.contenders import Contender, take_turns
+from bench.contenders import Contender, Turn, take_turns
 from bench.dpo import parse
 from bench.job import Job
 from bench.matmul_child import products, response_share
-from bench.measure import LAYOUTS, RIVALS, Bench, Entry
+from bench.measure import LAYOUTS, RIVALS, Bench, Entry, reference_modes
 from bench.proc import busy_cpu_seconds, cpu_seconds, high_water_bytes
 from bench.report import Gate, Result
 from bench.taken_back import padded_batch
@@ -156,6 +157,7 @@ def test_contenders_and_ablations_compute_the_same(workload: Workload, tmp_path:
             assert own["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
             assert own["seconds"] > 0
         if name != "trl":
+            assert all(0 < answer["time/reference_s"] < answer["seconds"] for answer in answers)
             logps = naive[-1]["reference_logps"]
             assert len(logps) == STEPS * workload.pairs_per_step
             for pair, logp in logps.items():
@@ -183,6 +185,52 @@ def test_a_contender_that_dies_is_named_with_its_last_words(workload: Workload, 
         pytest.raises(MegaDPOError, match=r"ghost ended by itself(.|\n)*no_such_child"),
     ):
         contender.wait_until_ready()
+
+
+class Understudy:
+    """Stands in for a contender's processes; `played` has the job and the steps of each."""
+
+    played: ClassVar[list[tuple[Job, int]]]
+
+    def __init__(self, name: str, module: str, job: Job, *, world_size: int) -> None:
+        self.job = job
+        self.turns: list[Turn] = []
+
+    def __enter__(self) -> Understudy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.played.append((self.job, len(self.turns)))
+
+    def step(self) -> None:
+        values = {"loss": 0.5, "grad_norm": 1.0, "time/reference_s": 0.5}
+        self.turns.append(Turn(2.0, values))
+
+    def wait_until_ready(self) -> None: ...
+
+    def peak_bytes(self) -> int:
+        return 7
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def logged(self, start: str) -> list[str]:
+        return []
+
+
+def test_what_is_kept_on_disk_is_there_before_the_turns(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.measure.Contender", Understudy)
+    monkeypatch.setattr("bench.measure.take_turns", lambda contenders, **_: [c.step() for c in contenders])
+    Understudy.played = []
+    bench = Bench(template=job(workload, tmp_path), scratch=tmp_path, turns=1, warmup=0, one_by_one=False)
+    entry = Entry(name="cached", overrides=("a=1",), rehearsed=True)
+    (cached,) = bench.run("modes", [entry], workload).results
+    (rehearsed, steps), (measured, counted) = Understudy.played
+    assert (steps, counted) == (workload.steps_per_epoch, 1)
+    assert rehearsed.out != measured.out and rehearsed.overrides == measured.overrides == ("a=1",)
+    assert cached.reference_share == 0.25
 
 
 class Player:
@@ -270,6 +318,36 @@ def test_gates_of_sharing_layouts_and_ablations() -> None:
     assert [gate.holds for gate in report.layout_gates(layouts)] == [True, False]
     off = replace(shared, grad_norms=[2.0, 2.1])
     assert [gate.holds for gate in report.ablation_gates([shared, twice, off])] == [True, False]
+
+
+def test_every_reference_mode_takes_part(tmp_path: Path) -> None:
+    entries = reference_modes(tmp_path)
+    assert [entry.name for entry in entries] == list(ReferenceMode)
+    assert all(f"reference.mode={entry.name}" in entry.overrides for entry in entries)
+
+
+def test_gates_of_reference_modes() -> None:
+    def mode(name: str, seconds: float, peak_mib: int, reference_s: float, loss: float = 0.5) -> Result:
+        return result(
+            name,
+            [9, seconds, seconds],
+            peak_bytes=peak_mib * 2**20,
+            reference_seconds=[5, reference_s, reference_s],
+            losses=[loss] * 3,
+        )
+
+    resident = mode("resident", 1.0, 300, 0.25)
+    offload = mode("offload", 1.1, 310, 0.3, loss=0.6)
+    cached, none = mode("cached", 0.75, 260, 0.01), mode("none", 0.7, 261, 0.0, loss=1.5)
+    gates = report.reference_gates([resident, offload, cached, none], weights=40 * 2**20)
+    assert [gate.holds for gate in gates] == [True, False, True, True, False, True]
+    slow = report.reference_gates([resident, mode("cached", 0.85, 260, 0.02)], weights=0)
+    assert [gate.holds for gate in slow] == [True, False, False, True]
+    assert report.reference_gates([resident], weights=0) == []
+    console = Console(record=True, width=200)
+    console.print(tables.reference_table("references", [resident, cached], resident))
+    said = console.export_text()
+    assert all(text in said for text in ("25.0%", "-40", "0.75", "0.0e+00"))
 
 
 def test_a_busy_machine_holds_nothing() -> None:

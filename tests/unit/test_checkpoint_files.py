@@ -19,7 +19,7 @@ from megadpo.checkpoint_files import (
 )
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
-from megadpo.model_source import model_source, resolve_checkpoint
+from megadpo.model_source import model_source, resolve_model
 
 
 def trained(directory: Path, *, dtype: str = "bf16") -> Path:
@@ -111,15 +111,29 @@ def test_a_setting_that_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
 
 def test_the_source_of_a_configuration(run_dir: Path) -> None:
     yaml = "{{model: {{name: hf, {}}}, data: {{train_path: x}}}}"
-    source = model_source(resolve_checkpoint(config_from_yaml(yaml.format("hf_path: some/dir"))).model)
+    source = model_source(resolve_model(config_from_yaml(yaml.format("hf_path: some/dir"))).model)
     assert (source.hf_dir, source.checkpoint) == (Path("some/dir"), None)
-    source = model_source(resolve_checkpoint(config_from_yaml(yaml.format(f"checkpoint: {run_dir}"))).model)
+    source = model_source(resolve_model(config_from_yaml(yaml.format(f"checkpoint: {run_dir}"))).model)
     step = run_dir / "checkpoints" / "step_00000001"
     assert (source.hf_dir, source.checkpoint) == (step / "hf", step)
+
+
+def test_a_model_given_by_its_directory_has_that_name(run_dir: Path, tmp_path: Path) -> None:
+    def named(where: str, name: str = "hf") -> str:
+        return resolve_model(
+            config_from_yaml(f"{{model: {{name: {name}, {where}}}, data: {{train_path: x}}}}")
+        ).model.name
+
+    assert named(f"hf_path: {tmp_path}/tiny-llama/") == "tiny-llama"
+    assert named(f"hf_path: {tmp_path}/models--Org--Tiny-1B/snapshots/0a1b2c") == "Tiny-1B"
+    assert named(f"hf_path: {tmp_path}/tiny-llama", name="llama3_8b") == "llama3_8b"
+    assert named(f"checkpoint: {run_dir}") == "hf"  # what the run that trained it was told
+    imported(tmp_path / "theirs")
+    assert named(f"checkpoint: {tmp_path}/theirs") == "theirs"
 
 
 def test_a_run_keeps_the_full_path_of_its_checkpoint(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run_dir)
     yaml = "{model: {name: hf, checkpoint: checkpoints}, data: {train_path: x}}"
-    resolved = resolve_checkpoint(config_from_yaml(yaml))
+    resolved = resolve_model(config_from_yaml(yaml))
     assert resolved.model.checkpoint == str(run_dir / "checkpoints" / "step_00000001")

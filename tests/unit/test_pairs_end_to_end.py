@@ -293,7 +293,7 @@ def test_every_pair_comes_through_in_order_with_its_mask_or_is_counted(
         store = prepare.open_store(made)
 
         def select() -> PairView:
-            return select_pairs(store, np.arange(len(store)), max_length=limit, truncation=mode, name="test")
+            return select_pairs(store, np.arange(len(store)), max_length=limit, truncation=mode, title="test pairs")
 
         if too_long or not kept:
             with pytest.raises(DataError, match="data.truncation=error" if too_long else "none of the"):

@@ -45,7 +45,7 @@ def prepare(
 
 def kept(prepared: PreparedStore) -> PairView:
     store = open_store(prepared)
-    return select_pairs(store, np.arange(len(store)), max_length=4096, truncation="keep_start", name="test")
+    return select_pairs(store, np.arange(len(store)), max_length=4096, truncation="keep_start", title="test pairs")
 
 
 def test_worker_processes_change_nothing(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
-from megadpo.score_files import ScoreFiles, ScoreWriter
+from megadpo.score_files import Role, ScoreFiles, ScoreWriter
+from megadpo.score_summary import Buckets
 from megadpo.verification import stages
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
@@ -40,19 +41,44 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return model, ["+model=hf", f"model.hf_path={model}", f"data.train_path={data}"]
 
 
-def test_output_is_taken_out(files: tuple[Path, list[str]]) -> None:
-    config, output = score.read_words([*files[1], "output=there/scores.jsonl", "data.max_length=9"])
+def test_own_words_are_taken_out(files: tuple[Path, list[str]]) -> None:
+    words = [*files[1], "output=there/scores.jsonl", "data.max_length=9"]
+    config, output, buckets = score.read_words(words)
     assert output == Path("there/scores.jsonl")
     assert config.data.max_length == 9
+    assert buckets == Buckets(by="response", count=4)
+    assert score.read_words([*words, "buckets=7", "bucket_by=stream"])[2] == Buckets(by="stream", count=7)
+    assert score.read_words([*words, "buckets=[10, 20]"])[2] == Buckets(edges=(10, 20))
+
+
+def test_a_reference_gives_its_keys_an_effect(files: tuple[Path, list[str]]) -> None:
+    words = [*files[1], "output=x", "loss.beta=0.5"]
+    config, *_ = score.read_words([*words, f"reference.hf_path={files[0]}"])
+    assert (config.loss.beta, config.reference.hf_path) == (0.5, str(files[0]))
+    with pytest.raises(ConfigError) as caught:
+        score.read_words([*words, "reference.mode=resident", "loss.name=ipo"])
+    assert caught.value.violations == [
+        "reference.mode=resident: has no effect when scoring: drop it",
+        "loss.name=ipo: has no effect when scoring: drop it",
+        "loss.beta=0.5: has no effect without reference.hf_path: drop it, or name a second model",
+    ]
+
+
+@pytest.mark.parametrize("text", ["0", "[]", "[20,10]", "[10,10]", "[0,5]", "4,5", "many", "-1", ""])
+def test_buckets_that_are_none_are_refused(files: tuple[Path, list[str]], text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"(?s)bucket_by=line: must be one of response, .*buckets=.*: must be how many"
+    ):
+        score.read_words([*files[1], "output=x", f"buckets={text}", "bucket_by=line"])
 
 
 def test_all_mistakes_of_a_scoring_at_once(files: tuple[Path, list[str]]) -> None:
-    words = ["parallel.tensor=3", "loss.beta=0.3", "+loss=ipo", "train.epochs=2", "trackers=jsonl", "data.nonsense=1"]
+    words = ["parallel.tensor=3", "loss.name=ipo", "+loss=ipo", "train.epochs=2", "trackers=jsonl", "data.nonsense=1"]
     with pytest.raises(ConfigError) as caught:
         score.read_words([*files[1], *words])
     said = caught.value.violations
     assert said[:4] == [
-        f"{word}: has no effect when scoring: drop it" for word in ("loss.beta=0.3", "+loss=ipo", *words[3:5])
+        f"{word}: has no effect when scoring: drop it" for word in ("loss.name=ipo", "+loss=ipo", *words[3:5])
     ]
     assert said[4] == "output is required: add output=OUT.jsonl, the file that the scores are written to"
     assert any(text.startswith("data.nonsense=1: unknown key") for text in said)
@@ -84,6 +110,24 @@ def test_each_output_has_a_summary_of_its_own() -> None:
     assert summaries == ["a.summary.json", "a.step1.summary.json", "a.step2.summary.json"]
 
 
+def test_what_is_kept_of_a_pass(tmp_path: Path) -> None:
+    """Whole groups of 2, or all 5 pairs; never half a line."""
+    files = ScoreFiles(tmp_path / "out.jsonl")
+    files.partial.mkdir()
+    path = files.scores(Role.policy)
+    for content, kept in (
+        ("", 0),
+        ("a\nb\nc\n", 2),
+        ("a\nb\nc\nd", 2),
+        ("a\nb\nc\nd\n", 4),
+        ("a\n" * 5, 5),
+        ("a\n" * 7, 5),
+    ):
+        path.write_text(content)
+        assert files.begin({}, [Role.policy], pairs=5, group_size=2) == {Role.policy: kept}
+        assert path.read_text() == content[: 2 * kept]
+
+
 def test_a_full_disk_says_how_to_go_on() -> None:
     with (
         pytest.raises(MegaDPOError, match="/dev/full: No space left on device: make room and start again"),
@@ -102,10 +146,18 @@ def test_damaged_files_of_a_scoring_are_named(tmp_path: Path) -> None:
         identity.write_bytes(content)
         with pytest.raises(MegaDPOError, match=r"identity\.json can't be read .*: remove it, and what it belongs"):
             files.known_identity()
-    files.scores.write_text('{"index": 0}\n!\n')
+    lines = files.scores(Role.policy)
+    lines.write_text('{"index": 0}\n!\n')
     with pytest.raises(MegaDPOError, match=r"scores\.jsonl:2: can't be read .*: remove .*out\.jsonl\.partial to start"):
-        list(files.read_scores())
-    files.output.touch()
+        list(files.read(lines))
+    files.scores(Role.reference).write_text('{"index": 1}\n')
+    with pytest.raises(
+        MegaDPOError, match=r"reference\.jsonl:1: is of pair 1, the policy's line of 0: remove .*partial"
+    ):
+        files.join(lambda own, _: own)
+    files.output.write_text("!")
+    with pytest.raises(MegaDPOError, match=r"out\.jsonl:1: can't be read .*: remove .*out\.jsonl to start anew"):
+        list(files.read(files.output))
     files.summary.write_text('{"identity": 3}')
     with pytest.raises(MegaDPOError, match=r"out\.summary\.json can't be read \(it holds a int where an object mu"):
         files.known_identity()

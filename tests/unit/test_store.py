@@ -47,7 +47,7 @@ def write(directory: Path, rows: Sequence[tuple[int, int, int, int]], *, chunk: 
 
 
 def view(store: PairStore, max_length: int, truncation: str = "keep_start") -> PairView:
-    return select_pairs(store, np.arange(len(store)), max_length=max_length, truncation=truncation, name="test")
+    return select_pairs(store, np.arange(len(store)), max_length=max_length, truncation=truncation, title="test pairs")
 
 
 def test_pairs_come_back_in_order_with_their_place(tmp_path: Path) -> None:

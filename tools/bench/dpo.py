@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures megadpo's training step against its rivals, in turn, on the same model and the same pairs.
 
-    python tools/bench/dpo.py --pairs FILE [--rivals naive,trl] [--ablations] [--sharing] [--layouts]
+    python tools/bench/dpo.py --pairs FILE [--rivals naive,trl] [--ablations] [--sharing] [--layouts] [--references]
 
 A small Llama with random weights is made for the file's text (--hidden … for other sizes, --model DIR for another one).
 Every contender is a process of its own that loads the model, then makes one step whenever it is its turn; the others
@@ -26,7 +26,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench import measure, report, tables
-from bench.job import Job
+from bench.job import DTYPES, Job
 from bench.workload import (
     Shape,
     Workload,
@@ -38,6 +38,7 @@ from bench.workload import (
 )
 from megadpo.data.dataset import RawPair
 from megadpo.errors import MegaDPOError
+from megadpo.models.hf_config import read_architecture
 from megadpo.rank_logging import configure_logging, silence_libraries
 
 REFUSED = 2
@@ -55,6 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--ablations", action="store_true", help="also the program with parts of it taken back")
     add("--sharing", action="store_true", help="also prompts shared against prompts twice")
     add("--layouts", action="store_true", help="also two ranks with a thread each against one")
+    add("--references", action="store_true", help="also every reference.mode against a resident reference")
     add("--turns", type=int, default=14, help="steps that count (%(default)s)")
     add("--warmup", type=int, default=2, help="steps before (%(default)s)")
     add("--trl-every", type=int, default=3, metavar="K", help="TRL plays each K-th turn only (%(default)s)")
@@ -141,6 +143,15 @@ class Session:
         console.print(tables.first_table("layouts", results))
         self.gates += report.layout_gates(results)
 
+    def references(self) -> None:
+        """Every way of having the reference's log-probs against a second model beside the policy."""
+        options = self.options
+        lineup = self._run("references", measure.reference_modes(self.scratch / "reference"), self.workload)
+        console.print(tables.reference_table("references", lineup.results, lineup["resident"]))
+        weights = read_architecture(self.model).num_parameters * DTYPES[options.dtype].itemsize
+        console.print(f"the reference's weights: {weights / 2**20:.0f} MiB")
+        self.gates += report.reference_gates(lineup.results, weights)
+
     def conditions(self) -> dict[str, Any]:
         """What the figures depend on."""
         return {
@@ -214,6 +225,7 @@ def main(arguments: Sequence[str]) -> int:
                 (options.ablations, session.ablations),
                 (options.sharing, session.sharing),
                 (options.layouts, session.layouts),
+                (options.references, session.references),
             ):
                 if wanted:
                     section()

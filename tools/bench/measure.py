@@ -17,6 +17,7 @@ from bench.job import Job
 from bench.proc import busy_cpu_seconds
 from bench.report import Result
 from bench.workload import Workload
+from megadpo.config.choices import ReferenceMode
 from megadpo.models.hf_config import read_architecture
 
 
@@ -32,6 +33,8 @@ class Entry:
     overrides: tuple[str, ...] = ()
     share_prompt: bool = True
     every: int = 1
+    rehearsed: bool = False
+    """another process has made every step of an epoch before, and left what it keeps on disk"""
 
 
 MATMUL = Entry(name="matmul", module="matmul_child")
@@ -51,6 +54,19 @@ LAYOUTS = [
     Entry(name="dp2", threads=1, world_size=2),
     Entry(name="tp2", threads=1, world_size=2, overrides=("parallel.tensor=2",)),
 ]
+
+
+def reference_modes(cache: Path) -> list[Entry]:
+    """An entry for each mode of having a reference; `cache` is where kept log-probs go."""
+    further = {"cached": (f"reference.cache_dir={cache}",), "none": ("loss.name=simpo",)}
+    return [
+        Entry(
+            name=str(mode),
+            overrides=(f"reference.mode={mode}", *further.get(str(mode), ())),
+            rehearsed=str(mode) == "cached",
+        )
+        for mode in ReferenceMode
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,9 @@ class Bench:
 
     def run(self, title: str, entries: Sequence[Entry], workload: Workload) -> Lineup:
         """Lets the entries take turns on the workload."""
+        for entry in entries:
+            if entry.rehearsed:
+                self._rehearse(title, entry, workload)
         groups = [[entry] for entry in entries] if self.one_by_one else [list(entries)]
         clock = _CpuClock()
         played = [played for group in groups for played in self._play(title, group, workload, clock)]
@@ -105,10 +124,22 @@ class Bench:
                     pairs_per_step=workload.pairs_per_step,
                     peak_bytes=peak,
                     warmup=-(-self.warmup // entry.every),
+                    reference_seconds=[
+                        float(turn.values["time/reference_s"])
+                        for turn in contender.turns
+                        if "time/reference_s" in turn.values
+                    ],
                 )
             )
         said = {line for _, contender, _ in played for line in contender.logged("attention: ")}
         return Lineup(tuple(results), clock.foreign_share(), by_layer, tuple(sorted(said)))
+
+    def _rehearse(self, title: str, entry: Entry, workload: Workload) -> None:
+        job = self._job(entry, f"{title}, rehearsed", workload)
+        with Contender(entry.name, entry.module, job, world_size=entry.world_size) as contender:
+            contender.wait_until_ready()
+            for _ in range(workload.steps_per_epoch):
+                contender.step()
 
     def _play(
         self, title: str, entries: Sequence[Entry], workload: Workload, clock: _CpuClock

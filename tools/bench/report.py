@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,8 @@ class Result:
     pairs_per_step: int
     peak_bytes: int
     warmup: int
+    reference_seconds: Sequence[float] = ()
+    """of each step, the reference's part, as the contender logs it; empty where it doesn't"""
 
     @property
     def step_seconds(self) -> float:
@@ -53,6 +56,12 @@ class Result:
     def flop_rate(self) -> float:
         """FLOPs over the seconds of all steps that count."""
         return sum(self.flops[self.warmup :]) / sum(self.seconds[self.warmup :])
+
+    @property
+    def reference_share(self) -> float:
+        """Median over the steps of the reference's part of the seconds; not a number where it isn't told."""
+        shares = [part / whole for part, whole in zip(self.reference_seconds, self.seconds, strict=False)]
+        return median(shares[self.warmup :]) if shares else math.nan
 
     @property
     def matmul_share(self) -> float:
@@ -153,6 +162,33 @@ def layout_gates(results: Sequence[Result]) -> list[Gate]:
     one, *others = results
     bounds = {"dp2": 1.6, "tp2": 1.3}
     return [Gate(f"pairs/s of {r.name} over one rank's", time_ratio(one, r), bounds[r.name]) for r in others]
+
+
+def reference_gates(results: Sequence[Result], weights: int) -> list[Gate]:
+    """What each mode of having a reference is held to against a resident one of `weights` bytes."""
+    by_mode = {result.name: result for result in results}
+    resident = by_mode["resident"]
+    gates = [
+        Gate(
+            f"peak memory of {mode} over resident's less the reference's weights",
+            by_mode[mode].peak_bytes / (resident.peak_bytes - weights),
+            1.0,
+            at_most=True,
+        )
+        for mode in ("cached", "none")
+        if mode in by_mode
+    ]
+    if cached := by_mode.get("cached"):
+        gates += [
+            Gate("time of a cached step over a resident one's", time_ratio(cached, resident), 0.8, at_most=True),
+            Gate("the reference's share of a cached step", cached.reference_share, 0.02, at_most=True),
+        ]
+    # Without a reference it is another loss.
+    same_loss = [result for result in results if result.name not in ("resident", "none")]
+    return gates + [
+        Gate(f"loss, {result.name}'s from resident's", loss_difference(result, resident), 1e-5, at_most=True)
+        for result in same_loss
+    ]
 
 
 def quiet_gate(foreign_cpu: Mapping[str, float]) -> Gate:

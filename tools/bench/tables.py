@@ -61,6 +61,18 @@ def first_table(title: str, results: Sequence[Result]) -> Table:
     return _table(title, _to_first(results), results)
 
 
+def reference_table(title: str, results: Sequence[Result], resident: Result) -> Table:
+    """A row per mode of having a reference: the reference's share, and memory and time against a resident one."""
+    columns: list[Column] = [
+        *_COMMON,
+        ("reference's share", lambda r: f"{r.reference_share:.1%}"),
+        ("peak - resident's, MiB", lambda r: f"{(r.peak_bytes - resident.peak_bytes) / 2**20:+.0f}"),
+        (f"time / {resident.name}", lambda r: f"{time_ratio(r, resident):.2f}"),
+        ("loss apart", lambda r: f"{loss_difference(r, resident):.1e}"),
+    ]
+    return _table(title, columns, results)
+
+
 def _to_first(results: Sequence[Result]) -> list[Column]:
     first = results[0]
     return [

@@ -119,8 +119,8 @@ class ReferenceTap:
         self._data = TrainingData(*args, **kwargs)
         return self._data
 
-    def _build(self, *args: Any) -> Reference:
-        live = _Live(build_reference(*args), self)
+    def _build(self, *args: Any, **kwargs: Any) -> Reference:
+        live = _Live(build_reference(*args, **kwargs), self)
         if not self.cached:
             return live
         assert self._data is not None

@@ -95,7 +95,7 @@ def _draw(prepared: PreparedStore) -> None:
     """Opens the store as every rank does, and draws 100 global batches of 64 pairs in shuffled order."""
     started = time.perf_counter()
     store = open_store(prepared)
-    pairs = select_pairs(store, np.arange(len(store)), max_length=2048, truncation="keep_start", name="bench")
+    pairs = select_pairs(store, np.arange(len(store)), max_length=2048, truncation="keep_start", title="bench pairs")
     opened = time.perf_counter()
     order = epoch_order(len(pairs), seed=0, epoch=0, shuffle=True)
     drawn = [pairs[int(i)] for i in order[:6400]]
