@@ -6,6 +6,7 @@ The map of the house, in the order in which a preference pair walks through it. 
     cpus, cards             how many of them this process may use; what a GPU can do by its data sheet
     fp8_recipes             what FP8 recipes ask of tokens and features
     files                   text files replaced whole, and errors of writing that say what to do
+    loss_table              the losses by name: formula, source, the keys that each reads
     config/                 schema (every key, its unit, range and default), validation, compose (Hydra and YAML)
     checkpoint_files        which checkpoint a path means, and what it says about itself
     model_source            where a run's starting weights come from: Hugging Face, or a checkpoint
@@ -14,7 +15,8 @@ The map of the house, in the order in which a preference pair walks through it. 
     parallel/               process groups of a layout, and the collectives of this project
     attention_plan          which key ranges each segment of a packed stream attends to
     flops                   what a pair costs, from true lengths
-    logprobs, losses        fused log-probabilities of response tokens; the loss of a pair
+    logprobs                fused log-probabilities of response tokens
+    loss_formulas, losses   each loss of a pair; mixes with their knobs, and what is logged
     metrics                 values and the reduction that each declares
     data/                   sources -> pairs -> token ids on disk -> microbatches -> packed batches
     models/                 Hugging Face configuration and weights <-> Megatron-Core model that returns log-probs

@@ -156,12 +156,19 @@ def _check_quantised(chunks: Sequence[PolicyModel], config: Config, state: Paral
 
 
 def build_loss(config: Config) -> PreferenceLoss:
-    """The loss of a pair."""
+    """The loss of a pair, or the mix of several."""
+    loss = config.loss
     return PreferenceLoss(
-        name=str(config.loss.name[0]),
-        beta=config.loss.beta,
-        label_smoothing=config.loss.label_smoothing,
-        ipo_length_normalize=config.loss.ipo_length_normalize,
+        *(str(name) for name in loss.name),
+        weights=loss.weights,
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        ipo_length_normalize=loss.ipo_length_normalize,
+        discopop_tau=loss.discopop_tau,
+        simpo_gamma=loss.simpo_gamma,
+        f_divergence=str(loss.f_divergence),
+        f_alpha_divergence_coef=loss.f_alpha_divergence_coef,
+        ld_alpha=loss.ld_alpha,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.forward_step import SequenceLogProbs, preference_statistics, run_schedule
 from megadpo.logprobs import TokenScores
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
@@ -17,21 +17,31 @@ from megadpo.reference import Reference
 
 def evaluate(
     chunks: Sequence[torch.nn.Module],
-    reference: Reference,
+    reference: Reference | None,
     loss: PreferenceLoss,
     batches: Iterable[GlobalBatch],
     *,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients."""
+    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients.
+
+    `reference` is None where the loss asks for none.
+    """
     total: dict[str, torch.Tensor] = {}
     for batch in batches:
-        reference_logps = reference.log_probs(batch)
+        reference_logps = None if reference is None else reference.log_probs(batch)
 
         def closure(
-            index: int, microbatch: PreferenceBatch, scores: TokenScores, reference: list = reference_logps
+            index: int,
+            microbatch: PreferenceBatch,
+            scores: TokenScores,
+            reference_logps: list[SequenceLogProbs] | None = reference_logps,
+            mean_chosen_tokens: float = batch.mean_chosen_tokens,
         ) -> dict[str, torch.Tensor]:
-            return preference_statistics(loss, microbatch, scores, reference[index])[1]
+            own_reference = None if reference_logps is None else reference_logps[index]
+            return preference_statistics(
+                loss, microbatch, scores, own_reference, mean_chosen_tokens=mean_chosen_tokens
+            )[1]
 
         for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):
             add_sums(total, sums)

@@ -6,7 +6,6 @@ Legend: B pairs of a microbatch, S = 2·B sequences, N response rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,18 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.logprobs import TokenScores, sequence_sums
-from megadpo.losses import TOKEN_STATISTICS, PairLogProbs, PreferenceLoss, pair_statistics
+from megadpo.losses import TOKEN_STATISTICS, PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
 
 # What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
 Closure = Callable[[int, PreferenceBatch, TokenScores], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceLogProbs:
-    """Summed response log-probs of a microbatch's pairs, fp64 [B] each."""
-
-    chosen_B: torch.Tensor
-    rejected_B: torch.Tensor
 
 
 def run_schedule(
@@ -81,25 +72,15 @@ def run_schedule(
 
 
 def sum_log_probs(microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
-    """Per-pair sums of the response tokens' log-probs."""
+    """Per-pair sums of the response tokens' log-probs, and of the tails of the longer responses."""
     pairs = microbatch.num_pairs
-    # The rows come pair by pair, the lengths all chosen ones first.
-    lengths_S = microbatch.response_tokens_S.view(2, pairs).T.reshape(-1)
-    sums_B2 = sequence_sums(scores.logps_N, lengths_S).view(pairs, 2)
-    return SequenceLogProbs(sums_B2[:, 0], sums_B2[:, 1])
-
-
-def pair_log_probs(microbatch: PreferenceBatch, policy: SequenceLogProbs, reference: SequenceLogProbs) -> PairLogProbs:
-    """Everything that a loss needs to know of a microbatch's pairs."""
-    pairs = microbatch.num_pairs
-    return PairLogProbs(
-        policy_chosen_B=policy.chosen_B,
-        policy_rejected_B=policy.rejected_B,
-        reference_chosen_B=reference.chosen_B,
-        reference_rejected_B=reference.rejected_B,
-        chosen_tokens_B=microbatch.response_tokens_S[:pairs],
-        rejected_tokens_B=microbatch.response_tokens_S[pairs:],
-    )
+    # The rows come pair by pair, the lengths all chosen ones first. Each response is cut at its pair's shorter length.
+    lengths_B2 = microbatch.response_tokens_S.view(2, pairs).T
+    shared_B2 = lengths_B2.amin(dim=1, keepdim=True).expand(pairs, 2)
+    parts_B22 = torch.stack((shared_B2, lengths_B2 - shared_B2), dim=2)
+    sums_B22 = sequence_sums(scores.logps_N, parts_B22.reshape(-1)).view(pairs, 2, 2)
+    sums_B2, tails_B2 = sums_B22.sum(dim=2), sums_B22[:, :, 1]
+    return SequenceLogProbs(sums_B2[:, 0], sums_B2[:, 1], tails_B2[:, 0], tails_B2[:, 1])
 
 
 def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torch.device) -> list[SequenceLogProbs]:
@@ -112,13 +93,28 @@ def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torc
 
 
 def preference_statistics(
-    loss: PreferenceLoss, microbatch: PreferenceBatch, scores: TokenScores, reference: SequenceLogProbs
+    loss: PreferenceLoss,
+    microbatch: PreferenceBatch,
+    scores: TokenScores,
+    reference: SequenceLogProbs | None,
+    *,
+    mean_chosen_tokens: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, and the counts to divide by)."""
-    logps = pair_log_probs(microbatch, sum_log_probs(microbatch, scores), reference)
+    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, and the counts to divide by).
+
+    `mean_chosen_tokens` is the GlobalBatch's; losses that compare with no reference take None for it.
+    """
+    pairs = microbatch.num_pairs
+    logps = PairLogProbs(
+        policy=sum_log_probs(microbatch, scores),
+        reference=reference,
+        chosen_tokens_B=microbatch.response_tokens_S[:pairs],
+        rejected_tokens_B=microbatch.response_tokens_S[pairs:],
+        mean_chosen_tokens=mean_chosen_tokens,
+    )
     loss_B = loss(logps)
-    sums = pair_statistics(loss_B, logps, beta=loss.beta)
-    sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=loss_B.device)
+    sums = pair_statistics(loss_B, loss.rewards(logps), logps.policy)
+    sums["pairs"] = torch.full((), pairs, dtype=torch.float64, device=loss_B.device)
     return loss_B.sum(), sums | token_sums(microbatch, scores)
 
 

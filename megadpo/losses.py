@@ -1,14 +1,31 @@
-"""Preference losses: pure functions of per-pair log-probs. Legend: B pairs; log-probs and losses are fp64.
+"""Preference losses of per-pair log-probs, mixed and with their knobs, and what is logged. Legend: B pairs, all fp64.
 
-Notation of the papers: u = lp_policy(chosen) − lp_reference(chosen), v the same for rejected, d = u − v.
+The formulas are in loss_formulas.py, what is known of each in loss_table.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.nn.functional import logsigmoid
+
+from megadpo.loss_formulas import FORMULAS, LossKnobs, PairTerms, divergence_score
+from megadpo.loss_table import LOSSES, REFERENCE_FREE, LossSpec, needs_reference
+
+__all__ = [
+    "LOSSES",
+    "REFERENCE_FREE",
+    "STATISTICS",
+    "SUMS",
+    "TOKEN_STATISTICS",
+    "LossSpec",
+    "PairLogProbs",
+    "PreferenceLoss",
+    "SequenceLogProbs",
+    "pair_statistics",
+]
 
 # What is logged of every pair; TRL's metric names.
 STATISTICS = (
@@ -27,83 +44,127 @@ TOKEN_STATISTICS = {"entropy": "response_tokens", "mean_token_accuracy": "chosen
 # Everything that is summed up over ranks and steps.
 SUMS = (*STATISTICS, "pairs", *TOKEN_STATISTICS, *TOKEN_STATISTICS.values())
 
+Responses = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLogProbs:
+    """Summed log-probs (nats) of B pairs' responses under one model, fp64 [B] each.
+
+    The tails are of those tokens of a response that lie beyond the length of its pair's shorter one; None where they
+    are not known, which `loss.ld_alpha` needs.
+    """
+
+    chosen_B: torch.Tensor
+    rejected_B: torch.Tensor
+    chosen_tail_B: torch.Tensor | None = None
+    rejected_tail_B: torch.Tensor | None = None
+
+    def with_tails_weighed(self, ld_alpha: float | None) -> Responses:
+        """Chosen and rejected sums in which the tails' tokens count `ld_alpha` (LD-DPO, Liu et al. 2024); None: 1."""
+        if ld_alpha is None:
+            return self.chosen_B, self.rejected_B
+        if self.chosen_tail_B is None or self.rejected_tail_B is None:
+            raise ValueError("loss.ld_alpha needs the sums of the longer responses' tails, which were not kept")
+        lost = 1.0 - ld_alpha
+        return self.chosen_B - lost * self.chosen_tail_B, self.rejected_B - lost * self.rejected_tail_B
+
 
 @dataclass(frozen=True, slots=True)
 class PairLogProbs:
-    """Summed response log-probs (nats) of B pairs under policy and reference, and the response lengths in tokens."""
+    """B pairs under policy and reference (None: there is none), and the response lengths in tokens.
 
-    policy_chosen_B: torch.Tensor
-    policy_rejected_B: torch.Tensor
-    reference_chosen_B: torch.Tensor
-    reference_rejected_B: torch.Tensor
+    `mean_chosen_tokens` is the mean length of the chosen responses of all pairs that the loss is a mean over.
+    """
+
+    policy: SequenceLogProbs
+    reference: SequenceLogProbs | None
     chosen_tokens_B: torch.Tensor
     rejected_tokens_B: torch.Tensor
-
-    @property
-    def chosen_ratio_B(self) -> torch.Tensor:
-        """u: log-ratio of the chosen responses."""
-        return self.policy_chosen_B - self.reference_chosen_B
-
-    @property
-    def rejected_ratio_B(self) -> torch.Tensor:
-        """v: log-ratio of the rejected responses."""
-        return self.policy_rejected_B - self.reference_rejected_B
+    mean_chosen_tokens: float
 
 
-@dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """A loss by name with its knobs; calling it gives one loss per pair."""
+    """A loss by name, or the weighted sum of several, with its knobs; calling it gives one number per pair."""
 
-    name: str
-    beta: float
-    label_smoothing: float = 0.0
-    ipo_length_normalize: bool = True
+    def __init__(self, *names: str, weights: Sequence[float] | None = None, **knobs: Any) -> None:
+        """`weights` go with the names, 1 each by default; `knobs` are the fields of LossKnobs, of which beta is one."""
+        if unknown := [name for name in names if name not in FORMULAS]:
+            raise ValueError(f"loss.name={unknown[0]} is not one of {', '.join(FORMULAS)}")
+        self.names = names
+        self.knobs = LossKnobs(**knobs)
+        self.terms = tuple(zip([1.0] * len(names) if weights is None else weights, names, strict=True))
+        self.needs_reference = needs_reference(names)
+
+    @property
+    def beta(self) -> float:
+        """What rewards are scaled with."""
+        return self.knobs.beta
 
     def __call__(self, logps: PairLogProbs) -> torch.Tensor:
         """Loss of each pair, fp64 [B], differentiable in the policy's log-probs."""
-        if self.name == "sigmoid":
-            return sigmoid_loss(logps, beta=self.beta, label_smoothing=self.label_smoothing)
-        if self.name == "ipo":
-            return ipo_loss(logps, beta=self.beta, length_normalize=self.ipo_length_normalize)
-        raise ValueError(f"loss.name={self.name} is not one of sigmoid, ipo")
+        u_B, v_B = (divergence_score(ratio_B, self.knobs) for ratio_B in self._ratios(logps))
+        terms = PairTerms(
+            u_B,
+            v_B,
+            logps.policy.chosen_B,
+            logps.policy.rejected_B,
+            logps.chosen_tokens_B,
+            logps.rejected_tokens_B,
+            logps.mean_chosen_tokens,
+        )
+        (weight, name), *others = self.terms
+        loss_B = weight * FORMULAS[name](terms, self.knobs)
+        for weight, name in others:
+            loss_B = loss_B + weight * FORMULAS[name](terms, self.knobs)
+        return loss_B
+
+    def rewards(self, logps: PairLogProbs) -> Responses:
+        """Implicit rewards of the chosen and the rejected responses: β·u and β·v, without a reference β·lp/L."""
+        chosen_B, rejected_B = self._ratios(logps)
+        if not self.needs_reference:
+            chosen_B, rejected_B = chosen_B / logps.chosen_tokens_B, rejected_B / logps.rejected_tokens_B
+        return self.beta * chosen_B, self.beta * rejected_B
+
+    def _ratios(self, logps: PairLogProbs) -> Responses:
+        """u and v; the policy's own log-probs where no reference is asked for."""
+        if not self.needs_reference:
+            return logps.policy.chosen_B, logps.policy.rejected_B
+        if logps.reference is None:
+            raise ValueError(f"loss.name={', '.join(self.names)} needs the log-probs of a reference")
+        (chosen_B, rejected_B), (reference_chosen_B, reference_rejected_B) = (
+            model.with_tails_weighed(self.knobs.ld_alpha) for model in (logps.policy, logps.reference)
+        )
+        return chosen_B - reference_chosen_B, rejected_B - reference_rejected_B
 
     @property
-    def value_without_preference(self) -> float:
-        """The loss of a pair whose policy equals its reference: what the first step of a fresh run must show."""
+    def value_without_preference(self) -> float | None:
+        """The loss of a pair whose policy equals its reference: what the first step of a fresh run must show.
+
+        None where that depends on the pair: with a loss that has no reference, alone or in a mix.
+        """
+        if not REFERENCE_FREE.isdisjoint(self.names):
+            return None
         zero_B, one_B = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.long)
-        return float(self(PairLogProbs(zero_B, zero_B, zero_B, zero_B, one_B, one_B)))
+        model = SequenceLogProbs(zero_B, zero_B, zero_B, zero_B)
+        return float(self(PairLogProbs(model, model, one_B, one_B, mean_chosen_tokens=1.0)))
 
 
-def sigmoid_loss(logps: PairLogProbs, *, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """−(1−ε)·log σ(βd) − ε·log σ(−βd): DPO (Rafailov et al. 2023, eq. 7), with ε > 0 cDPO (Mitchell 2023)."""
-    scaled_B = beta * (logps.chosen_ratio_B - logps.rejected_ratio_B)
-    return -(1.0 - label_smoothing) * logsigmoid(scaled_B) - label_smoothing * logsigmoid(-scaled_B)
-
-
-def ipo_loss(logps: PairLogProbs, *, beta: float, length_normalize: bool = True) -> torch.Tensor:
-    """(u/L_w − v/L_l − 1/(2β))², or (d − 1/(2β))² without length normalisation (Azar et al. 2023, eq. 17)."""
-    chosen_B, rejected_B = logps.chosen_ratio_B, logps.rejected_ratio_B
-    if length_normalize:
-        chosen_B = chosen_B / logps.chosen_tokens_B
-        rejected_B = rejected_B / logps.rejected_tokens_B
-    return (chosen_B - rejected_B - 1.0 / (2.0 * beta)) ** 2
-
-
-def pair_statistics(loss_B: torch.Tensor, logps: PairLogProbs, *, beta: float) -> dict[str, torch.Tensor]:
+def pair_statistics(loss_B: torch.Tensor, rewards: Responses, policy: SequenceLogProbs) -> dict[str, torch.Tensor]:
     """Sums over the B pairs of what is logged, as fp64 scalars without gradient under the names of STATISTICS.
 
     Accuracies count strictly greater: a pair that the policy cannot tell apart is not a success.
     """
     with torch.no_grad():
-        chosen_B, rejected_B = beta * logps.chosen_ratio_B, beta * logps.rejected_ratio_B
+        chosen_B, rejected_B = rewards
         values_B = (
-            loss_B.detach(),
+            loss_B,
             chosen_B,
             rejected_B,
             chosen_B > rejected_B,
             chosen_B - rejected_B,
-            logps.policy_chosen_B,
-            logps.policy_rejected_B,
-            logps.policy_chosen_B > logps.policy_rejected_B,
+            policy.chosen_B,
+            policy.rejected_B,
+            policy.chosen_B > policy.rejected_B,
         )
-        return {name: value_B.double().sum() for name, value_B in zip(STATISTICS, values_B, strict=True)}
+        return {name: value_B.detach().double().sum() for name, value_B in zip(STATISTICS, values_B, strict=True)}

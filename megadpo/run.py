@@ -126,7 +126,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         dtype=torch_dtype(config),
         card=model_card(
             name=config.model.name,
-            loss=str(config.loss.name[0]),
+            loss=" + ".join(str(name) for name in config.loss.name),
             steps=max(start.step, total_steps),
             settings_yaml=config_to_yaml(config),
             metrics=metrics,

@@ -2,7 +2,8 @@
 
 The loss of a step is the sum over the pairs of the global batch divided by their number. Each microbatch hands Megatron
 (sum of its pairs' losses, its number of pairs); Megatron adds up the counts over microbatches and data-parallel ranks
-and divides the summed gradients by them. Nothing else scales anything.
+and divides the summed gradients by them. Nothing else scales anything: a mean over tokens (`sft`) is written as one
+over pairs, by the global batch's mean length, which every rank knows.
 """
 
 from __future__ import annotations
@@ -39,21 +40,27 @@ class StepResult:
 def train_step(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    reference: Reference,
+    reference: Reference | None,
     loss: PreferenceLoss,
     batch: GlobalBatch,
     *,
     device: Device,
 ) -> StepResult:
-    """Runs one update on the global batch; the parameter groups' hyperparameters are already set."""
+    """Runs one update on the global batch; the parameter groups' hyperparameters are already set.
+
+    `reference` is None where the loss asks for none.
+    """
     reference_started = device.mark()
-    reference_logps = reference.log_probs(batch)
+    reference_logps = None if reference is None else reference.log_probs(batch)
     reference_span = (reference_started, device.mark())
 
     def closure(
         index: int, microbatch: PreferenceBatch, scores: TokenScores
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        loss_sum, sums = preference_statistics(loss, microbatch, scores, reference_logps[index])
+        own_reference = None if reference_logps is None else reference_logps[index]
+        loss_sum, sums = preference_statistics(
+            loss, microbatch, scores, own_reference, mean_chosen_tokens=batch.mean_chosen_tokens
+        )
         return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=loss_sum.device), sums
 
     for chunk in chunks:

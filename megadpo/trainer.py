@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
+from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches, mean_chosen_length
 from megadpo.data.prefetch import prefetched
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.device import Device, Mark
@@ -247,7 +247,12 @@ class Trainer:
         self.on_step(steps_done, metrics)
 
     def _evaluation(self, pairs: Sequence[TokenizedPair]) -> Iterable[GlobalBatch]:
-        return evaluation_batches(pairs, group_size=self.data.global_batch_size, builder=self.data.builder)
+        return evaluation_batches(
+            pairs,
+            group_size=self.data.global_batch_size,
+            builder=self.data.builder,
+            mean_chosen_tokens=mean_chosen_length(pairs),
+        )
 
     def _track(self, step: int, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:

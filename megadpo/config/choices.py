@@ -29,10 +29,32 @@ class OnError(Choice):
 
 
 class LossName(Choice):
-    """Loss of one pair."""
+    """Loss of one pair; formulas and sources in `loss_table.py`."""
 
-    sigmoid = "sigmoid"  # DPO (Rafailov 2023); with label smoothing, cDPO (Mitchell 2023)
-    ipo = "ipo"  # Azar 2023
+    sigmoid = "sigmoid"  # DPO; with label smoothing, cDPO
+    robust = "robust"
+    ipo = "ipo"
+    hinge = "hinge"
+    sigmoid_norm = "sigmoid_norm"
+    exo_pair = "exo_pair"
+    nca_pair = "nca_pair"
+    bco_pair = "bco_pair"
+    sppo_hard = "sppo_hard"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+    discopop = "discopop"
+    simpo = "simpo"
+    orpo = "orpo"
+    sft = "sft"  # NLL of the chosen responses
+
+
+class FDivergence(Choice):
+    """What holds the policy to the reference (f-DPO)."""
+
+    reverse_kl = "reverse_kl"  # DPO's own
+    forward_kl = "forward_kl"
+    js = "js"  # Jensen-Shannon
+    alpha = "alpha"  # between forward and reverse KL
 
 
 class ReferenceMode(Choice):

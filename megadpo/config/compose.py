@@ -27,6 +27,7 @@ from yaml import YAMLError
 from megadpo.config.choices import RecomputeGranularity, RecomputeMethod, RecomputeModule
 from megadpo.config.schema import Config, ModelConfig, show
 from megadpo.errors import ConfigError
+from megadpo.loss_table import NOT_OFFERED
 
 _MISSING_IN_YAML = "???"
 
@@ -276,7 +277,8 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, found: _Findings, mi
             try:
                 values[item.name] = _convert(tree[item.name], hint)
             except ValueError:
-                problems.append(f"{key}={show(tree[item.name])}: must be {_describe(hint)}{_example(key, item)}")
+                must_be = f"{key}={show(tree[item.name])}: must be {_describe(hint)}{_example(key, item)}"
+                problems.append(must_be + _why_not_offered(key, tree[item.name]))
                 found.stand_ins.append(key)
                 values[item.name] = _stand_in(item, hint)
     return cls(**values)
@@ -296,12 +298,22 @@ def _not_a_group(key: str, value: Any) -> str:
     return f"{key}={show(value)}: {key} is a group of keys: set one of {', '.join(keys)}"
 
 
+def _why_not_offered(key: str, value: Any) -> str:
+    """What is to say of losses that are known elsewhere and not offered here, "" where there are none."""
+    if key != "loss.name":
+        return ""
+    names = [name for name in _convert(value, list[Any]) if isinstance(name, str) and name in NOT_OFFERED]
+    return "".join(f"; {name} is not offered: {NOT_OFFERED[name]}" for name in names)
+
+
 def _unknown(key: str, value: Any) -> list[str]:
     """One line for each leaf under an unknown key, with the known key that was probably meant."""
     if isinstance(value, Mapping) and value:
         return [line for name, inner in value.items() for line in _unknown(f"{key}.{name}", inner)]
     known = known_keys()
     last = key.rpartition(".")[2]
+    if last == "use_weighting":  # TRL's key
+        return [f"{key}={show(value)}: unknown key; WPO is not offered: {NOT_OFFERED['wpo']}"]
     close = (
         [name for name in known if name.rpartition(".")[2] == last]
         or difflib.get_close_matches(key, known, n=1, cutoff=0.75)

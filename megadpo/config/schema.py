@@ -16,6 +16,7 @@ from megadpo.config.choices import (
     Backend,
     DeviceKind,
     Dtype,
+    FDivergence,
     Fp8Backend,
     Fp8Format,
     Fp8Recipe,
@@ -167,19 +168,40 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
-    """The loss of a pair."""
+    """The loss of a pair. Which of its keys a loss reads is in `loss_table.py`; others must keep their defaults."""
 
     name: list[LossName] = field(default_factory=lambda: [LossName.sigmoid])
-    """The loss, as a list of one. Sigmoid is DPO as published."""
+    """The loss, or several that are added up. Sigmoid is DPO as published."""
+
+    weights: list[float] | None = None
+    """What each loss of `name` counts in the sum, > 0. Null: 1 each, as in TRL."""
 
     beta: float = 0.1
-    """Strength of the pull towards the reference (per nat), > 0. The value of the DPO paper and of TRL."""
+    """Strength of the pull towards the reference (per nat), > 0. The value of the DPO paper and of TRL.
+
+    SimPO's paper uses 2 and more. ORPO's is the weight of the odds ratio, which its paper calls lambda.
+    """
 
     label_smoothing: float = 0.0
-    """Assumed probability that a preference is flipped, in [0, 0.5); sigmoid only. 0: labels are trusted."""
+    """Assumed probability that a preference is flipped, in [0, 0.5). 0: labels are trusted. exo_pair needs one."""
 
     ipo_length_normalize: bool = True
     """Divide IPO's log-ratios by the response length, as TRL does; false is the form of the paper. IPO only."""
+
+    discopop_tau: float = 0.05
+    """Temperature of DiscoPOP's blend, > 0. The paper's value."""
+
+    simpo_gamma: float = 0.5
+    """Reward margin that SimPO aims at, >= 0. TRL's value; the paper's are between 0.3 and 1.6."""
+
+    f_divergence: FDivergence = FDivergence.reverse_kl
+    """Divergence from the reference. Reverse KL is DPO's own."""
+
+    f_alpha_divergence_coef: float = 0.5
+    """The alpha of f_divergence=alpha, in (0, 1): 0 would be forward KL, 1 reverse KL. TRL's value."""
+
+    ld_alpha: float | None = None
+    """What tokens beyond the length of a pair's shorter response count, in [0, 1) (LD-DPO). Null: as all others, 1."""
 
 
 @dataclass(kw_only=True, slots=True)

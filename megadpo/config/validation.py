@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, LossName, Schedule, Tracker
+from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, Schedule, Tracker
 from megadpo.config.cluster_rules import check_cluster
 from megadpo.config.data_rules import check_data, demo_remedy
 from megadpo.config.fp8_rules import check_fp8
+from megadpo.config.loss_rules import check_loss
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.schema import Config, show
 from megadpo.errors import ConfigError
@@ -67,6 +68,10 @@ _RANGES = {
     "parallel.bucket_size": _Range(low=1),
     "loss.beta": _Range(low=0, above=True),
     "loss.label_smoothing": _Range(low=0, high=0.5),
+    "loss.discopop_tau": _Range(low=0, above=True),
+    "loss.simpo_gamma": _Range(low=0),
+    "loss.f_alpha_divergence_coef": _Range(low=0, high=1, above=True),
+    "loss.ld_alpha": _Range(low=0, high=1),
     "optimizer.lr": _Range(low=0),
     "optimizer.min_lr": _Range(low=0),
     "optimizer.warmup_steps": _Range(low=0),
@@ -120,7 +125,7 @@ def validate(
         *(_check_shape(config, reference_shape, "reference", trained=False) if reference_shape is not None else []),
         *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
         *check_fp8(config, num_layers=[model.num_layers for model in (shape, reference_shape) if model is not None]),
-        *_check_loss(config),
+        *check_loss(config.loss),
         *_check_optimizer(config),
         *_check_run(config),
         *_check_device(config),
@@ -261,24 +266,6 @@ def _check_shape(config: Config, shape: ModelShape, what: str, *, trained: bool)
 def _use_divisor(size: int, wanted: int) -> str:
     divisor = max(d for d in range(1, min(size, wanted) + 1) if size % d == 0)
     return f"use parallel.tensor={divisor} or another divisor"
-
-
-def _check_loss(config: Config) -> list[str]:
-    loss = config.loss
-    if len(loss.name) != 1:
-        return [f"loss.name={show(loss.name)}: must be one loss: choose one of {', '.join(map(str, LossName))}"]
-    violations = []
-    if loss.label_smoothing and loss.name != [LossName.sigmoid]:
-        violations.append(
-            f"loss.label_smoothing={show(loss.label_smoothing)}: has no effect with loss.name={loss.name[0]}: "
-            "leave it at 0, or use loss.name=sigmoid"
-        )
-    if not loss.ipo_length_normalize and loss.name != [LossName.ipo]:
-        violations.append(
-            f"loss.ipo_length_normalize=false: has no effect with loss.name={loss.name[0]}: "
-            "drop it, or use loss.name=ipo"
-        )
-    return violations
 
 
 def _check_optimizer(config: Config) -> list[str]:

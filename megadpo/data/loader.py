@@ -24,6 +24,7 @@ class GlobalBatch:
     through the model, `padding_tokens` of them padding and fillers. `stream_tokens` is the length of the longest
     microbatch: all have it under a pipeline, otherwise each keeps its own. `flops` are those of the policy's forward
     pass over all pairs, `reference_flops` the reference's. `pair_indices` are the pairs' rows in the source, in order.
+    `mean_chosen_tokens` is the mean length of the chosen responses of all pairs that the loss is a mean over.
     """
 
     microbatches: tuple[PreferenceBatch, ...]
@@ -34,6 +35,7 @@ class GlobalBatch:
     stream_tokens: int
     flops: int
     reference_flops: int
+    mean_chosen_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,11 @@ class BatchBuilder:
         self.flop_rates = flop_rates
         self.reference_flop_rates = reference_flop_rates
 
-    def build(self, pairs: Sequence[TokenizedPair]) -> GlobalBatch:
-        """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted."""
+    def build(self, pairs: Sequence[TokenizedPair], *, mean_chosen_tokens: float | None = None) -> GlobalBatch:
+        """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted.
+
+        `mean_chosen_tokens` is given where the loss is a mean over more pairs than these.
+        """
         shape = self.shape
         lengths = [stream_length(pair, share_prompt=self.share_prompt) for pair in pairs]
         flops = [self._flops(self.flop_rates, pair) for pair in pairs]
@@ -107,6 +112,7 @@ class BatchBuilder:
             stream_tokens=max(map(max, widths)),
             flops=sum(flops),
             reference_flops=self._reference_flops(pairs),
+            mean_chosen_tokens=mean_chosen_tokens or mean_chosen_length(pairs),
         )
 
     def _reference_flops(self, pairs: Sequence[TokenizedPair]) -> int:
@@ -116,6 +122,11 @@ class BatchBuilder:
     def _flops(self, rates: FlopRates, pair: TokenizedPair) -> int:
         lengths = (len(pair.prompt), len(pair.chosen), len(pair.rejected))
         return pair_flops(rates, *lengths, share_prompt=self.share_prompt)
+
+
+def mean_chosen_length(pairs: Sequence[TokenizedPair]) -> float:
+    """Tokens of a chosen response on average."""
+    return sum(len(pair.chosen) for pair in pairs) / len(pairs)
 
 
 def stream_widths(schedule: StepSchedule, lengths: Sequence[int], shape: BatchShape) -> list[list[int]]:
@@ -189,8 +200,16 @@ class TrainingData:
 
 
 def evaluation_batches(
-    pairs: Sequence[TokenizedPair], *, group_size: int, builder: BatchBuilder, first: int = 0
+    pairs: Sequence[TokenizedPair],
+    *,
+    group_size: int,
+    builder: BatchBuilder,
+    first: int = 0,
+    mean_chosen_tokens: float | None = None,
 ) -> Iterator[GlobalBatch]:
-    """The pairs from `first` on, in file order, as global batches of `group_size`; each pair comes exactly once."""
+    """The pairs from `first` on, in file order, as global batches of `group_size`; each pair comes exactly once.
+
+    A loss that is to be a mean over all of them takes their `mean_chosen_tokens`.
+    """
     for start in range(first, len(pairs), group_size):
-        yield builder.build(pairs[start : start + group_size])
+        yield builder.build(pairs[start : start + group_size], mean_chosen_tokens=mean_chosen_tokens)

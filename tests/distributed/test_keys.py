@@ -96,6 +96,20 @@ def test_ipo_with_and_without_length_normalisation(run: Callable[..., Path]) -> 
     assert differ(normalised, plain)
 
 
+def test_a_mix_starts_at_the_sum_of_its_losses(run: Callable[..., Path]) -> None:
+    """And `ld_alpha` reaches the policy and the reference alike, or the first step would not be let through."""
+    mix = training_lines(run("loss.name=[sigmoid,bco_pair]", "loss.weights=[1,0.5]", "loss.ld_alpha=0.25"))
+    assert mix[0]["loss"] == pytest.approx(2 * LN_2, abs=1e-6)
+    assert mix[0]["rewards/chosen"] == mix[0]["rewards/rejected"] == 0.0
+
+
+def test_sft_in_evaluation_is_the_token_mean_of_the_whole_set(run: Callable[..., Path]) -> None:
+    words = ("loss.name=[sigmoid,sft]", "loss.weights=[1,0.5]", "data.validation_fraction=0.5", "train.max_steps=1")
+    before = [metrics(run(*words, f"train.global_batch_size={size}"))[0] for size in (8, 3)]
+    assert before[0]["eval/loss"] == pytest.approx(before[1]["eval/loss"], rel=1e-6)
+    assert before[0]["eval/loss"] > LN_2 + 0.5
+
+
 def test_no_clipping_still_reports_the_norm(run: Callable[..., Path]) -> None:
     base, free = training_lines(run()), training_lines(run("optimizer.clip_grad=0"))
     assert free[0]["grad_norm"] == base[0]["grad_norm"] > 1.0

@@ -40,7 +40,7 @@ CASES = [
     Case(
         "knob without effect",
         ("loss.ipo_length_normalize=false",),
-        r"loss\.ipo_length_normalize=false: has no effect with loss\.name=sigmoid: drop it, or use loss\.name=ipo",
+        r"loss\.ipo_length_normalize=false: has no effect with loss\.name=sigmoid: leave it at true, or use loss\.n",
     ),
     Case(
         "column twice",

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"cards", "cpus", "errors", "files", "fp8_recipes", "rank_logging"},
+    {"cards", "cpus", "errors", "files", "fp8_recipes", "loss_table", "rank_logging"},
     {"checkpoint_files", "config"},
     {"model_source"},
     {"gloo"},
     {"device"},
     {"parallel"},
-    {"attention_plan", "flops", "logprobs", "losses", "metrics"},
+    {"attention_plan", "flops", "logprobs", "loss_formulas", "losses", "metrics"},
     {"data", "models"},
     {"host_optimizer"},
     {"forward_step", "optimizer", "checkpoint", "export", "planner"},
@@ -69,6 +69,8 @@ PURE = [
     "megadpo.attention_plan",
     "megadpo.data.schedule",
     "megadpo.flops",
+    "megadpo.loss_formulas",
+    "megadpo.loss_table",
     "megadpo.losses",
     "megadpo.metrics",
     "megadpo.models.conversion.mapping",

@@ -221,3 +221,12 @@ def test_evaluation_visits_every_pair_once_in_file_order() -> None:
     batches = list(evaluation_batches(pairs, group_size=4, builder=builder()))
     assert [len(batch.pair_indices) for batch in batches] == [4, 4, 2]
     assert [index for batch in batches for index in batch.pair_indices] == [pair.index for pair in pairs]
+
+
+def test_a_batch_knows_the_mean_length_of_the_chosen_responses_that_its_loss_is_a_mean_over() -> None:
+    pairs = make_pairs(10)
+    lengths = [len(pair.chosen) for pair in pairs]
+    first, _, last = evaluation_batches(pairs, group_size=4, builder=builder())
+    assert [b.mean_chosen_tokens for b in (first, last)] == [sum(lengths[:4]) / 4, sum(lengths[8:]) / 2]
+    whole = evaluation_batches(pairs, group_size=4, builder=builder(), mean_chosen_tokens=7.5)
+    assert [batch.mean_chosen_tokens for batch in whole] == [7.5] * 3

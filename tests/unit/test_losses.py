@@ -1,14 +1,24 @@
-"""Every loss is its formula, its gradient is right, and what is logged of the pairs means what it says."""
+"""Every loss is its formula, its gradient is right, each key has its effect, and what is logged means what it says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megadpo.losses import STATISTICS, PairLogProbs, PreferenceLoss, ipo_loss, pair_statistics, sigmoid_loss
+from megadpo.config.choices import FDivergence, LossName
+from megadpo.config.schema import LossConfig
+from megadpo.loss_formulas import FORMULAS, LossKnobs, divergence_score
+from megadpo.loss_table import LOSSES, NOT_OFFERED, REFERENCE_FREE, needs_reference
+from megadpo.losses import STATISTICS, PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
+from tests.helpers.loss_cases import CASES, LossCase
+
+DOCS = Path(__file__).parents[2] / "docs" / "numerics.md"
 
 # (policy chosen, policy rejected, reference chosen, reference rejected, chosen tokens, rejected tokens)
 PAIRS = [
@@ -18,143 +28,336 @@ PAIRS = [
     (-5.0, -5.0, -5.0, -5.0, 1, 1),  # no preference
     (-2.0, -900.0, -400.0, -3.0, 2, 300),  # so far that the sigmoid saturates
 ]
+# Sums over the tokens beyond the shorter response's length, in the order of the four sums above.
+TAILS = [
+    (0.0, -4.5, 0.0, -4.25),
+    (-28.5, 0.0, -20.0, 0.0),
+    (0.0, -400.0, 0.0, -401.0),
+    (0.0,) * 4,
+    (0.0, -890.0, 0, -2),
+]
+MEAN_CHOSEN_TOKENS = 190.0
+
+Pair = tuple[float, ...]
+EQUAL = [(-12.5, -700.25, -12.5, -700.25, 7, 300), (-3.0, -1.0, -3.0, -1.0, 1, 2)]
 
 
-def log_probs(pairs: list[tuple[float, ...]] = PAIRS, *, requires_grad: bool = False) -> PairLogProbs:
-    *scores, chosen_tokens, rejected_tokens = zip(*pairs, strict=True)
-    policy_and_reference = [torch.tensor(column, dtype=torch.float64) for column in scores]
+def log_probs(pairs: list[Pair] = PAIRS, tails: list[Pair] = TAILS, *, requires_grad: bool = False) -> PairLogProbs:
+    *sums, chosen_tokens, rejected_tokens = zip(*pairs, strict=True)
+    policy_and_reference = [torch.tensor(column, dtype=torch.float64) for column in sums]
     for policy_B in policy_and_reference[:2]:
         policy_B.requires_grad_(requires_grad)
-    return PairLogProbs(*policy_and_reference, torch.tensor(chosen_tokens), torch.tensor(rejected_tokens))
-
-
-def swapped(logps: PairLogProbs) -> PairLogProbs:
+    pc, pr, rc, rr = policy_and_reference
+    tpc, tpr, trc, trr = (torch.tensor(column, dtype=torch.float64) for column in zip(*tails, strict=True))
     return PairLogProbs(
-        logps.policy_rejected_B,
-        logps.policy_chosen_B,
-        logps.reference_rejected_B,
-        logps.reference_chosen_B,
-        logps.rejected_tokens_B,
-        logps.chosen_tokens_B,
+        SequenceLogProbs(pc, pr, tpc, tpr),
+        SequenceLogProbs(rc, rr, trc, trr),
+        torch.tensor(chosen_tokens),
+        torch.tensor(rejected_tokens),
+        MEAN_CHOSEN_TOKENS,
     )
 
 
-def softplus(x: float) -> float:
-    """−log σ(−x), without overflow."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+def swapped(logps: PairLogProbs) -> PairLogProbs:
+    policy, reference = (
+        SequenceLogProbs(m.rejected_B, m.chosen_B, m.rejected_tail_B, m.chosen_tail_B)
+        for m in (logps.policy, logps.reference)
+    )
+    return replace(
+        logps,
+        policy=policy,
+        reference=reference,
+        chosen_tokens_B=logps.rejected_tokens_B,
+        rejected_tokens_B=logps.chosen_tokens_B,
+    )
 
 
-def dpo(beta: float, smoothing: float) -> Callable[..., float]:
-    def formula(pc: float, pr: float, rc: float, rr: float, chosen_tokens: int, rejected_tokens: int) -> float:
-        margin = beta * ((pc - pr) - (rc - rr))
-        return (1 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
-
-    return formula
+def sums_logged(loss: PreferenceLoss, logps: PairLogProbs) -> dict[str, torch.Tensor]:
+    return pair_statistics(loss(logps), loss.rewards(logps), logps.policy)
 
 
-def ipo(beta: float, *, per_token: bool) -> Callable[..., float]:
-    def formula(pc: float, pr: float, rc: float, rr: float, chosen_tokens: int, rejected_tokens: int) -> float:
-        lengths = (chosen_tokens, rejected_tokens) if per_token else (1, 1)
-        return ((pc - rc) / lengths[0] - (pr - rr) / lengths[1] - 1 / (2 * beta)) ** 2
-
-    return formula
+# Formulas in plain numbers
 
 
-LOSSES = {
-    "dpo": (PreferenceLoss("sigmoid", beta=0.1), dpo(0.1, 0.0)),
-    "dpo, larger beta": (PreferenceLoss("sigmoid", beta=0.7), dpo(0.7, 0.0)),
-    "cdpo": (PreferenceLoss("sigmoid", beta=0.1, label_smoothing=0.2), dpo(0.1, 0.2)),
-    "ipo": (PreferenceLoss("ipo", beta=0.3), ipo(0.3, per_token=True)),
-    "ipo of the paper": (
-        PreferenceLoss("ipo", beta=0.3, ipo_length_normalize=False),
-        ipo(0.3, per_token=False),
-    ),
-}
+def ls(x: float) -> float:
+    """log σ(x), without overflow."""
+    return -max(-x, 0.0) - math.log1p(math.exp(-abs(x)))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def sg(x: float) -> float:
+    return math.exp(ls(x))
+
+
+def score(ratio: float, knobs: LossKnobs) -> float:
+    """f′(t) − f′(1) of the ratio t = exp(ratio)."""
+    alpha = knobs.f_alpha_divergence_coef
+    return {
+        "reverse_kl": lambda: ratio,
+        "forward_kl": lambda: 1.0 - math.exp(min(-ratio, 80.0)),
+        "js": lambda: math.log(2.0) + ls(ratio),
+        "alpha": lambda: (math.exp(min((alpha - 1.0) * ratio, 80.0)) - 1.0) / (alpha - 1.0),
+    }[knobs.f_divergence]()
+
+
+def smoothed(x: float, e: float) -> float:
+    return -(1 - e) * ls(x) - e * ls(-x)
+
+
+def log_odds(x: float) -> float:
+    return x - math.log(1.0 - math.exp(x))
+
+
+def by_hand(name: str, k: LossKnobs, pair: Pair, tail: Pair) -> float:
+    """The formula of the table in docs/numerics.md."""
+    alpha = 1.0 if k.ld_alpha is None else k.ld_alpha
+    chosen, rejected, reference_chosen, reference_rejected = (
+        total - t + alpha * t for total, t in zip(pair[:4], tail, strict=True)
+    )
+    L_w, L_l = pair[4:]
+    u, v = score(chosen - reference_chosen, k), score(rejected - reference_rejected, k)
+    b, e, d = k.beta, k.label_smoothing, u - v
+    half, m_w, m_l = 1 / (2 * b), pair[0] / L_w, pair[1] / L_l
+    m = sg(b * d / k.discopop_tau)
+    formulas: dict[str, Callable[[], float]] = {
+        "sigmoid": lambda: smoothed(b * d, e),
+        "robust": lambda: (-(1 - e) * ls(b * d) + e * ls(-b * d)) / (1 - 2 * e),
+        "ipo": lambda: ((u / L_w - v / L_l if k.ipo_length_normalize else d) - half) ** 2,
+        "hinge": lambda: max(0.0, 1 - b * d),
+        "sigmoid_norm": lambda: -ls(b * (u / L_w - v / L_l)),
+        "exo_pair": lambda: sg(b * d) * (ls(b * d) - math.log(1 - e)) + sg(-b * d) * (ls(-b * d) - math.log(e)),
+        "nca_pair": lambda: -ls(b * u) - (ls(-b * u) + ls(-b * v)) / 2,
+        "bco_pair": lambda: -ls(b * u) - ls(-b * v),
+        "sppo_hard": lambda: (u - half) ** 2 + (v + half) ** 2,
+        "apo_zero": lambda: 1 - sg(b * u) + sg(b * v),
+        "apo_down": lambda: sg(b * u) + 1 - sg(b * d),
+        "discopop": lambda: -(1 - m) * ls(b * d) + m * math.exp(-b * d),
+        "simpo": lambda: smoothed(b * (m_w - m_l) - k.simpo_gamma, e),
+        "orpo": lambda: -m_w - b * ls(log_odds(m_w) - log_odds(m_l)),
+        "sft": lambda: -pair[0] / MEAN_CHOSEN_TOKENS,
+    }
+    return formulas[name]()
+
+
+def mixed_by_hand(case: LossCase, pair: Pair, tail: Pair) -> float:
+    knobs = LossKnobs(**{name: value for name, value in case.knobs.items() if name != "weights"})
+    weights = case.knobs.get("weights", [1.0] * len(case.names))
+    return sum(w * by_hand(name, knobs, pair, tail) for w, name in zip(weights, case.names, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_is_its_formula(name: str) -> None:
-    loss, formula = LOSSES[name]
-    loss_B = loss(log_probs())
+    loss_B = CASES[name].loss()(log_probs())
     assert loss_B.dtype is torch.float64
-    expected_B = torch.tensor([formula(*pair) for pair in PAIRS], dtype=torch.float64)
-    torch.testing.assert_close(loss_B, expected_B, rtol=1e-12, atol=1e-12)
+    expected = [mixed_by_hand(CASES[name], pair, tail) for pair, tail in zip(PAIRS, TAILS, strict=True)]
+    torch.testing.assert_close(loss_B, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CASES)
 def test_gradient(name: str) -> None:
-    loss, _ = LOSSES[name]
-    fixed = log_probs(PAIRS[:4])
+    """Autograd's derivatives are the formula's slopes, tails included."""
+    loss, fixed = CASES[name].loss(), log_probs(PAIRS[:4], TAILS[:4])
 
-    def of_policy(chosen_B: torch.Tensor, rejected_B: torch.Tensor) -> torch.Tensor:
-        return loss(
-            PairLogProbs(
-                chosen_B,
-                rejected_B,
-                fixed.reference_chosen_B,
-                fixed.reference_rejected_B,
-                fixed.chosen_tokens_B,
-                fixed.rejected_tokens_B,
-            )
-        )
+    def of_policy(*policy: torch.Tensor) -> torch.Tensor:
+        return loss(replace(fixed, policy=SequenceLogProbs(*policy)))
 
-    policy = (fixed.policy_chosen_B.requires_grad_(), fixed.policy_rejected_B.requires_grad_())
-    assert torch.autograd.gradcheck(of_policy, policy)
+    model = fixed.policy
+    policy = (model.chosen_B, model.rejected_B, model.chosen_tail_B, model.rejected_tail_B)
+    assert torch.autograd.gradcheck(of_policy, tuple(values_B.requires_grad_() for values_B in policy))
 
 
 def test_dpo_gradient_by_hand() -> None:
     """∂/∂lp(chosen) = −β·σ(−βd), and the opposite for rejected (Rafailov et al., section 4)."""
     logps = log_probs(requires_grad=True)
-    sigmoid_loss(logps, beta=0.1).sum().backward()
-    margin_B = 0.1 * (logps.chosen_ratio_B - logps.rejected_ratio_B).detach()
+    PreferenceLoss("sigmoid", beta=0.1)(logps).sum().backward()
+    margin_B = torch.tensor([0.1 * ((pc - rc) - (pr - rr)) for pc, pr, rc, rr, _, _ in PAIRS], dtype=torch.float64)
     expected_B = -0.1 / (1 + margin_B.exp())
-    torch.testing.assert_close(logps.policy_chosen_B.grad, expected_B, rtol=1e-12, atol=0)
-    torch.testing.assert_close(logps.policy_rejected_B.grad, -expected_B, rtol=1e-12, atol=0)
+    torch.testing.assert_close(logps.policy.chosen_B.grad, expected_B, rtol=1e-12, atol=0)
+    torch.testing.assert_close(logps.policy.rejected_B.grad, -expected_B, rtol=1e-12, atol=0)
 
 
-def test_half_the_labels_flipped_is_symmetric() -> None:
-    logps = log_probs()
-    kwargs = {"beta": 0.1, "label_smoothing": 0.5}
-    torch.testing.assert_close(sigmoid_loss(logps, **kwargs), sigmoid_loss(swapped(logps), **kwargs))
+@pytest.mark.parametrize("name", ["discopop", "forward kl", "alpha", "sppo_hard", "orpo"])
+def test_far_from_the_reference_losses_stay_finite(name: str) -> None:
+    """Where factors of a formula run out of fp64's range, or an exponential would."""
+    far = [(-9000.0, -10.0, -10.0, -9000.0, 300, 300), (-10.0, -9000.0, -9000.0, -10.0, 300, 300)]
+    logps = log_probs(far, [(0.0,) * 4] * 2, requires_grad=True)
+    loss_B = replace_knob(CASES[name], "beta", 1.0).loss()(logps)
+    loss_B.sum().backward()
+    assert loss_B.isfinite().all()
+    assert logps.policy.chosen_B.grad is not None and logps.policy.chosen_B.grad.isfinite().all()
 
 
-def test_smoothing_weighs_the_loss_of_the_flipped_label() -> None:
-    logps = log_probs()
-    kept_B, flipped_B = sigmoid_loss(logps, beta=0.1), sigmoid_loss(swapped(logps), beta=0.1)
-    smoothed_B = sigmoid_loss(logps, beta=0.1, label_smoothing=0.3)
-    torch.testing.assert_close(smoothed_B, 0.7 * kept_B + 0.3 * flipped_B, rtol=1e-12, atol=1e-12)
+# What the table says
 
 
-def test_ipo_is_per_token_unless_told_otherwise() -> None:
-    logps = log_probs()
-    assert torch.equal(ipo_loss(logps, beta=0.3), ipo_loss(logps, beta=0.3, length_normalize=True))
-    assert not torch.allclose(ipo_loss(logps, beta=0.3), ipo_loss(logps, beta=0.3, length_normalize=False))
+# The texts of `without_preference`, in numbers.
+VALUES: dict[str, Callable[[LossKnobs], float]] = {
+    "ln 2": lambda k: math.log(2),
+    "2 ln 2": lambda k: 2 * math.log(2),
+    "1": lambda k: 1.0,
+    "(1/(2β))²": lambda k: (0.5 / k.beta) ** 2,
+    "2 (1/(2β))²": lambda k: 2 * (0.5 / k.beta) ** 2,
+    "(ln 2 + 1)/2": lambda k: (math.log(2) + 1) / 2,
+    "−ln 2 − (ln(1−ε) + ln ε)/2": lambda k: (
+        -math.log(2) - (math.log(1 - k.label_smoothing) + math.log(k.label_smoothing)) / 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_without_preference(name: str) -> None:
+    """What the first step is held to is the loss of a policy that equals its reference; None where the data decide."""
+    case, loss = CASES[name], CASES[name].loss()
+    values = loss(log_probs(EQUAL, [(0.0, -3.0, 0.0, -3.0), (0.0, -0.5, 0.0, -0.5)])).tolist()
+    texts = [LOSSES[part].without_preference for part in case.names]
+    if None in texts:
+        assert loss.value_without_preference is None
+        assert values[0] != pytest.approx(values[1], rel=1e-3)
+        return
+    weights = case.knobs.get("weights", [1.0] * len(texts))
+    expected = sum(w * VALUES[str(text)](loss.knobs) for w, text in zip(weights, texts, strict=True))
+    assert [*values, loss.value_without_preference] == pytest.approx([expected] * 3, rel=1e-12)
+
+
+def test_dpo_starts_at_ln_2() -> None:
+    assert PreferenceLoss("sigmoid", beta=0.3).value_without_preference == math.log(2)
+
+
+def test_names_are_the_same_everywhere() -> None:
+    assert [str(name) for name in LossName] == list(LOSSES) == list(FORMULAS)
+    assert set(LOSSES) <= set(CASES) and not set(LOSSES) & set(NOT_OFFERED)
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    knobs, keys = LossKnobs(beta=0.1), LossConfig()
+    assert {item.name: getattr(knobs, item.name) for item in fields(knobs)} == {
+        item.name: getattr(keys, item.name) for item in fields(keys) if item.name not in ("name", "weights")
+    }
+    assert {knob for spec in LOSSES.values() for knob in spec.knobs} == {
+        item.name
+        for item in fields(knobs)
+        if item.name != "f_alpha_divergence_coef"  # goes with f_divergence
+    }
+
+
+OTHER_VALUES = {
+    "beta": 0.37,
+    "label_smoothing": 0.23,
+    "ipo_length_normalize": False,
+    "discopop_tau": 0.2,
+    "simpo_gamma": 0.9,
+    "f_divergence": "js",
+    "ld_alpha": 0.4,
+}
+
+
+def replace_knob(case: LossCase, knob: str, value: Any) -> LossCase:
+    return LossCase(case.names, case.knobs | {knob: value})
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_without_preference(name: str) -> None:
-    """The number that the first step is held to is the loss of a policy that equals its reference."""
-    loss, _ = LOSSES[name]
-    equal = [(-12.5, -700.25, -12.5, -700.25, 7, 300), (-3.0, -1.0, -3.0, -1.0, 1, 2)]
-    for value in loss(log_probs(equal)).tolist():
-        assert value == pytest.approx(loss.value_without_preference, rel=1e-15)
-    if loss.name == "sigmoid":
-        assert loss.value_without_preference == math.log(2)
+def test_a_loss_reads_the_knobs_of_the_table_and_no_others(name: str) -> None:
+    """Others are refused in the configuration, because they would have no effect."""
+    logps, before_B = log_probs(), CASES[name].loss()(log_probs())
+    skipped = set() if "f_divergence" in LOSSES[name].knobs else {"f_divergence"}  # refused for another reason
+    changed = {
+        knob
+        for knob, value in OTHER_VALUES.items()
+        if knob not in skipped and not torch.equal(replace_knob(CASES[name], knob, value).loss()(logps), before_B)
+    }
+    assert changed == set(LOSSES[name].knobs)
+
+
+def test_losses_without_a_reference_never_look_at_one() -> None:
+    logps = log_probs()
+    for name in LOSSES:
+        loss, alone = CASES[name].loss(), replace(logps, reference=None)
+        assert loss.needs_reference == needs_reference([name]) == (name not in REFERENCE_FREE)
+        if loss.needs_reference:
+            with pytest.raises(ValueError, match=f"loss.name={name} needs the log-probs of a reference"):
+                loss(alone)
+        else:
+            assert torch.equal(loss(alone), loss(logps))
+    assert needs_reference(["simpo", "sigmoid"]) and not needs_reference(["simpo", "sft"])
+
+
+def test_the_documented_table_is_the_table() -> None:
+    rows = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    expected = [
+        f"| `{name}` | {spec.formula} | {spec.without_preference or '—'} "
+        f"| {', '.join(f'`{knob}`' for knob in spec.knobs) or '—'} | {spec.source} |"
+        for name, spec in LOSSES.items()
+    ]
+    start = rows.index(expected[0])
+    assert rows[start : start + len(expected)] == expected
+
+
+# Mixes and knobs
+
+
+def test_a_mix_is_the_weighted_sum() -> None:
+    logps = log_probs()
+    parts = [PreferenceLoss(name, beta=0.1)(logps) for name in ("sigmoid", "nca_pair", "sft")]
+    mix = PreferenceLoss("sigmoid", "nca_pair", "sft", beta=0.1, weights=[0.8, 2.0, 0.25])
+    torch.testing.assert_close(mix(logps), 0.8 * parts[0] + 2.0 * parts[1] + 0.25 * parts[2], rtol=1e-13, atol=0)
+    assert torch.equal(PreferenceLoss("sigmoid", "nca_pair", beta=0.1)(logps), parts[0] + parts[1])
+
+
+def test_smoothing_weighs_the_loss_of_the_flipped_label() -> None:
+    kept_B, flipped_B = (PreferenceLoss("sigmoid", beta=0.1)(logps) for logps in (log_probs(), swapped(log_probs())))
+    smoothed_B = PreferenceLoss("sigmoid", beta=0.1, label_smoothing=0.3)(log_probs())
+    torch.testing.assert_close(smoothed_B, 0.7 * kept_B + 0.3 * flipped_B, rtol=1e-12, atol=1e-12)
+
+
+def test_robust_is_unbiased_under_flipped_labels() -> None:
+    """Chowdhury et al.: its mean over labels that are flipped with probability ε is DPO's loss."""
+    robust = PreferenceLoss("robust", beta=0.1, label_smoothing=0.2)
+    mean_B = 0.8 * robust(log_probs()) + 0.2 * robust(swapped(log_probs()))
+    torch.testing.assert_close(mean_B, PreferenceLoss("sigmoid", beta=0.1)(log_probs()), rtol=1e-9, atol=1e-12)
+
+
+def test_divergences_meet() -> None:
+    """α near 0 is forward KL, near 1 reverse KL; all are 0 at the reference, with slope 1, Jensen-Shannon's 1/2."""
+    ratio_B = torch.tensor([-2.0, -0.1, 0.0, 0.7, 3.0], dtype=torch.float64)
+
+    def of(divergence: str, alpha: float = 0.5) -> torch.Tensor:
+        knobs = LossKnobs(beta=0.1, f_divergence=divergence, f_alpha_divergence_coef=alpha)
+        return divergence_score(ratio_B, knobs)
+
+    torch.testing.assert_close(of("alpha", 1e-9), of("forward_kl"), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(of("alpha", 1 - 1e-7), of("reverse_kl"), rtol=1e-6, atol=1e-9)
+    for divergence in FDivergence:
+        knobs = LossKnobs(beta=0.1, f_divergence=str(divergence))
+        at_reference = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        value = divergence_score(at_reference, knobs)
+        value.backward()
+        assert float(value) == pytest.approx(0.0, abs=1e-16)
+        assert float(at_reference.grad) == (0.5 if divergence == "js" else 1.0)
+
+
+def test_tails_that_were_not_kept_are_not_guessed() -> None:
+    logps = log_probs()
+    assert logps.reference is not None
+    bare = replace(logps, reference=SequenceLogProbs(logps.reference.chosen_B, logps.reference.rejected_B))
+    with pytest.raises(ValueError, match=r"loss\.ld_alpha needs the sums of the longer responses' tails"):
+        CASES["ld"].loss()(bare)
+    assert torch.equal(PreferenceLoss("sigmoid", beta=0.1)(bare), PreferenceLoss("sigmoid", beta=0.1)(logps))
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"loss\.name=hinge is not one of sigmoid, ipo"):
-        PreferenceLoss("hinge", beta=0.1)(log_probs())
+    with pytest.raises(ValueError, match=r"loss\.name=dpo is not one of sigmoid, robust, ipo, "):
+        PreferenceLoss("dpo", beta=0.1)
+
+
+# What is logged
 
 
 def test_statistics_are_sums_under_trl_names() -> None:
-    loss, formula = LOSSES["dpo"]
-    logps = log_probs()
-    sums = pair_statistics(loss(logps), logps, beta=loss.beta)
+    loss, logps = PreferenceLoss("sigmoid", beta=0.1), log_probs()
+    sums = sums_logged(loss, logps)
     assert tuple(sums) == STATISTICS
     rewards = [(0.1 * (pc - rc), 0.1 * (pr - rr)) for pc, pr, rc, rr, _, _ in PAIRS]
     expected = {
-        "loss": sum(formula(*pair) for pair in PAIRS),
+        "loss": sum(by_hand("sigmoid", loss.knobs, *both) for both in zip(PAIRS, TAILS, strict=True)),
         "rewards/chosen": sum(chosen for chosen, _ in rewards),
         "rewards/rejected": sum(rejected for _, rejected in rewards),
         "rewards/accuracies": 2,  # of five: one tie, and two pairs the wrong way round
@@ -169,16 +372,30 @@ def test_statistics_are_sums_under_trl_names() -> None:
         assert float(sums[name]) == pytest.approx(value, rel=1e-12), name
 
 
+def test_rewards_weigh_tails_and_log_probs_do_not() -> None:
+    plain, weighed = (sums_logged(CASES[name].loss(), log_probs()) for name in ("sigmoid", "ld"))
+    assert all(plain[name] == weighed[name] for name in ("logps/chosen", "logps/rejected", "logps/accuracies"))
+    expected = sum(0.1 * (p[1] - 0.7 * t[1] - (p[3] - 0.7 * t[3])) for p, t in zip(PAIRS, TAILS, strict=True))
+    assert float(weighed["rewards/rejected"]) == pytest.approx(expected, rel=1e-12) != float(plain["rewards/rejected"])
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo", "sft", "simpo with sft"])
+def test_rewards_without_a_reference_are_mean_log_probs(name: str) -> None:
+    loss = CASES[name].loss()
+    sums = sums_logged(loss, replace(log_probs(), reference=None))
+    assert float(sums["rewards/chosen"]) == pytest.approx(sum(loss.beta * pair[0] / pair[4] for pair in PAIRS))
+    assert float(sums["logps/chosen"]) == sum(pair[0] for pair in PAIRS)
+
+
 def test_a_tie_is_no_success() -> None:
-    logps = log_probs([(-5.0, -5.0, -6.0, -6.0, 1, 1)])
-    sums = pair_statistics(sigmoid_loss(logps, beta=0.1), logps, beta=0.1)
+    sums = sums_logged(PreferenceLoss("sigmoid", beta=0.1), log_probs([(-5.0, -5.0, -6.0, -6.0, 1, 1)], [(0.0,) * 4]))
     assert float(sums["rewards/accuracies"]) == float(sums["logps/accuracies"]) == 0.0
 
 
-def test_swapping_chosen_and_rejected_mirrors_what_is_logged() -> None:
-    logps = log_probs()
-    there = pair_statistics(sigmoid_loss(logps, beta=0.1), logps, beta=0.1)
-    back = pair_statistics(sigmoid_loss(swapped(logps), beta=0.1), swapped(logps), beta=0.1)
+@pytest.mark.parametrize("name", CASES)
+def test_swapping_chosen_and_rejected_mirrors_what_is_logged(name: str) -> None:
+    loss = CASES[name].loss()
+    there, back = (sums_logged(loss, logps) for logps in (log_probs(), swapped(log_probs())))
     assert there["rewards/chosen"] == back["rewards/rejected"]
     assert there["rewards/rejected"] == back["rewards/chosen"]
     assert there["rewards/margins"] == -back["rewards/margins"]
@@ -187,15 +404,13 @@ def test_swapping_chosen_and_rejected_mirrors_what_is_logged() -> None:
 
 
 def test_statistics_carry_no_gradient() -> None:
-    logps = log_probs(requires_grad=True)
-    sums = pair_statistics(sigmoid_loss(logps, beta=0.1), logps, beta=0.1)
+    sums = sums_logged(PreferenceLoss("sigmoid", beta=0.1), log_probs(requires_grad=True))
     assert not any(value.requires_grad for value in sums.values())
 
 
 def test_a_filler_without_pairs_adds_nothing() -> None:
     nothing = torch.zeros(0, dtype=torch.float64)
-    logps = PairLogProbs(nothing, nothing, nothing, nothing, nothing.long(), nothing.long())
-    for loss, _ in LOSSES.values():
-        loss_B = loss(logps)
-        assert float(loss_B.sum()) == 0.0
-        assert [float(v) for v in pair_statistics(loss_B, logps, beta=0.1).values()] == [0.0] * len(STATISTICS)
+    model = SequenceLogProbs(nothing, nothing, nothing, nothing)
+    logps = PairLogProbs(model, model, nothing.long(), nothing.long(), 10.0)
+    for case in CASES.values():
+        assert [float(value) for value in sums_logged(case.loss(), logps).values()] == [0.0] * len(STATISTICS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megadpo.losses import PairLogProbs, PreferenceLoss, pair_statistics
+from megadpo.losses import PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
 from megadpo.score_summary import Buckets, Scores, bucket_table, read_scores, summarise, with_reference
 
 BETA = 0.2
@@ -38,8 +38,11 @@ def test_means_are_those_that_training_logs(logps: np.ndarray) -> None:
     assert list(lines[0])[:5] == ["index", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
     means = read_scores(lines).means(BETA)
     tokens_n = torch.ones(9, dtype=torch.long)
-    pairs = PairLogProbs(*map(torch.from_numpy, logps), tokens_n, tokens_n)
-    sums = pair_statistics(PreferenceLoss("sigmoid", beta=BETA)(pairs), pairs, beta=BETA)
+    chosen, rejected, reference_chosen, reference_rejected = map(torch.from_numpy, logps)
+    policy, reference = SequenceLogProbs(chosen, rejected), SequenceLogProbs(reference_chosen, reference_rejected)
+    pairs = PairLogProbs(policy, reference, tokens_n, tokens_n, mean_chosen_tokens=1.0)
+    loss = PreferenceLoss("sigmoid", beta=BETA)
+    sums = pair_statistics(loss(pairs), loss.rewards(pairs), policy)
     for name, value in means.items():
         if name != "logps/margins":
             assert value == pytest.approx(float(sums[name]) / 9, rel=1e-12), name

@@ -152,7 +152,7 @@ def _train(case: PeakCase, state: ParallelState, device: Device, meter: LiveByte
     )
     meter.reset_peak()
     for _ in range(_STEPS):
-        train_step(chunks, optimizer, reference, PreferenceLoss(name="sigmoid", beta=0.1), batch, device=device)
+        train_step(chunks, optimizer, reference, PreferenceLoss("sigmoid", beta=0.1), batch, device=device)
 
 
 def _batch(case: PeakCase, state: ParallelState) -> GlobalBatch:
