@@ -25,7 +25,7 @@ The map of the house, in the order in which a preference pair walks through it. 
     host_optimizer          Megatron's optimizer in the host's memory, mended
     export                  the Hugging Face directory that a run hands back
     planner/                memory, traffic, bubble and least time of a layout
-    reference/              the reference model's two numbers per pair
+    reference/              the reference's two numbers per pair, from a model or from a store
     train_step, evaluation  one update; the mean over a whole validation set
     margin_check            what FP8 does to the margins of a few pairs
     trackers, progress      where metrics are written; what a person sees of them
@@ -33,10 +33,12 @@ The map of the house, in the order in which a preference pair walks through it. 
     compute                 what computes: formats, layers, kernels, FP8, by configuration and machine
     assembly, resume        a Config turned into all of the above; the checkpoint that a run goes on from
     datasets                the pairs of a run: tokenized once by rank 0, mapped by every rank
+    reference_cache         the store of a reference's log-probs, completed by a model that then goes
     command_line, session   what the tools share: checks, exit statuses; a launch turned into groups and one Config
     run                     a whole run, from its configuration to the exported model
     planning, dry_run       a configuration's plan; a launch rehearsed up to its weights
-    scoring, score_files    every pair's log-probs under one model, and the files that let a killed scoring go on
+    scoring, score_files    every pair's log-probs under a model, and the files that let a killed scoring go on
+    score_summary           what they say of all pairs, and by length
     convert, verification   Hugging Face <-> checkpoints that stand alone, and the proof that both are one model
 
 The command-line tools in tools/ stand on top of all of it.

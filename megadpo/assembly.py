@@ -11,9 +11,11 @@ from megadpo.checkpoint import load_checkpoint, load_weights
 from megadpo.checkpoint_files import stored_dtype
 from megadpo.compute import data_parallel_options, fp8_settings, model_options, optimizer_options, torch_dtype
 from megadpo.config.choices import Dtype, ReferenceMode
+from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
+from megadpo.errors import ConfigError
 from megadpo.fp8_recipes import token_multiple
 from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
@@ -26,12 +28,17 @@ from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_p
 from megadpo.parallel.collectives import gather_rows, on_every
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
-from megadpo.reference import Reference, ResidentReference
-from megadpo.trainer import LoopSettings
+from megadpo.reference import NoReference, OffloadedReference, Reference, ResidentReference
+from megadpo.reference.key import CacheKey, cache_key
+from megadpo.trainer import LoopSettings, NoPreference
 
 logger = get_logger(__name__)
 
-_REFERENCES = {ReferenceMode.resident: ResidentReference}
+_REFERENCES = {ReferenceMode.resident: ResidentReference, ReferenceMode.offload: OffloadedReference}
+
+# How far the first loss may be from its value without preference. A live reference runs on the policy's schedule, so
+# that only the mean rounds; cached log-probs were computed in another packing, or in another layout.
+_LIVE_TOLERANCE, _CACHED_TOLERANCE, _CACHED_AND_ROUNDED_TOLERANCE = 1e-6, 1e-5, 1e-3
 
 
 def check_weight_files(config: Config, source: ModelSource, arch: Architecture) -> None:
@@ -60,7 +67,6 @@ def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: st
 
 def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
     """What turns pairs into this rank's microbatches."""
-    own_reference = config.reference.hf_path
     return BatchBuilder(
         shape=batch_shape(
             state, sequence_parallel=bool(config.parallel.sequence_parallel), fp8_recipe=config.precision.fp8
@@ -69,22 +75,58 @@ def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_
         pad_token_id=pad_token_id,
         share_prompt=config.data.share_prompt,
         flop_rates=arch.flop_rates,
-        reference_flop_rates=(arch if own_reference is None else read_architecture(own_reference)).flop_rates,
+        reference_flop_rates=reference_architecture(config, arch).flop_rates if config.reference.mode in LIVE else None,
     )
+
+
+def reference_architecture(config: Config, arch: Architecture) -> Architecture:
+    """That of the reference's own directory, or the policy's."""
+    own = config.reference.hf_path
+    return arch if own is None else read_architecture(own)
 
 
 def build_reference(
     config: Config, source: ModelSource, arch: Architecture, state: ParallelState, device: Device
 ) -> Reference:
-    """The frozen reference: its own directory's weights, or the starting policy's."""
+    """The reference that computes while the policy trains, or that there is none; not a cached one."""
+    if config.reference.mode == ReferenceMode.none:
+        return NoReference(is_last_stage=state.is_last_stage, device=device.torch_device)
+    own = reference_architecture(config, arch)
+    if config.reference.sync_every is not None and own != arch:
+        raise ConfigError(
+            f"reference.sync_every={config.reference.sync_every}: mixes the policy's weights into the reference's, "
+            f"reference.hf_path={config.reference.hf_path} is of another architecture: drop one of the two"
+        )
+    chunks = load_reference_model(config, source, arch, state, device)
+    return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
+
+
+def load_reference_model(
+    config: Config, source: ModelSource, arch: Architecture, state: ParallelState, device: Device
+) -> list[PolicyModel]:
+    """This rank's chunks of the reference: its own directory's weights, or the starting policy's."""
     own = config.reference.hf_path
     if own is None:
-        chunks = load_starting_model(config, source, arch, state, device)
-    else:
-        own_arch = read_architecture(own)
-        chunks = load_model(own_arch, state, own, model_options(config, own_arch, device))
-        _check_quantised(chunks, config, state, device)
-    return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
+        return load_starting_model(config, source, arch, state, device)
+    own_arch = read_architecture(own)
+    chunks = load_model(own_arch, state, own, model_options(config, own_arch, device))
+    _check_quantised(chunks, config, state, device)
+    return chunks
+
+
+def reference_key(config: Config, source: ModelSource) -> CacheKey:
+    """What the reference's log-probs depend on; reads weight files whose hash is not known yet. For one process."""
+    own = config.reference.hf_path
+    directory = Path(own) if own is not None else source.checkpoint or source.hf_dir
+    patterns = ("*.distcp", ".metadata") if own is None and source.checkpoint is not None else ("*.safetensors",)
+    fp8 = fp8_settings(config)
+    return cache_key(
+        weight_files=[path for pattern in patterns for path in directory.glob(pattern)],
+        config_file=(Path(own) if own is not None else source.hf_dir) / "config.json",
+        tokenizer_dir=source.hf_dir,
+        precision=str(config.precision.dtype) if fp8 is None else f"{config.precision.dtype}, {fp8}",
+        index_dir=Path(str(config.reference.cache_dir)),
+    )
 
 
 def load_starting_model(
@@ -174,9 +216,6 @@ def build_loss(config: Config) -> PreferenceLoss:
 
 def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device: Device) -> LoopSettings:
     """When to log, evaluate and save, the learning rate, what the first loss must be, and what a card can do."""
-    own = config.reference.hf_path
-    start = config.model.hf_path
-    reference_is_start = own is None or (start is not None and Path(own).samefile(start))
     return LoopSettings(
         total_steps=total_steps,
         log_every=config.train.log_every,
@@ -190,6 +229,21 @@ def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device
             warmup_steps=config.optimizer.warmup_steps,
             total_steps=total_steps,
         ),
-        value_without_preference=loss.value_without_preference if reference_is_start else None,
+        no_preference=_no_preference(config, loss),
+        sync_every=config.reference.sync_every,
         peak_flops=device.peak_flops(torch_dtype(config)),
     )
+
+
+def _no_preference(config: Config, loss: PreferenceLoss) -> NoPreference | None:
+    """What the first update must show because the reference is the starting policy; None where it is none."""
+    own, start, mode = config.reference.hf_path, config.model.hf_path, config.reference.mode
+    value = loss.value_without_preference
+    if value is None or (own is not None and (start is None or not Path(own).samefile(start))):
+        return None
+    if mode in LIVE:
+        return NoPreference(value, _LIVE_TOLERANCE, "live reference on the same schedule")
+    if config.precision.dtype == Dtype.fp32 and config.precision.fp8 is None:
+        return NoPreference(value, _CACHED_TOLERANCE, "cached reference in fp32")
+    rounding = "bf16" if config.precision.fp8 is None else "FP8"
+    return NoPreference(value, _CACHED_AND_ROUNDED_TOLERANCE, f"cached reference in {rounding}")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -53,6 +54,9 @@ _RESTORE = "which is not the file that they were saved with: bring that one back
 WEIGHTS_FROM = "model.checkpoint=DIR (--checkpoint DIR)"
 # What Transformer Engine's modules keep besides their parameters ends in this.
 _EXTRA_STATE = "_extra_state"
+# What a checkpoint holds besides the weights of its model.
+_REFERENCE = "reference."
+NOT_WEIGHTS = ("optimizer.", _REFERENCE)
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -68,6 +72,13 @@ def _model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
         if not _has_amax_history(module):
             chunk = {name: value for name, value in chunk.items() if not name.endswith(_EXTRA_STATE)}
         state[f"model{index}"] = chunk
+    return state
+
+
+def _reference_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
+    """Sharded state of a reference's chunks, under names of its own; {} without any."""
+    state = {f"reference_{name}": chunk for name, chunk in _model_state(modules).items()}
+    add_prefix_for_sharding(state, _REFERENCE)
     return state
 
 
@@ -91,9 +102,11 @@ def save_checkpoint(
     side_files: SideFiles,
     dtype: torch.dtype,
     keep_last: int,
+    reference: Sequence[MegatronModule] = (),
 ) -> Path:
     """Writes the checkpoint of `state.step` and drops all but the `keep_last` newest; its directory.
 
+    `reference` are the chunks of one that changes, which a run can't have from anywhere else when it goes on.
     The configuration and tokenizer go inside as `hf/`, so that the checkpoint stands alone. Collective over all ranks.
     The directory is written under a temporary name and renamed when every rank is done; one that is dropped loses its
     name before its files.
@@ -104,7 +117,11 @@ def save_checkpoint(
     gather_weights(chunks)
     _renew_main_weights(distributed_optimizers(optimizer))
     model_state = _model_state([chunk.module for chunk in chunks])
-    content = {**model_state, "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))}
+    content = {
+        **model_state,
+        **_reference_state(reference),
+        "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA)),
+    }
     _write_content(partial, content)
 
     def finish() -> None:
@@ -221,11 +238,21 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
     }
     with readable(directory, "train.resume=DIR"):
         loaded, left_over, missing = dist_checkpointing.load(content, str(directory), strict="return_all")
-    _check_names(directory, left_over, missing)
+    _check_names(directory, [name for name in left_over if not name.startswith(_REFERENCE)], missing)
     _fill([chunk.module for chunk in chunks], loaded)
     states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())
     for member, member_state in zip(inner, states, strict=True):
         _load_optimizer(member, member_state)
+
+
+def load_reference(directory: Path, modules: Sequence[MegatronModule]) -> None:
+    """Fills a reference's chunks with those that were saved beside a policy. Collective over all ranks."""
+    with readable(directory, "train.resume=DIR"):
+        loaded, left_over, missing = dist_checkpointing.load(
+            _reference_state(modules), str(directory), strict="return_all"
+        )
+    _check_names(directory, [name for name in left_over if name.startswith(_REFERENCE)], missing)
+    _fill(modules, {name.removeprefix("reference_"): chunk for name, chunk in loaded.items()})
 
 
 def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_size: int) -> None:
@@ -241,7 +268,7 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
                 parameter.zero_()  # padding that the checkpoint's layout did not have
     with readable(directory, WEIGHTS_FROM):
         loaded, left_over, missing = dist_checkpointing.load(_model_state(modules), str(directory), strict="return_all")
-    _check_names(directory, {name for name in left_over if not name.startswith("optimizer.")}, missing)
+    _check_names(directory, {name for name in left_over if not name.startswith(NOT_WEIGHTS)}, missing)
     _fill(modules, loaded)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.checkpoint import WEIGHTS_FROM, check_fitting, check_vocabulary, readable, save_imported
+from megadpo.checkpoint import NOT_WEIGHTS, WEIGHTS_FROM, check_fitting, check_vocabulary, readable, save_imported
 from megadpo.checkpoint_files import (
     HF_DIRECTORY,
     ImportedModel,
@@ -113,7 +113,7 @@ def open_weights(checkpoint: Path, arch: Architecture) -> BoxReader:
         check_vocabulary(checkpoint, arch.vocab_size)
         with readable(checkpoint, WEIGHTS_FROM):
             reader = BoxReader(checkpoint)
-        tensors = {key: entry for key, entry in reader.tensors().items() if not key.startswith("optimizer.")}
+        tensors = {key: entry for key, entry in reader.tensors().items() if not key.startswith(NOT_WEIGHTS)}
         check_fitting(checkpoint, stored_problems(arch, tensors))
         return reader
 

@@ -75,6 +75,11 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def release_cached_memory(self) -> None:
+        """Gives back to the CUDA device what torch keeps for tensors to come."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
     def memory_gib(self) -> float | None:
         """Memory of the CUDA device in GiB, whatever is in it; None on CPU."""
         if self.kind == "cpu":
@@ -114,6 +119,34 @@ def planning_device() -> Device:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on `device`: to CUDA from pinned memory, as any other copy waits for the device's queued work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, pinned where the tensor is on CUDA, so that it can travel back beside other work."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)
+
+
+class SideStream:
+    """A queue of work for the device beside its current one; on CPU the work is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def queued(self) -> Iterator[None]:
+        """What the context asks of the device is queued here, and starts when all that was asked before is done."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The device's further work waits for what is queued here; the host does not."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def select_device(kind: str) -> Device:

@@ -37,6 +37,10 @@ class CheckpointError(MegaDPOError):
     """A training checkpoint that is missing, incomplete or belongs to another run."""
 
 
+class CacheError(MegaDPOError):
+    """Kept log-probs of a reference that can't be read, written or trusted."""
+
+
 class ConversionError(MegaDPOError):
     """Hugging Face weights or a configuration that do not map to the model, named one by one."""
 

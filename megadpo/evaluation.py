@@ -17,30 +17,26 @@ from megadpo.reference import Reference
 
 def evaluate(
     chunks: Sequence[torch.nn.Module],
-    reference: Reference | None,
+    reference: Reference,
     loss: PreferenceLoss,
     batches: Iterable[GlobalBatch],
     *,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients.
-
-    `reference` is None where the loss asks for none.
-    """
+    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients."""
     total: dict[str, torch.Tensor] = {}
     for batch in batches:
-        reference_logps = None if reference is None else reference.log_probs(batch)
+        reference_logps = reference.log_probs(batch)
 
         def closure(
             index: int,
             microbatch: PreferenceBatch,
             scores: TokenScores,
-            reference_logps: list[SequenceLogProbs] | None = reference_logps,
+            reference_logps: list[SequenceLogProbs] = reference_logps,
             mean_chosen_tokens: float = batch.mean_chosen_tokens,
         ) -> dict[str, torch.Tensor]:
-            own_reference = None if reference_logps is None else reference_logps[index]
             return preference_statistics(
-                loss, microbatch, scores, own_reference, mean_chosen_tokens=mean_chosen_tokens
+                loss, microbatch, scores, reference_logps[index], mean_chosen_tokens=mean_chosen_tokens
             )[1]
 
         for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):

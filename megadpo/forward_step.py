@@ -1,6 +1,6 @@
 """One forward path for training, evaluation and the reference: Megatron's forward_step contract over our batches.
 
-Legend: B pairs of a microbatch, S = 2·B sequences, N response rows.
+Legend: B pairs of a microbatch, G of a global batch, S = 2·B sequences, N response rows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -16,6 +18,8 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.logprobs import TokenScores, sequence_sums
 from megadpo.losses import TOKEN_STATISTICS, PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
+from megadpo.parallel.collectives import gather_rows
+from megadpo.parallel.state import ParallelState
 
 # What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
 Closure = Callable[[int, PreferenceBatch, TokenScores], Any]
@@ -92,17 +96,35 @@ def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torc
     return run_schedule(chunks, batch, closure, device=device, forward_only=True)
 
 
+def score_batch(
+    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, state: ParallelState, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """Log-probs of the global batch's pairs, in order, on every rank: fp64 [G, 4], columns as SequenceLogProbs' fields.
+
+    One all-gather of [4·G] after the schedule's own collectives.
+    """
+    place = {index: i for i, index in enumerate(batch.pair_indices)}
+    logps_G4 = torch.zeros(len(place), 4, dtype=torch.float64, device=device)
+    scores = score(chunks, batch, device=device)
+    if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same: one of them speaks
+        for microbatch, logps in zip(batch.microbatches, scores, strict=True):
+            places = [place[index] for index in microbatch.pair_indices]
+            logps_G4[places] = logps.columns()
+    # Every pair is on one rank, so the sum only collects: other ranks add zeros.
+    return gather_rows(logps_G4.flatten()).sum(dim=0).view(-1, 4).cpu().numpy()
+
+
 def preference_statistics(
     loss: PreferenceLoss,
     microbatch: PreferenceBatch,
     scores: TokenScores,
-    reference: SequenceLogProbs | None,
+    reference: SequenceLogProbs,
     *,
     mean_chosen_tokens: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, and the counts to divide by).
 
-    `mean_chosen_tokens` is the GlobalBatch's; losses that compare with no reference take None for it.
+    `mean_chosen_tokens` is the GlobalBatch's.
     """
     pairs = microbatch.num_pairs
     logps = PairLogProbs(

@@ -51,34 +51,35 @@ Responses = tuple[torch.Tensor, torch.Tensor]
 class SequenceLogProbs:
     """Summed log-probs (nats) of B pairs' responses under one model, fp64 [B] each.
 
-    The tails are of those tokens of a response that lie beyond the length of its pair's shorter one; None where they
-    are not known, which `loss.ld_alpha` needs.
+    The tails are of those tokens of a response that lie beyond the length of its pair's shorter one.
     """
 
     chosen_B: torch.Tensor
     rejected_B: torch.Tensor
-    chosen_tail_B: torch.Tensor | None = None
-    rejected_tail_B: torch.Tensor | None = None
+    chosen_tail_B: torch.Tensor
+    rejected_tail_B: torch.Tensor
+
+    def columns(self) -> torch.Tensor:
+        """The fields beside each other, in their order: [B, 4]."""
+        return torch.stack((self.chosen_B, self.rejected_B, self.chosen_tail_B, self.rejected_tail_B), dim=1)
 
     def with_tails_weighed(self, ld_alpha: float | None) -> Responses:
         """Chosen and rejected sums in which the tails' tokens count `ld_alpha` (LD-DPO, Liu et al. 2024); None: 1."""
         if ld_alpha is None:
             return self.chosen_B, self.rejected_B
-        if self.chosen_tail_B is None or self.rejected_tail_B is None:
-            raise ValueError("loss.ld_alpha needs the sums of the longer responses' tails, which were not kept")
         lost = 1.0 - ld_alpha
         return self.chosen_B - lost * self.chosen_tail_B, self.rejected_B - lost * self.rejected_tail_B
 
 
 @dataclass(frozen=True, slots=True)
 class PairLogProbs:
-    """B pairs under policy and reference (None: there is none), and the response lengths in tokens.
+    """B pairs under policy and reference, and the response lengths in tokens.
 
     `mean_chosen_tokens` is the mean length of the chosen responses of all pairs that the loss is a mean over.
     """
 
     policy: SequenceLogProbs
-    reference: SequenceLogProbs | None
+    reference: SequenceLogProbs
     chosen_tokens_B: torch.Tensor
     rejected_tokens_B: torch.Tensor
     mean_chosen_tokens: float
@@ -130,8 +131,6 @@ class PreferenceLoss:
         """u and v; the policy's own log-probs where no reference is asked for."""
         if not self.needs_reference:
             return logps.policy.chosen_B, logps.policy.rejected_B
-        if logps.reference is None:
-            raise ValueError(f"loss.name={', '.join(self.names)} needs the log-probs of a reference")
         (chosen_B, rejected_B), (reference_chosen_B, reference_rejected_B) = (
             model.with_tails_weighed(self.knobs.ld_alpha) for model in (logps.policy, logps.reference)
         )

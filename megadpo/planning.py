@@ -113,6 +113,7 @@ def job_of(
             fp8=recipe if precision.fp8_backend == Fp8Backend.transformer_engine else None,
             layers_in_bf16=(precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16),
             padded_for=recipe,
+            reference=str(config.reference.mode),
         ),
         cluster=Cluster(
             gpu=gpu,

@@ -16,7 +16,7 @@ from megadpo.checkpoint_files import (
     step_directory,
 )
 from megadpo.config.compose import config_to_dict
-from megadpo.config.schema import Config
+from megadpo.config.schema import Config, show
 from megadpo.errors import CheckpointError
 from megadpo.rank_logging import get_logger
 
@@ -123,6 +123,7 @@ _FREE = (
     "optimizer.overlap_cpu_optimizer_d2h_h2d",
     "device.",
     "checkpoint.",
+    "reference.cache_dir",
     "trackers",
     "train.resume",
     "train.run_dir",
@@ -157,6 +158,12 @@ def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -
         problems.append(
             f"its model has a vocabulary of {saved.vocab_size} entries, the model's config.json now says "
             f"vocab_size = {now.vocab_size}: bring back the file that the run was started with"
+        )
+    before, after = (state.settings.get("reference.sync_every") for state in (saved, now))
+    if (before is None) != (after is None):
+        problems.append(
+            f"reference.sync_every={show(after)}: the checkpoint was written with {show(before)}, and holds the "
+            "reference's weights only where they follow the policy's: resume with that value"
         )
     if problems:
         raise CheckpointError(f"{directory} can't be resumed:\n" + "\n".join(f"  {p}" for p in problems))

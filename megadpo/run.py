@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -18,8 +18,9 @@ from megadpo.assembly import (
     check_weight_files,
     loop_settings,
 )
-from megadpo.checkpoint import save_checkpoint
+from megadpo.checkpoint import load_reference, save_checkpoint
 from megadpo.compute import announce, torch_dtype
+from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
@@ -39,7 +40,8 @@ from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import TrainingProgress
 from megadpo.rank_logging import get_logger
-from megadpo.reference import Reference
+from megadpo.reference import Reference, ResidentReference
+from megadpo.reference_cache import build_cached_reference
 from megadpo.resume import StartingPoint, find_starting_point, keep_beginning
 from megadpo.session import open_session
 from megadpo.trackers import open_trackers
@@ -110,8 +112,16 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     if start.step >= total_steps and exported:
         logger.info("%s is finished: step %d of %d. Nothing to do.", run_dir, start.step, total_steps)
         return
-    reference = build_reference(config, source, arch, state, device)
+    reference: Reference
+    if config.reference.mode == ReferenceMode.cached:
+        reference = build_cached_reference(config, source, arch, state, device, datasets, data.builder)
+    else:
+        reference = build_reference(config, source, arch, state, device)
     policy = build_policy(config, source, arch, state, device, start.checkpoint)
+    synced = _synced(config, reference)
+    if start.checkpoint is not None and synced is not None:
+        with synced.weights(change=True):
+            load_reference(start.checkpoint, synced.chunks)
     on_main(lambda: _write_beginning(config, run_dir, datasets, goes_on=start.step < total_steps))
     metrics = _run_loop(
         config, run_dir, state, device, policy, reference, data, datasets, start, total_steps, side_files
@@ -133,6 +143,14 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         ),
     )
     logger.info("exported the model to %s", run_dir / "hf")
+
+
+def _synced(config: Config, reference: Reference) -> ResidentReference | None:
+    """The reference where it is to follow the policy."""
+    if config.reference.sync_every is None:
+        return None
+    assert isinstance(reference, ResidentReference)  # the configuration was checked
+    return reference
 
 
 def count_steps(config: Config, num_pairs: int) -> int:
@@ -176,6 +194,7 @@ def _run_loop(
 ) -> dict[str, float]:
     """Trains from the starting point to the last step; the last metrics of each kind."""
     loss = build_loss(config)
+    synced = _synced(config, reference)
 
     def update(batch: GlobalBatch, lr: float) -> StepResult:
         set_hyperparameters(
@@ -187,20 +206,27 @@ def _run_loop(
         )
         return train_step(policy.chunks, policy.optimizer, reference, loss, batch, device=device)
 
+    def sync_reference() -> None:
+        assert synced is not None
+        gather_weights(policy.chunks)
+        synced.mix_in(policy.modules, config.reference.sync_mix)
+
     def check_margins() -> dict[str, float]:
         batch = data.builder.build(data.pairs[: config.precision.fp8_check_pairs])
         return margin_errors(policy.chunks, reference, batch, beta=loss.beta, state=state, device=device.torch_device)
 
     def save(step: int) -> None:
-        path = save_checkpoint(
-            run_dir / "checkpoints",
-            policy.chunks,
-            policy.optimizer,
-            replace(start.state, step=step),
-            side_files=side_files,
-            dtype=torch_dtype(config),
-            keep_last=config.checkpoint.keep_last,
-        )
+        with nullcontext() if synced is None else synced.weights():
+            path = save_checkpoint(
+                run_dir / "checkpoints",
+                policy.chunks,
+                policy.optimizer,
+                replace(start.state, step=step),
+                side_files=side_files,
+                dtype=torch_dtype(config),
+                keep_last=config.checkpoint.keep_last,
+                reference=[] if synced is None else synced.chunks,
+            )
         logger.info("saved %s", path)
 
     with ExitStack() as stack:
@@ -212,9 +238,11 @@ def _run_loop(
         trainer = Trainer(
             update=update,
             evaluate=partial(evaluate, policy.chunks, reference, loss, device=device.torch_device),
+            sync_reference=sync_reference,
             check_margins=check_margins,
             save=save,
             on_step=progress.report,
+            reference=reference,
             data=data,
             validation=datasets.validation,
             state=state,

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,19 +28,21 @@ from megadpo.assembly import build_batches, check_weight_files, load_starting_mo
 from megadpo.compute import announce, fp8_settings
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
-from megadpo.data.loader import GlobalBatch, evaluation_batches
+from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import MegaDPOError
-from megadpo.forward_step import score
+from megadpo.forward_step import score_batch
 from megadpo.model_source import ModelSource, directory_name, model_source, resolve_model
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.parallel.collectives import check_all_agree, gather_rows, on_main
+from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
+from megadpo.reference.store import LogProbs, LogProbStore
+from megadpo.reference_cache import PATIENCE_S, open_reference_store
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session
@@ -53,12 +54,13 @@ _TITLES = {Role.policy: "scoring", Role.reference: "scoring with the reference"}
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model that scores the pairs."""
+    """A model that scores the pairs; `kept` is the one that a training with this configuration has for reference."""
 
     role: Role
     name: str
     source: ModelSource
     arch: Architecture
+    kept: bool
 
 
 def run_scoring(config: Config, output: Path, buckets: Buckets | None = None) -> None:
@@ -101,33 +103,60 @@ def _score_all(config: Config, files: ScoreFiles, buckets: Buckets, state: Paral
     begun = on_main(
         lambda: files.begin(identity, [model.role for model in models], pairs=len(pairs), group_size=group_size)
     )
-    if begun is None:
+    finished = begun is None
+    if finished:
         logger.info("%s is finished, with the same model and data.", files.output)
-        on_main(lambda: _summarise_again(config, files, buckets, pairs))
-        return
-    seconds = 0.0
+    places = begun or {model.role: len(pairs) for model in models}
     builder = build_batches(config, policy.arch, state, datasets.pad_token_id)
-    for model in models:
-        done = begun[model.role]
-        if done:
-            logger.info("%s: going on after %d of %d pairs", _TITLES[model.role], done, len(pairs))
-        if done < len(pairs):
-            batches = evaluation_batches(pairs, group_size=group_size, builder=builder, first=done)
-            seconds += _score_pass(config, model, batches, pairs, files, done, state, device)
-            gc.collect()  # modules refer to each other, and the next model is about to need the room
-    scored = {model.role: len(pairs) - begun[model.role] for model in models}
-    on_main(lambda: _finish(config, files, identity, models, datasets, buckets, scored, seconds))
+    seconds = _score_rest(config, models, pairs, files, places, builder, state, device)
+    if finished:
+        on_main(lambda: _summarise_again(config, files, buckets, pairs))
+    else:
+        scored = {model.role: len(pairs) - places[model.role] for model in models}
+        on_main(lambda: _finish(config, files, identity, models, datasets, buckets, scored, seconds))
 
 
 def _models(config: Config) -> list[_Model]:
     """The scored model and, where one is named, the reference."""
     source = model_source(config.model)
-    models = [_Model(Role.policy, config.model.name, source, read_architecture(source.hf_dir))]
+    arch, alone = read_architecture(source.hf_dir), config.reference.hf_path is None
+    models = [_Model(Role.policy, config.model.name, source, arch, kept=alone)]
     if config.reference.hf_path is not None:
         hf_dir = Path(config.reference.hf_path)
         own = ModelSource(hf_dir, checkpoint=None)
-        models.append(_Model(Role.reference, directory_name(hf_dir), own, read_architecture(hf_dir)))
+        models.append(_Model(Role.reference, directory_name(hf_dir), own, read_architecture(hf_dir), kept=True))
     return models
+
+
+def _score_rest(
+    config: Config,
+    models: Sequence[_Model],
+    pairs: PairView,
+    files: ScoreFiles,
+    places: Mapping[Role, int],
+    builder: BatchBuilder,
+    state: ParallelState,
+    device: Device,
+) -> float:
+    """Has each model score the pairs from its place on, one model after the other; seconds without loading."""
+    seconds = 0.0
+    with ExitStack() as stack:
+        stores: list[LogProbStore] = []  # one, on rank 0, where log-probs are kept for trainings
+        if config.reference.cache_dir is not None:
+            opening = partial(open_reference_store, config, models[0].source)
+            on_main(lambda: stores.append(stack.enter_context(opening())), patience_s=PATIENCE_S)
+        for model in models:
+            done = places[model.role]
+            if 0 < done < len(pairs):
+                logger.info("%s: going on after %d of %d pairs", _TITLES[model.role], done, len(pairs))
+            if done < len(pairs):
+                batches = evaluation_batches(
+                    pairs, group_size=config.train.global_batch_size, builder=builder, first=done
+                )
+                seconds += _score_pass(config, model, batches, pairs, files, stores, done, state, device)
+                gc.collect()  # modules refer to each other, and the next model is about to need the room
+        on_main(lambda: _tell_kept(stores, pairs))
+    return seconds
 
 
 def _score_pass(
@@ -136,53 +165,73 @@ def _score_pass(
     batches: Iterator[GlobalBatch],
     pairs: PairView,
     files: ScoreFiles,
+    stores: Sequence[LogProbStore],
     done: int,
     state: ParallelState,
     device: Device,
 ) -> float:
     """Loads a model, has it score the batches, the first of which begins with pair `done`; seconds without loading.
 
-    Rank 0 writes a line for each pair. The model is gone afterwards.
+    Rank 0 writes a line for each pair and, for the reference of a training, a record in the store. The model is gone
+    afterwards.
     """
     chunks = load_starting_model(config, model.source, model.arch, state, device)
     first, started = done, time.perf_counter()
     with ExitStack() as stack:
-        writers: list[ScoreWriter] = []  # one, on rank 0
-        on_main(lambda: writers.append(stack.enter_context(ScoreWriter(files.scores(model.role)))))
+        sinks: list[_Sink] = []  # one, on rank 0
+
+        def open_sink() -> None:
+            writer = stack.enter_context(ScoreWriter(files.scores(model.role)))
+            sinks.append(_Sink(model.role, pairs, writer, stores if model.kept else ()))
+
+        on_main(open_sink)
         title = _TITLES[model.role]
         bar = stack.enter_context(ProgressBar(title, total=len(pairs), done=done, visible=state.is_main))
         for batch in stack.enter_context(prefetched(batches)):
-            logps = score_batch(chunks, batch, state, device)
-            lines = [
-                _line(model.role, pairs, place, index, *both)
-                for place, (index, both) in enumerate(zip(batch.pair_indices, logps, strict=True), start=done)
-            ]
-            on_main(partial(_write, writers, lines))
-            done += len(lines)
+            logps_G4 = score_batch(chunks, batch, state, device.torch_device)
+            on_main(partial(_write, sinks, done, batch, logps_G4))
+            done += len(logps_G4)
             pace = (done - first) / (time.perf_counter() - started)
             bar.tell(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
     return time.perf_counter() - started
 
 
-def _write(writers: Sequence[ScoreWriter], lines: Sequence[dict[str, Any]]) -> None:
-    for writer in writers:
-        writer.write(lines)
+@dataclass(frozen=True, slots=True)
+class _Sink:
+    """Where the numbers of a pass go: a line a pair and, with a store, a record a pair."""
+
+    role: Role
+    pairs: PairView
+    writer: ScoreWriter
+    stores: Sequence[LogProbStore]
+
+    def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs) -> None:
+        """Writes the log-probs of the batch's pairs, of which the first is the `first` of all."""
+        lines = [
+            _line(self.role, self.pairs, place, index, chosen, rejected)
+            for place, (index, (chosen, rejected, *_)) in enumerate(
+                zip(batch.pair_indices, logps_G4.tolist(), strict=True), start=first
+            )
+        ]
+        for store in self.stores:  # before the lines, which say what need not be scored again
+            store.append([self.pairs[first + i].digest for i in range(len(lines))], logps_G4)
+        self.writer.write(lines)
 
 
-def score_batch(
-    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, state: ParallelState, device: Device
-) -> list[tuple[float, float]]:
-    """(chosen, rejected) log-probs of the global batch's pairs, in order, on every rank. One all-gather of [2·G]."""
-    place = {index: i for i, index in enumerate(batch.pair_indices)}
-    logps_G2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device.torch_device)
-    scores = score(chunks, batch, device=device.torch_device)
-    if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same: one of them speaks
-        for microbatch, logps in zip(batch.microbatches, scores, strict=True):
-            places = [place[index] for index in microbatch.pair_indices]
-            logps_G2[places] = torch.stack((logps.chosen_B, logps.rejected_B), dim=1)
-    # Every pair is on one rank, so the sum only collects: other ranks add zeros.
-    rows: list[list[float]] = gather_rows(logps_G2.flatten()).sum(dim=0).view(-1, 2).tolist()
-    return [(chosen, rejected) for chosen, rejected in rows]
+def _tell_kept(stores: Sequence[LogProbStore], pairs: PairView) -> None:
+    for store in stores:
+        kept = int(store.known([pair.digest for pair in pairs]).sum())
+        logger.info("%s has the log-probs of %d of %d pairs", store.directory, kept, len(pairs))
+        if kept < len(pairs):
+            logger.warning(
+                "the others were scored before reference.cache_dir was given: a training computes them, or remove the "
+                "scores and score again"
+            )
+
+
+def _write(sinks: Sequence[_Sink], first: int, batch: GlobalBatch, logps_G4: LogProbs) -> None:
+    for sink in sinks:
+        sink.write(first, batch, logps_G4)
 
 
 def _line(role: Role, pairs: PairView, place: int, index: int, chosen: float, rejected: float) -> dict[str, Any]:

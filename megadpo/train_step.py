@@ -40,26 +40,22 @@ class StepResult:
 def train_step(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    reference: Reference | None,
+    reference: Reference,
     loss: PreferenceLoss,
     batch: GlobalBatch,
     *,
     device: Device,
 ) -> StepResult:
-    """Runs one update on the global batch; the parameter groups' hyperparameters are already set.
-
-    `reference` is None where the loss asks for none.
-    """
+    """Runs one update on the global batch; the parameter groups' hyperparameters are already set."""
     reference_started = device.mark()
-    reference_logps = None if reference is None else reference.log_probs(batch)
+    reference_logps = reference.log_probs(batch)
     reference_span = (reference_started, device.mark())
 
     def closure(
         index: int, microbatch: PreferenceBatch, scores: TokenScores
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        own_reference = None if reference_logps is None else reference_logps[index]
         loss_sum, sums = preference_statistics(
-            loss, microbatch, scores, own_reference, mean_chosen_tokens=batch.mean_chosen_tokens
+            loss, microbatch, scores, reference_logps[index], mean_chosen_tokens=batch.mean_chosen_tokens
         )
         return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=loss_sum.device), sums
 

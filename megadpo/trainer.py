@@ -24,6 +24,7 @@ from megadpo.optimizer import LearningRate
 from megadpo.parallel.collectives import gather_rows
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
+from megadpo.reference import Reference
 from megadpo.trackers import Tracker
 from megadpo.train_step import StepResult
 
@@ -31,16 +32,23 @@ logger = get_logger(__name__)
 
 Span: TypeAlias = tuple[Mark, Mark]
 
-# Step 1 of a fresh run compares a policy with itself: on one schedule that is exact up to the mean's rounding.
-_NO_PREFERENCE_TOLERANCE = 1e-6
+
+@dataclass(frozen=True, slots=True)
+class NoPreference:
+    """The loss that a policy shows beside itself, how far from it the first one may be, and why so far."""
+
+    value: float
+    tolerance: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
     """When the loop stops, logs, evaluates, checks margins and saves (in updates), and every update's learning rate.
 
-    `value_without_preference` is the loss that the first update must show because the reference is the starting policy;
-    None where it is not. `peak_flops` is the FLOP/s that a rank's card can do at most; None where that is not known.
+    `no_preference` is what the first update must show because the reference is the starting policy; None where it is
+    not. `sync_every` is the number of updates after which the reference follows the policy. `peak_flops` is the FLOP/s
+    that a rank's card can do at most; None where that is not known.
     """
 
     total_steps: int
@@ -49,7 +57,8 @@ class LoopSettings:
     save_every: int | None
     check_every: int | None
     learning_rate: LearningRate
-    value_without_preference: float | None
+    no_preference: NoPreference | None
+    sync_every: int | None
     peak_flops: float | None
 
 
@@ -97,8 +106,8 @@ class Trainer:
     """Moves a run through its steps; the same calls happen on every rank.
 
     `update` makes one optimizer step on a global batch at a learning rate; `evaluate` gives this rank's sums over the
-    pairs of some batches; `check_margins` tells what FP8 does to margins; `save` writes the checkpoint of a step;
-    `on_step` hears every logged line.
+    pairs of some batches; `sync_reference` has the reference follow the policy; `check_margins` tells what FP8 does to
+    margins; `save` writes the checkpoint of a step; `on_step` hears every logged line.
     """
 
     def __init__(
@@ -106,9 +115,11 @@ class Trainer:
         *,
         update: Callable[[GlobalBatch, float], StepResult],
         evaluate: Callable[[Iterable[GlobalBatch]], dict[str, torch.Tensor]],
+        sync_reference: Callable[[], None],
         check_margins: Callable[[], Mapping[str, float]],
         save: Callable[[int], None],
         on_step: Callable[[int, Mapping[str, float]], None],
+        reference: Reference,
         data: TrainingData,
         validation: Mapping[str, Sequence[TokenizedPair]],
         state: ParallelState,
@@ -118,9 +129,11 @@ class Trainer:
     ) -> None:
         self.update = update
         self.evaluate = evaluate
+        self.sync_reference = sync_reference
         self.check_margins = check_margins
         self.save = save
         self.on_step = on_step
+        self.reference = reference
         self.data = data
         self.validation = validation
         self.state = state
@@ -155,6 +168,7 @@ class Trainer:
 
     def _one_step(self, step: int, batches: Iterator[GlobalBatch], interval: Interval) -> None:
         started, asked = self.device.mark(), time.perf_counter()
+        self.reference.prepare()
         batch = next(batches)
         data_s = time.perf_counter() - asked
         result = self.update(batch, self.settings.learning_rate.after(step - 1))
@@ -164,8 +178,10 @@ class Trainer:
                 f"The pairs of this batch are rows {_shorten(batch.pair_indices)} of the data. Lower "
                 f"optimizer.lr, look at those pairs, or resume from the last checkpoint."
             )
-        if step == 1 and self.settings.value_without_preference is not None:
-            self._check_no_preference(self._reduced(result.sums), self.settings.value_without_preference)
+        if step == 1 and self.settings.no_preference is not None:
+            _check_no_preference(self._reduced(result.sums), self.settings.no_preference)
+        if self.settings.sync_every and step % self.settings.sync_every == 0:
+            self.sync_reference()
         interval.add(result, batch, (started, self.device.mark()), data_s)
 
     def _reduced(
@@ -180,16 +196,6 @@ class Trainer:
         reduced = reduce_metrics({**metrics, **(further or {})}, gather=gather_rows, device=self.device.torch_device)
         return preference_means({name: reduced.pop(name) for name in SUMS}) | reduced
 
-    def _check_no_preference(self, means: Mapping[str, float], expected: float) -> None:
-        error = abs(means["loss"] - expected)
-        if not error <= _NO_PREFERENCE_TOLERANCE * max(1.0, expected):
-            raise TrainingError(
-                f"step 1: the loss is {means['loss']:.9f}; policy and reference are the same weights, so it must be "
-                f"{expected:.9f} (tolerance {_NO_PREFERENCE_TOLERANCE:g}, live reference on the same schedule; "
-                f"rewards {means['rewards/chosen']:.3e} and {means['rewards/rejected']:.3e} must be 0). The two models "
-                f"compute different numbers: the gradients would be wrong. Nothing was saved."
-            )
-
     def _log_interval(self, step: int, interval: Interval) -> None:
         steps = interval.steps
         reduced = self._reduced(
@@ -199,6 +205,7 @@ class Trainer:
                 "time/reference_s": Metric(self._seconds(interval.reference_spans), Reduction.MAX),
                 "time/data_s": Metric(interval.data_s, Reduction.MAX),
                 "memory/peak_gib": Metric(self.device.peak_memory_bytes() / 2**30, Reduction.MAX),
+                "memory/reference_gib": Metric(self.reference.device_bytes() / 2**30, Reduction.MAX),
             },
         )
         seconds, pairs = reduced["time/step_s"], reduced["pairs"]
@@ -258,6 +265,17 @@ class Trainer:
         for tracker in self.trackers:
             tracker.log(step, metrics)
         self.last_metrics.update(metrics)
+
+
+def _check_no_preference(means: Mapping[str, float], expected: NoPreference) -> None:
+    error = abs(means["loss"] - expected.value)
+    if not error <= expected.tolerance * max(1.0, expected.value):
+        raise TrainingError(
+            f"step 1: the loss is {means['loss']:.9f}; policy and reference are the same weights, so it must be "
+            f"{expected.value:.9f} (tolerance {expected.tolerance:g}, {expected.reason}; rewards "
+            f"{means['rewards/chosen']:.3e} and {means['rewards/rejected']:.3e} must be 0). The two models compute "
+            f"different numbers: the gradients would be wrong. Nothing was saved."
+        )
 
 
 def _shorten(indices: Sequence[int], most: int = 20) -> str:

@@ -25,6 +25,7 @@ from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.device import Device
 from megadpo.errors import ConfigError, ConversionError, listing
+from megadpo.forward_step import score_batch
 from megadpo.models.builder import build_model
 from megadpo.models.conversion.compare import WeightDifference, different_weights, sum_up
 from megadpo.models.conversion.load_save import check_hf_weights
@@ -36,7 +37,6 @@ from megadpo.parallel.collectives import on_every, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger, global_rank, launched_world_size
-from megadpo.scoring import score_batch
 from megadpo.session import build_pipeline, open_world
 
 logger = get_logger(__name__)
@@ -192,7 +192,11 @@ def _checkpoint_logps(
         flop_rates=arch.flop_rates,
     )
     batch = builder.build(pairs)
-    return dict(zip(batch.pair_indices, score_batch(chunks, batch, state, device), strict=True))
+    logps_G4 = score_batch(chunks, batch, state, device.torch_device)
+    return {
+        index: (chosen, rejected)
+        for index, (chosen, rejected, *_) in zip(batch.pair_indices, logps_G4.tolist(), strict=True)
+    }
 
 
 def _compare_logps(

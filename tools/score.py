@@ -8,6 +8,9 @@ summed over the response), chosen_tokens and rejected_tokens (how many were scor
 pairs with a second model, after the first has left memory, and adds reference_chosen_logp, reference_rejected_logp and
 reward_margin, loss.beta times what the chosen response has gained less what the rejected one has.
 
+reference.cache_dir=DIR also keeps the log-probs, of the second model or else of the only one, for trainings whose
+reference it is (reference.mode=cached).
+
 OUT.summary.json has means and accuracies under the names of metrics.jsonl, over all pairs and by length:
 
     buckets=N           N buckets of about equally many pairs (4)
@@ -51,7 +54,8 @@ _WITHOUT_EFFECT = (
     *("data.validation_path", "data.validation_fraction"),
     *(f"train.{name}" for name in _TRAINING_ONLY),
 )
-_EXCEPT = ("reference.hf_path", "loss.beta")
+_CACHE = "reference.cache_dir"
+_EXCEPT = ("reference.hf_path", _CACHE, "loss.beta")
 _OWN = ("output", "buckets", "bucket_by")
 
 
@@ -85,10 +89,11 @@ def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
         said = "is required" if not paths else f"must name one file, got {', '.join(outputs)}"
         problems.append(f"output {said}: add output=OUT.jsonl, the file that the scores are written to")
     buckets = _buckets({_key(word): word.partition("=")[2] for word in own}, problems)
+    words = [word for word in arguments if word not in (*own, *inert)]
+    if any(_key(word) == _CACHE for word in words):
+        words.append("reference.mode=cached")
     try:
-        config = compose_config(
-            [word for word in arguments if word not in (*own, *inert)], config_dir=CONFIG_DIR, check=check
-        )
+        config = compose_config(words, config_dir=CONFIG_DIR, check=check)
     except ConfigError as error:
         raise ConfigError([*problems, *error.violations]) from error
     if config.reference.hf_path is None:

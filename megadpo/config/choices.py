@@ -61,6 +61,9 @@ class ReferenceMode(Choice):
     """How the reference model's log-probs are had."""
 
     resident = "resident"  # a second frozen model beside the policy
+    offload = "offload"  # its weights wait in the host's memory, and are on the device for the reference's pass only
+    cached = "cached"  # computed once for each pair, and kept on disk
+    none = "none"  # there is none: for losses that need none
 
 
 class Dtype(Choice):

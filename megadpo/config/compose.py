@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megadpo.config.choices import RecomputeGranularity, RecomputeMethod, RecomputeModule
+from megadpo.config.choices import RecomputeGranularity, RecomputeMethod, RecomputeModule, ReferenceMode
 from megadpo.config.schema import Config, ModelConfig, show
 from megadpo.errors import ConfigError
 from megadpo.loss_table import NOT_OFFERED
@@ -111,9 +111,13 @@ def resolve_defaults(config: Config, now: datetime) -> Config:
         cache_dir=config.data.cache_dir or f"{run_dir}/tokens",
         template_date=config.data.template_date or f"{now:%Y-%m-%d}",
     )
+    reference = config.reference
+    if reference.mode == ReferenceMode.cached:
+        reference = replace(reference, cache_dir=reference.cache_dir or f"{run_dir}/reference")
     return replace(
         config,
         data=data,
+        reference=reference,
         model=_resolve_recompute(config.model),
         train=replace(config.train, run_dir=run_dir),
         parallel=replace(config.parallel, sequence_parallel=sequence_parallel),

@@ -62,10 +62,10 @@ def _check_recipe(config: Config, num_layers: Sequence[int]) -> list[str]:
     named = f"precision.num_layers_at_start_in_bf16={start}, precision.num_layers_at_end_in_bf16={end}"
     violations = []
     if precision.fp8 == Fp8Recipe.delayed:
-        if config.reference.mode == ReferenceMode.resident:
+        if config.reference.mode != ReferenceMode.none:
             violations.append(
                 f"precision.fp8=delayed: does not go with reference.mode={config.reference.mode}: its scales follow "
-                "the passes that a model has made, so a live reference would be quantised unlike the policy and step 1 "
+                "the passes that a model has made, so a reference would be quantised unlike the policy and step 1 "
                 "could not be exact: use precision.fp8=tensorwise"
             )
         if start or end:
@@ -73,6 +73,12 @@ def _check_recipe(config: Config, num_layers: Sequence[int]) -> list[str]:
                 f"{named}: delayed scaling keeps its scales for all layers together: leave them at 0, or use "
                 "precision.fp8=tensorwise"
             )
+    if precision.fp8 == Fp8Recipe.tensorwise and config.reference.mode == ReferenceMode.cached:
+        violations.append(
+            "precision.fp8=tensorwise: does not go with reference.mode=cached: all tokens of a microbatch share a "
+            "scale, so that log-probs would belong to a packing: use precision.fp8=blockwise or mxfp8, or "
+            "reference.mode=resident or offload"
+        )
     if min(start, end) < 0 or config.parallel.pipeline < 1:
         return violations
     for layers in dict.fromkeys(num_layers):

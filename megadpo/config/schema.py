@@ -209,10 +209,20 @@ class ReferenceConfig:
     """The model whose log-probs the policy is compared with."""
 
     mode: ReferenceMode = ReferenceMode.resident
-    """Where the reference lives."""
+    """Where the reference's numbers come from; see docs/reference.md. Resident, because it asks for nothing but memory.
+    """
 
     hf_path: str | None = None
     """Hugging Face directory of the reference. Null: the starting policy, as DPO defines it."""
+
+    cache_dir: str | None = None
+    """Directory of log-probs, cached only; runs and jobs may share one. Null: RUN_DIR/reference."""
+
+    sync_every: int | None = None
+    """Updates after which policy is mixed into the reference, >= 1 (TR-DPO); resident and offload. Null: never."""
+
+    sync_mix: float = 0.6
+    """The policy's share of that mixture, in (0, 1]; with sync_every. TRL's default."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,7 +238,7 @@ class PrecisionConfig:
     fp8: Fp8Recipe | None = None
     """Quantise the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none.
 
-    `delayed`, and with it the two keys about its history, is refused with a resident reference, the only one so far.
+    `delayed`, and with it the two keys about its history, needs a run without a reference (reference.mode=none).
     """
 
     fp8_backend: Fp8Backend = Fp8Backend.transformer_engine

@@ -19,6 +19,7 @@ from megadpo.config.data_rules import check_data, demo_remedy
 from megadpo.config.fp8_rules import check_fp8
 from megadpo.config.loss_rules import check_loss
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
+from megadpo.config.reference_rules import check_reference_keys
 from megadpo.config.schema import Config, show
 from megadpo.errors import ConfigError
 
@@ -72,6 +73,8 @@ _RANGES = {
     "loss.simpo_gamma": _Range(low=0),
     "loss.f_alpha_divergence_coef": _Range(low=0, high=1, above=True),
     "loss.ld_alpha": _Range(low=0, high=1),
+    "reference.sync_every": _Range(low=1),
+    "reference.sync_mix": _Range(low=0, high=1, above=True, to=True),
     "optimizer.lr": _Range(low=0),
     "optimizer.min_lr": _Range(low=0),
     "optimizer.warmup_steps": _Range(low=0),
@@ -126,6 +129,7 @@ def validate(
         *(_check_reference(config, shape, reference_shape) if shape and reference_shape else []),
         *check_fp8(config, num_layers=[model.num_layers for model in (shape, reference_shape) if model is not None]),
         *check_loss(config.loss),
+        *check_reference_keys(config),
         *_check_optimizer(config),
         *_check_run(config),
         *_check_device(config),
@@ -145,7 +149,7 @@ def check_run_dir_is_fresh(config: Config) -> None:
     if run_dir is None or not Path(run_dir).is_dir():
         return
     # What a refused start may have left behind is of use to the next one.
-    if {path.name for path in Path(run_dir).iterdir()} <= {"tokens"}:
+    if {path.name for path in Path(run_dir).iterdir()} <= {"tokens", "reference"}:
         return
     if resume == "auto":
         if not (Path(run_dir) / "config.yaml").is_file():

@@ -29,8 +29,8 @@ class PreferenceBatch:
 
     `response_rows_N` are the rows whose hidden state predicts a response token, `targets_N` those tokens,
     `sequence_index_N` the sequence each belongs to: these three go pair by pair, all of a pair's chosen response before
-    its rejected one. `pair_indices` are the pairs' rows in the source. Rows behind the last sequence are padding in
-    segments of their own.
+    its rejected one. `pair_indices` are the pairs' rows in the source, `pair_digests` hashes of their token ids. Rows
+    behind the last sequence are padding in segments of their own.
     """
 
     tokens_1T: torch.Tensor
@@ -41,6 +41,7 @@ class PreferenceBatch:
     sequence_index_N: torch.Tensor
     response_tokens_S: torch.Tensor
     pair_indices: tuple[int, ...]
+    pair_digests: tuple[bytes, ...]
 
     @property
     def num_pairs(self) -> int:
@@ -58,6 +59,7 @@ class PreferenceBatch:
             sequence_index_N=to_device(self.sequence_index_N, device),
             response_tokens_S=to_device(self.response_tokens_S, device),
             pair_indices=self.pair_indices,
+            pair_digests=self.pair_digests,
         )
 
 
@@ -102,6 +104,7 @@ def build_batch(
         sequence_index_N=_joined(stream.sequence_index),
         response_tokens_S=torch.tensor(response_tokens, dtype=torch.long),
         pair_indices=tuple(pair.index for pair in pairs),
+        pair_digests=tuple(pair.digest for pair in pairs),
     )
 
 

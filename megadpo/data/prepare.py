@@ -32,7 +32,6 @@ from megadpo.data.store import (
     DOUBLE_BOS,
     EQUAL,
     ROW,
-    TOKEN,
     About,
     PairStore,
     StoreWriter,
@@ -257,11 +256,7 @@ def _describe(result: Tokenization, record: np.void) -> None:
         | DOUBLE_BOS * result.double_bos
         | EQUAL * np.array_equal(pair.chosen, pair.rejected)
     )
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in parts:
-        digest.update(len(ids).to_bytes(4, "little"))
-        digest.update(ids.astype(TOKEN, copy=False).tobytes())
-    record["digest"] = digest.digest()
+    record["digest"] = pair.digest
 
 
 @cache
@@ -272,21 +267,21 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 def _content_key(sources: Sequence[Source], recipe: Recipe) -> str:
     """A name for the token ids: a hash of everything that they depend on."""
-    tokenizer_files = _tokenizer_files(recipe.tokenizer_dir)
-    asks_for_date = any(b"strftime_now" in content for content in tokenizer_files.values())
+    files = tokenizer_files(recipe.tokenizer_dir)
+    asks_for_date = any(b"strftime_now" in content for content in files.values())
     parts = {
         "format": _FORMAT,
         "sources": [source.digest() for source in sources],
         "keys": asdict(recipe.keys),
         "skip_bad_rows": recipe.skip_bad_rows,
-        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer_files.items()},
+        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "template_date": str(recipe.template_date) if asks_for_date else None,
         "libraries": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_files(directory: Path) -> dict[str, bytes]:
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Content of the files that a tokenizer is made of, by name."""
     patterns = "config.json tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt".split()
     patterns += ["chat_template*", "tekken.json", "additional_chat_templates/*", "*.model", "*.tiktoken"]

@@ -8,6 +8,7 @@ reduced to one, and a pair with nothing before the boundary is refused. Template
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -44,6 +45,15 @@ class TokenizedPair:
     rejected: TokenIds
     where: str = ""
     """FILE:LINE for messages; empty for pairs that come from no file"""
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the three lists of token ids, 16 bytes: the same for a pair wherever it comes from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (self.prompt, self.chosen, self.rejected):
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids.astype("<i4", copy=False).tobytes())
+        return digest.digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -106,8 +106,8 @@ def step_load(job: Job, pairs: Sequence[PairLengths]) -> StepLoad:
     shape = job.batch_shape
     lengths = [job.stream_tokens(pair) for pair in pairs]
     rates = job.arch.flop_rates
-    forwards = [_forward(job, rates_of, pair) for rates_of in (rates, job.reference.flop_rates) for pair in pairs]
-    policy, reference = forwards[: len(pairs)], forwards[len(pairs) :]
+    policy = [_forward(job, rates, pair) for pair in pairs]
+    reference = [_forward(job, job.reference.flop_rates, pair) for pair in pairs if job.knobs.runs_reference]
     schedule = schedule_step(
         lengths,
         policy,
@@ -147,8 +147,10 @@ def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Tra
     """
     layout = job.layout
     recompute = job.knobs.recompute
-    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 + 2 * ("mlp" in recompute.modules)  # with the reference's
-    ends = 3 if layout.pipeline > 1 else 6  # the embedding's or the head's rows, or both: forward, backward, reference
+    runs_reference = job.knobs.runs_reference
+    passes = 2 + runs_reference
+    moves = 4 + (6 if layout.sequence_parallel else 4) + 4 * runs_reference + 2 * ("mlp" in recompute.modules)
+    ends = passes if layout.pipeline > 1 else 2 * passes  # the embedding's or the head's rows, or both
     rows = load.rank_tokens * job.arch.hidden_size * job.dtype.itemsize
     in_layers = max(moves * sum(stage.layers) + 4 * _recomputed_layers(recompute, stage) for stage in stages)
     gradients = max(stage.gradients for stage in stages)
@@ -156,7 +158,7 @@ def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Tra
     neighbours = layout.pipeline > 1
     return Traffic(
         tensor=round(rows * (in_layers + ends) * _others(layout.tensor)),
-        pipeline=3 * rows // layout.sequence_ranks * layout.virtual_pipeline if neighbours else 0,
+        pipeline=passes * rows // layout.sequence_ranks * layout.virtual_pipeline if neighbours else 0,
         data=round((gradients + weights) * _others(layout.data)),
     )
 
@@ -239,6 +241,6 @@ def _bytes_touched(job: Job, load: StepLoad, stage: StageMemory) -> int:
     A microbatch reads the weights forward and backward and for the reference, and adds to the gradients; the update
     reads gradients, reads and writes its state, and writes weights.
     """
-    per_microbatch = 2 * stage.weights + stage.reference + 2 * stage.gradients
+    per_microbatch = 2 * stage.weights + stage.reference + stage.visiting + 2 * stage.gradients
     update = 2 * stage.optimizer + (stage.gradients + stage.weights) // job.layout.data
     return load.microbatches * per_microbatch + update

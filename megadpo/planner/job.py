@@ -47,7 +47,7 @@ class MemoryKnobs:
     """Settings that change what a parameter or a token takes, and nothing of the layout.
 
     `fp8` is a recipe of Transformer Engine's, which (first, last) `layers_in_bf16` are spared; `padded_for` is the
-    recipe to whose multiple streams are padded, which an emulated one asks for too.
+    recipe to whose multiple streams are padded, which an emulated one asks for too. `reference` is its mode.
     """
 
     recompute: Recompute = field(default_factory=Recompute)
@@ -56,6 +56,12 @@ class MemoryKnobs:
     fp8: str | None = None
     layers_in_bf16: tuple[int, int] = (0, 0)
     padded_for: str | None = None
+    reference: str = "resident"
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a step has a pass of the reference."""
+        return self.reference in ("resident", "offload")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,8 +28,9 @@ class StageMemory:
     """Bytes of one rank of a stage. `peak` is the most of what the three phases of a step take.
 
     `activations` and `head` are those at the peak of the policy's forward and backward passes, `workspace` Megatron's
-    gathering buffer for sequence parallelism and the messages between stages. `scoring` is the reference's pass above
-    what is always there, `update` the optimizer's. `host` is optimizer state that the host holds instead.
+    gathering buffer for sequence parallelism and the messages between stages. `reference` are the weights that are
+    there all the time, `visiting` those that come in for its pass; `scoring` is that pass above what is always there,
+    `update` the optimizer's. `host` is what the host holds instead: optimizer state, and an offloaded reference.
     """
 
     stage: int
@@ -39,6 +40,7 @@ class StageMemory:
     gradients: int
     optimizer: int
     reference: int
+    visiting: int
     activations: int
     head: int
     workspace: int
@@ -75,7 +77,8 @@ def stage_memory(
     headless = _chunk_footprints(job, stage, shard, stream, rehearsals, head=False)
     in_flight = _in_flight(job, stage, prints, microbatches)
     activations = _in_flight(job, stage, headless, microbatches)
-    scoring = _scoring_peak(job, stage, reference, stream, rehearsals)
+    frozen, visiting, waiting = _reference_bytes(job, reference)
+    scoring = visiting + _scoring_peak(job, stage, reference, stream, rehearsals) if job.knobs.runs_reference else 0
     optimizer, host, update = _optimizer_bytes(job, shard)
     messages = 0 if job.layout.pipeline == 1 else _message_bytes(job, stream.tokens)
     return StageMemory(
@@ -85,13 +88,14 @@ def stage_memory(
         weights=_weight_bytes(job, shard, shard.buffer_parameters, fp8_copies=_FP8_COPIES_TRAINED),
         gradients=shard.buffer_parameters * _gradient_bytes(job),
         optimizer=optimizer,
-        reference=_weight_bytes(job, reference, reference.parameters, fp8_copies=_FP8_COPIES_FROZEN),
+        reference=frozen,
+        visiting=visiting,
         activations=activations,
         head=max(0, in_flight - activations),
         workspace=max(item.workspace for item in prints) + messages,
         scoring=scoring,
         update=update,
-        host=host,
+        host=host + waiting,
     )
 
 
@@ -110,6 +114,18 @@ def _weight_bytes(job: Job, shard: Shard, numbers: int, *, fp8_copies: int) -> i
     if job.knobs.fp8 is None:
         return plain
     return plain + round(shard.linear_parameters * fp8_copies * (1 + _SCALE_BYTES[job.knobs.fp8]))
+
+
+def _reference_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
+    """(on the device always, during its pass, on the host) bytes of the reference's weights on this rank.
+
+    Quantised copies that Transformer Engine has made of offloaded weights stay on the device.
+    """
+    if not job.knobs.runs_reference:
+        return 0, 0, 0
+    everything = _weight_bytes(job, shard, shard.parameters, fp8_copies=_FP8_COPIES_FROZEN)
+    plain = shard.parameters * job.dtype.itemsize
+    return (everything, 0, 0) if job.knobs.reference == "resident" else (everything - plain, plain, plain)
 
 
 def _optimizer_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:

@@ -124,6 +124,8 @@ def _remedies(plan: Plan) -> list[str]:
             remedies.append(f"lower data.tokens_per_microbatch={job.tokens_per_microbatch}")
         else:
             remedies.append("lower data.max_length")
+    if stage.reference > stage.total // 8:
+        remedies.append("set reference.mode=cached")
     optimizer = job.knobs.optimizer
     if stage.optimizer > stage.total // 8 and not (optimizer.precision_aware or optimizer.offload_fraction):
         remedies.append("set optimizer.precision_aware=true with moments in 16 bits")

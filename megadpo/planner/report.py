@@ -43,6 +43,8 @@ def _not_counted(job: Job) -> str:
     said = {
         "What the optimizer on the host sends and takes there is not in the times.": knobs.optimizer.offload_fraction,
         "Memory takes layers that stay in bf16 for quantised ones.": knobs.fp8 and any(knobs.layers_in_bf16),
+        "What an offloaded reference takes to come in is not in the times.": knobs.reference == "offload",
+        "Completing the reference's cache is not in the plan: it comes before.": knobs.reference == "cached",
         "FP8 is emulated: planned as bf16, it is slower.": knobs.padded_for and not knobs.fp8,
     }
     return "".join(f" {sentence}" for sentence, applies in said.items() if applies)

@@ -114,7 +114,7 @@ def _hopeless(job: Job, layout: Layout) -> bool:
     knobs, ranks = job.knobs, layout.tensor * layout.pipeline
     per_parameter = _WEIGHT_BYTES + (4 if knobs.grad_reduce_in_fp32 else _WEIGHT_BYTES)
     policy = job.arch.num_parameters * (per_parameter + state_bytes(knobs, job.dtype) / layout.data)
-    reference = job.reference.num_parameters * _WEIGHT_BYTES
+    reference = job.reference.num_parameters * _WEIGHT_BYTES if knobs.runs_reference else 0
     return (policy + reference) / ranks > job.cluster.memory_gib * 2**30
 
 

@@ -16,9 +16,17 @@ class Reference(Protocol):
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
-        """This rank's chunks of the model that answers; empty where kept numbers do."""
+        """This rank's chunks of the model that answers; empty where kept numbers do, or none."""
+        ...
+
+    def prepare(self) -> None:
+        """Begins, beside other work, what the next `log_probs` needs before its batch is known; it may be left out."""
         ...
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Per-pair log-probs of this rank's microbatches, in their order; [] on all but the last pipeline stage."""
+        ...
+
+    def device_bytes(self) -> int:
+        """Bytes that its weights take on this rank's device now."""
         ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,6 +22,32 @@ class ResidentReference:
         self.chunks = list(chunks)
         self.device = device
 
+    def prepare(self) -> None:
+        """Does nothing: everything is there."""
+
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Per-pair log-probs by a forward-only pass of the batch's schedule."""
-        return score(self.chunks, batch, device=self.device)
+        with self.weights():
+            return score(self.chunks, batch, device=self.device)
+
+    def weights(self, *, change: bool = False) -> AbstractContextManager[None]:
+        """The weights are on the device for the duration of the context; with `change` what it makes of them stays."""
+        return nullcontext()
+
+    def mix_in(self, policy: Sequence[torch.nn.Module], share: float) -> None:
+        """Moves each weight by `share` of its way to that of `policy`, chunks of the same architecture and layout.
+
+        TR-DPO's soft update (Gorbatovski et al. 2024, eq. 6), a hard one with share 1. Computed in fp32.
+        """
+        with self.weights(change=True), torch.no_grad():
+            theirs = (parameter for chunk in policy for parameter in chunk.parameters())
+            for parameter, target in zip(self.parameters(), theirs, strict=True):
+                parameter.copy_(torch.lerp(parameter.float(), target.float(), share))
+
+    def device_bytes(self) -> int:
+        """Bytes of the parameters on the device."""
+        return sum(parameter.untyped_storage().nbytes() for parameter in self.parameters())
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of all chunks, each once."""
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())

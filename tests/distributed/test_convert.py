@@ -170,7 +170,7 @@ def test_the_export_of_a_run_is_its_hf_directory(made: tuple[Path, list[str]], r
         (d / "model.safetensors").read_bytes() for d in (root / "exported", run_from_checkpoint / "hf")
     )
     assert exported == handed_back
-    assert "Trained for 3 steps from hf." in (root / "exported" / "README.md").read_text()
+    assert "Trained for 3 steps from imported." in (root / "exported" / "README.md").read_text()
 
 
 def test_a_run_starts_from_another_run(made: tuple[Path, list[str]], run_from_checkpoint: Path) -> None:

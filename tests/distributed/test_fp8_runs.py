@@ -128,3 +128,18 @@ def test_a_reference_without_fp8_is_found(words: list[str], tmp_path: Path) -> N
     (said,) = launch(1, refusal_of_a_plain_reference, [*words, f"train.run_dir={tmp_path / 'other'}"])
     assert said.startswith("step 1: the loss is 0.68") and "The two models compute different numbers" in said
     assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
+def test_kept_log_probs_serve_another_packing(recipe: str, words: list[str], tmp_path: Path) -> None:
+    """Blocks lie within a token's values: what shares a microbatch changes the order of sums only."""
+    cached = ["reference.mode=cached", f"reference.cache_dir={tmp_path / 'cache'}", "train.max_steps=1"]
+    words = [*words, f"precision.fp8={recipe}", *cached]
+    launch(1, train, [*words, f"train.run_dir={tmp_path / 'first'}"])
+    other = ["data.tokens_per_microbatch=1024", "data.share_prompt=false", "train.seed=5"]
+    (log,) = launch(1, train_and_log, [*words, *other, f"train.run_dir={tmp_path / 'other'}"])
+    assert (
+        log.count("fp8: 16 of the model's 16 linear layers are quantised") == 1
+    )  # the policy's: no reference was built
+    assert training_lines(tmp_path / "first")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(training_lines(tmp_path / "other")[0]["loss"] - math.log(2)) <= 1e-4

@@ -57,6 +57,11 @@ def test_bf16_training(backend: list[str], tmp_path: Path) -> None:
     check_training(tmp_path, "cuda", ["precision.dtype=bf16", *backend], loss=2.5e-2, norm=5e-2)
 
 
+@pytest.mark.parametrize("mode", ["offload", "cached"])
+def test_references_that_are_not_resident(mode: str, tmp_path: Path) -> None:
+    check_training(tmp_path, "cuda", ["precision.dtype=fp32", f"reference.mode={mode}"], loss=1e-4, norm=1e-3)
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_fp8_training(recipe: str, tmp_path: Path) -> None:
     """The recipes without a history: policy and reference are quantised alike, so that the first loss is still ln 2."""

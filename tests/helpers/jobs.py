@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -165,7 +166,7 @@ class _SkewedReference(ResidentReference):
     """A reference that differs from an equal policy by a ten-thousandth of a nat on each chosen response."""
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        return [SequenceLogProbs(s.chosen_B + 1e-4, s.rejected_B) for s in super().log_probs(batch)]
+        return [replace(logps, chosen_B=logps.chosen_B + 1e-4) for logps in super().log_probs(batch)]
 
 
 def train_with_a_skewed_reference(overrides: list[str]) -> str:

@@ -20,7 +20,7 @@ from megadpo.models.policy import PolicyModel
 from megadpo.optimizer import build_optimizer, set_hyperparameters, wrap_data_parallel
 from megadpo.parallel.collectives import gather_rows
 from megadpo.parallel.state import build_parallel_state, distributed
-from megadpo.reference import ResidentReference
+from megadpo.reference import NoReference, Reference, ResidentReference
 from megadpo.train_step import train_step
 from tests.helpers.loss_cases import CASES, random_pairs
 
@@ -89,8 +89,10 @@ class _Trial:
             flop_rates=self.arch.flop_rates,
         )
 
-    def reference_of(self, loss: PreferenceLoss) -> ResidentReference | None:
-        return self.reference if loss.needs_reference else None
+    def reference_of(self, loss: PreferenceLoss) -> Reference:
+        if loss.needs_reference:
+            return self.reference
+        return NoReference(is_last_stage=self.state.is_last_stage, device=self.device.torch_device)
 
     def mean(self, sums: Mapping[str, torch.Tensor]) -> float:
         """The mean loss over all pairs of all ranks."""

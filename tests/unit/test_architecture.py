@@ -31,7 +31,7 @@ FLOORS = [
     {"train_step", "evaluation", "margin_check", "trackers", "progress"},
     {"trainer"},
     {"command_line", "assembly", "compute", "datasets", "planning", "resume", "session"},
-    {"run", "score_files", "score_summary", "scoring", "convert", "verification"},
+    {"run", "reference_cache", "score_files", "score_summary", "scoring", "convert", "verification"},
     {"dry_run"},
     {"tools"},
 ]

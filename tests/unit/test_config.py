@@ -79,8 +79,11 @@ KEYS = {
     "loss.f_divergence": ("js", "js", "kl", "must be one of reverse_kl, forward_kl, js, alpha"),
     "loss.f_alpha_divergence_coef": ("0.7", 0.7, "1", "must be in (0, 1)"),
     "loss.ld_alpha": ("0.5", 0.5, "1", "must be in [0, 1)"),
-    "reference.mode": ("resident", "resident", "cached", "must be one of resident"),
+    "reference.mode": ("offload", "offload", "disk", "must be one of resident, offload, cached, none"),
     "reference.hf_path": ("some/dir", "some/dir", "3", "must be text or null"),
+    "reference.cache_dir": ("some/dir", "some/dir", "3", "must be text or null"),
+    "reference.sync_every": ("16", 16, "0", "must be a finite number >= 1"),
+    "reference.sync_mix": ("0.9", 0.9, "0", "must be in (0, 1]"),
     "precision.dtype": ("fp32", "fp32", "fp16", "must be one of bf16, fp32"),
     "precision.backend": ("native", "native", "te", "must be one of auto, native, transformer_engine"),
     "precision.fp8": ("mxfp8", "mxfp8", "int8", "must be one of tensorwise, delayed, blockwise, mxfp8 or null"),
@@ -213,6 +216,7 @@ def test_every_number_has_a_range() -> None:
         "parallel.num_layers_in_last_pipeline_stage",
         "parallel.bucket_size",
         "loss.ld_alpha",
+        "reference.sync_every",
         "precision.fp8_check_every",
         "train.eval_every",
         "data.workers",
@@ -279,7 +283,13 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "f_alpha_divergence_coef": 0.5,
             "ld_alpha": None,
         },
-        "reference": {"mode": "resident", "hf_path": None},
+        "reference": {
+            "mode": "resident",
+            "hf_path": None,
+            "cache_dir": None,
+            "sync_every": None,
+            "sync_mix": 0.6,
+        },
         "precision": {
             "dtype": "bf16",
             "backend": "auto",
@@ -578,6 +588,23 @@ def test_sensible_configurations_pass(overrides: list[str], world_size: int, fil
             "model.hf_path=no/such: must be a Hugging Face directory with a config.json: download",
         ),
         ("reference.hf_path=no/such", "reference.hf_path=no/such: must be a Hugging Face directory with a config.json"),
+        (
+            "reference.mode=none",
+            "reference.mode=none: loss.name=[sigmoid] compares with a reference: choose reference.mode=resident, "
+            "offload or cached, or a loss that needs none (",
+        ),
+        (
+            "reference.cache_dir=x",
+            "reference.cache_dir=x: has no effect with reference.mode=resident: drop it, or use reference.mode=cached",
+        ),
+        (
+            "reference.mode=cached reference.sync_every=2",
+            "reference.sync_every=2: needs weights to mix, reference.mode=cached has none: use reference.mode=resident",
+        ),
+        (
+            "reference.sync_mix=0.5",
+            "reference.sync_mix=0.5: has no effect without reference.sync_every: set it, or drop sync_mix",
+        ),
         ("data.train_path=no/such", "data.train_path=no/such: must be an existing file: check the path"),
         ("data.train_path=[]", "data.train_path=[]: must name at least one file"),
         ("data.validation_path=no/such", "data.validation_path=no/such: must be an existing file"),
@@ -597,6 +624,29 @@ def test_a_broken_rule_is_the_one_violation(overrides: str, message: str, files:
     words = [overrides] if ": " in overrides else overrides.split()
     (line,) = violations(files, *words)
     assert line.startswith(message)
+
+
+def test_a_loss_without_a_reference_goes_with_mode_none_only(
+    files: dict[str, str],
+) -> None:
+    alone = "loss.name=[simpo,sft]"
+    for mode in ("resident", "offload", "cached"):
+        (line,) = violations(files, alone, f"reference.mode={mode}")
+        assert line.startswith(
+            f"reference.mode={mode}: has no effect with loss.name=[simpo, sft], which uses no reference"
+        )
+    validate(build(files, alone, "reference.mode=none"), world_size=1)
+    (line,) = violations(files, alone, "reference.mode=none", f"reference.hf_path={files['model.hf_path']}")
+    assert line.endswith("has no effect with reference.mode=none: drop it, or choose another mode")
+    (line,) = violations(files, alone, "reference.mode=none", "reference.sync_every=1", "reference.sync_mix=1")
+    assert line.startswith("reference.sync_every=1: needs weights to mix, reference.mode=none has none")
+
+
+def test_a_cache_lies_in_the_run_directory_unless_named(files: dict[str, str]) -> None:
+    for word, expected in (("train.run_dir=run", "run/reference"), ("reference.cache_dir=x", "x")):
+        config = resolve_defaults(build(files, "reference.mode=cached", word), datetime(2025, 1, 31))
+        assert config.reference.cache_dir == expected
+    assert resolve_defaults(build(files), datetime(2025, 1, 31)).reference.cache_dir is None
 
 
 def test_missing_demo_files_say_how_to_make_them(files: dict[str, str]) -> None:
@@ -655,6 +705,7 @@ def test_a_used_run_dir_needs_resuming(tmp_path: Path, files: dict[str, str]) ->
     config = build(files, f"train.run_dir={run}")
     check_run_dir_is_fresh(config)
     run.mkdir()
+    (run / "reference").mkdir()
     check_run_dir_is_fresh(config)
     (run / "metrics.jsonl").write_text("")
     validate(config, world_size=1)

@@ -290,6 +290,21 @@ SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=4, ffn_
             ["precision.fp8=delayed", EMULATED],
             "precision.fp8=delayed: does not go with reference.mode=resident: its scales follow the passes",
         ),
+        *(
+            (
+                ["precision.fp8=delayed", EMULATED, f"reference.mode={mode}"],
+                f"precision.fp8=delayed: does not go with reference.mode={mode}: its scales follow the passes",
+            )
+            for mode in ("offload", "cached")
+        ),
+        (
+            ["precision.fp8=tensorwise", EMULATED, "reference.mode=cached"],
+            "precision.fp8=tensorwise: does not go with reference.mode=cached: all tokens of a microbatch share a ",
+        ),
+        (
+            ["precision.fp8=mxfp8", EMULATED, "reference.mode=cached", "precision.fp8_check_every=5"],
+            "precision.fp8_check_every=5: needs a reference to score with and without FP8, reference.mode=cached has",
+        ),
         (
             ["precision.fp8=blockwise", EMULATED, "data.tokens_per_microbatch=1000"],
             "data.tokens_per_microbatch=1000: must be a multiple of 128 tokens with precision.fp8=blockwise at "
@@ -340,6 +355,11 @@ def test_the_words_of_the_tests_on_gpus_are_taken(recipe: str, tmp_path: Path) -
     models = (read_architecture(config.model.hf_path),)
     said = compute.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
     assert len(said) == 1 and "needs a CUDA device" in said[0]
+
+
+def test_delayed_scaling_is_taken_where_no_reference_is(tmp_path: Path) -> None:
+    words = ["precision.fp8=delayed", EMULATED, "precision.fp8_amax_history_len=4", "precision.fp8_check_every=5"]
+    validate(built(tmp_path, *words, "reference.mode=none", "loss.name=simpo"), world_size=1, shape=SHAPE)
 
 
 def test_what_goes_together_is_taken(tmp_path: Path) -> None:

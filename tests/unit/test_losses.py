@@ -270,13 +270,9 @@ def test_a_loss_reads_the_knobs_of_the_table_and_no_others(name: str) -> None:
 def test_losses_without_a_reference_never_look_at_one() -> None:
     logps = log_probs()
     for name in LOSSES:
-        loss, alone = CASES[name].loss(), replace(logps, reference=None)
+        loss, other = CASES[name].loss(), replace(logps, reference=logps.policy)
         assert loss.needs_reference == needs_reference([name]) == (name not in REFERENCE_FREE)
-        if loss.needs_reference:
-            with pytest.raises(ValueError, match=f"loss.name={name} needs the log-probs of a reference"):
-                loss(alone)
-        else:
-            assert torch.equal(loss(alone), loss(logps))
+        assert torch.equal(loss(other), loss(logps)) != loss.needs_reference
     assert needs_reference(["simpo", "sigmoid"]) and not needs_reference(["simpo", "sft"])
 
 
@@ -332,15 +328,6 @@ def test_divergences_meet() -> None:
         value.backward()
         assert float(value) == pytest.approx(0.0, abs=1e-16)
         assert float(at_reference.grad) == (0.5 if divergence == "js" else 1.0)
-
-
-def test_tails_that_were_not_kept_are_not_guessed() -> None:
-    logps = log_probs()
-    assert logps.reference is not None
-    bare = replace(logps, reference=SequenceLogProbs(logps.reference.chosen_B, logps.reference.rejected_B))
-    with pytest.raises(ValueError, match=r"loss\.ld_alpha needs the sums of the longer responses' tails"):
-        CASES["ld"].loss()(bare)
-    assert torch.equal(PreferenceLoss("sigmoid", beta=0.1)(bare), PreferenceLoss("sigmoid", beta=0.1)(logps))
 
 
 def test_an_unknown_name_is_refused() -> None:

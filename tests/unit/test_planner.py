@@ -25,7 +25,7 @@ from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer import OptimizerOptions
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths, make_plan
-from megadpo.planner.cost import step_load
+from megadpo.planner.cost import step_load, step_traffic
 from megadpo.planner.memory import stage_memory
 from megadpo.planner.meter import LiveBytes
 from megadpo.planner.pipeline import Work, bubble_share, peak_in_flight, stage_work
@@ -320,6 +320,30 @@ def test_knobs_change_what_a_number_takes() -> None:
     half = memory(planned, optimizer=OptimizerOptions(offload_fraction=0.5), grad_reduce_in_fp32=False)
     assert (half.optimizer, half.update) == (plain.optimizer // 2 + numbers // 4 * 2, 0)
     assert plain.peak == plain.always + plain.activations + plain.head
+
+
+def test_a_reference_takes_memory_and_work_by_its_mode() -> None:
+    planned = job(small(num_hidden_layers=2), Layout(tensor=2, pipeline=2, sequence_parallel=True))
+    found = {mode: memory(planned, reference=mode) for mode in ("resident", "offload", "cached", "none")}
+    resident, offload, cached = found["resident"], found["offload"], found["cached"]
+    size = 2 * resident.parameters
+    assert (resident.reference, resident.visiting, resident.host) == (size, 0, 0)
+    assert (offload.reference, offload.visiting, offload.host) == (0, size, size)
+    assert offload.scoring == resident.scoring + size
+    assert (cached.reference, cached.visiting, cached.host, cached.scoring) == (0, 0, 0, 0) and found["none"] == cached
+    assert resident.peak - size == cached.peak <= offload.peak
+    loads = {mode: step_load(with_reference(planned, mode), planned.steps[0]) for mode in found}
+    assert loads["resident"] == loads["offload"] and loads["cached"] == loads["none"]
+    assert loads["resident"].flops - loads["cached"].flops == loads["resident"].reference_forward > 0
+    assert loads["cached"].reference_forward == 0
+    sent = {mode: step_traffic(with_reference(planned, mode), loads[mode], [found[mode]]) for mode in found}
+    assert sent["offload"] == sent["resident"]
+    assert 3 * sent["cached"].pipeline == 2 * sent["resident"].pipeline
+    assert sent["cached"].tensor < sent["resident"].tensor and sent["cached"].data == sent["resident"].data
+
+
+def with_reference(planned: Job, mode: str) -> Job:
+    return replace(planned, knobs=MemoryKnobs(reference=mode))
 
 
 def test_fp8_keeps_quantised_inputs_and_copies_of_weights() -> None:

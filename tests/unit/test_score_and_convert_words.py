@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megadpo.config.choices import ReferenceMode
 from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
@@ -55,6 +56,8 @@ def test_a_reference_gives_its_keys_an_effect(files: tuple[Path, list[str]]) -> 
     words = [*files[1], "output=x", "loss.beta=0.5"]
     config, *_ = score.read_words([*words, f"reference.hf_path={files[0]}"])
     assert (config.loss.beta, config.reference.hf_path) == (0.5, str(files[0]))
+    config, *_ = score.read_words([*files[1], "output=x", "reference.cache_dir=kept"])
+    assert (config.reference.mode, config.reference.cache_dir) == (ReferenceMode.cached, "kept")
     with pytest.raises(ConfigError) as caught:
         score.read_words([*words, "reference.mode=resident", "loss.name=ipo"])
     assert caught.value.violations == [

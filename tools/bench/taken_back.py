@@ -19,7 +19,7 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.forward_step import SequenceLogProbs
 from megadpo.logprobs import TokenScores
 from megadpo.models.policy import ResponseHead
-from megadpo.reference import Reference
+from megadpo.reference import CachedReference, Reference
 
 LogProbsOfPairs = dict[int, tuple[float, float]]
 
@@ -60,6 +60,7 @@ def padded_batch(
         sequence_index_N=torch.cat([torch.full((len(r),), i // 2 + i % 2 * len(pairs)) for i, r in enumerate(rows)]),
         response_tokens_S=torch.tensor([chosen for chosen, _ in responses] + [rejected for _, rejected in responses]),
         pair_indices=tuple(pair.index for pair in pairs),
+        pair_digests=tuple(pair.digest for pair in pairs),
     )
 
 
@@ -99,13 +100,15 @@ def _log_softmax(head: ResponseHead, rows_NH: torch.Tensor, tied: torch.Tensor |
 class ReferenceTap:
     """Keeps the log-probs of every pair that a run's reference gives; with `cached`, it gives them from a first pass.
 
-    `logps` holds (chosen, rejected) by the pair's row in the source.
+    `logps` holds (chosen, rejected) by the pair's row in the source, `values` all fields by
+    the digest of its tokens.
     """
 
     def __init__(self, *, cached: bool) -> None:
         self.cached = cached
         self.logps: LogProbsOfPairs = {}
-        self._held: list[tuple[tuple[int, ...], SequenceLogProbs]] = []
+        self.values: dict[bytes, Sequence[float]] = {}
+        self._held: list[tuple[PreferenceBatch, SequenceLogProbs]] = []
         self._data: TrainingData | None = None
 
     def patches(self) -> Sequence[AbstractContextManager[Any]]:
@@ -120,6 +123,7 @@ class ReferenceTap:
         return self._data
 
     def _build(self, *args: Any, **kwargs: Any) -> Reference:
+        *_, device = args
         live = _Live(build_reference(*args, **kwargs), self)
         if not self.cached:
             return live
@@ -127,17 +131,18 @@ class ReferenceTap:
         for step in range(self._data.steps_per_epoch):
             live.log_probs(self._data.batch_after(step))
         self.write_down()
-        return _Replayed(self.logps)
+        return CachedReference(self.values, is_last_stage=True, device=device.torch_device)
 
     def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
         """Remembers a step's numbers, which stay on their device; stages without a head have none."""
-        self._held += [(m.pair_indices, own) for m, own in zip(batch.microbatches, logps, strict=False)]
+        self._held += list(zip(batch.microbatches, logps, strict=False))
 
     def write_down(self) -> None:
-        """Moves what is held to `logps`."""
-        for indices, own in self._held:
-            chosen, rejected = own.chosen_B.tolist(), own.rejected_B.tolist()
-            self.logps.update(zip(indices, zip(chosen, rejected, strict=True), strict=True))
+        """Moves what is held to `logps` and `values`."""
+        for microbatch, own in self._held:
+            rows = own.columns().tolist()
+            self.logps.update(zip(microbatch.pair_indices, [(row[0], row[1]) for row in rows], strict=True))
+            self.values.update(zip(microbatch.pair_digests, rows, strict=True))
         self._held = []
 
 
@@ -151,24 +156,16 @@ class _Live:
         """Those of the reference behind it."""
         return self.inner.chunks
 
+    def prepare(self) -> None:
+        """As the reference behind it."""
+        self.inner.prepare()
+
+    def device_bytes(self) -> int:
+        """Those of the reference behind it."""
+        return self.inner.device_bytes()
+
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Those of the reference behind it."""
         logps = self.inner.log_probs(batch)
         self.tap.hold(batch, logps)
         return logps
-
-
-@dataclass(frozen=True, slots=True)
-class _Replayed:
-    logps: LogProbsOfPairs
-    chunks: Sequence[torch.nn.Module] = ()
-
-    def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Those that were recorded."""
-        return [self._of(microbatch) for microbatch in batch.microbatches]
-
-    def _of(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
-        device = microbatch.tokens_1T.device
-        rows = [self.logps[index] for index in microbatch.pair_indices]
-        values_B2 = torch.tensor(rows, dtype=torch.float64, device=device).reshape(-1, 2)
-        return SequenceLogProbs(values_B2[:, 0], values_B2[:, 1])

@@ -1,0 +1,176 @@
+"""What a reference's log-probs depend on, besides a pair's tokens: the key under which they are kept.
+
+Hashes of the reference's weights and configuration, of the tokenizer and the chat template, the precision, and the
+version of this program's numerics. The layout, the order and the packing of pairs are not in it: they change the last
+bits of a sum, and nothing else. Hashes of weight files are kept in an index, so that they are read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from megadpo.data.prepare import tokenizer_files
+from megadpo.errors import CacheError
+from megadpo.files import writing
+
+# To be raised with every change after which the same weights and tokens give other log-probs, but for rounding.
+NUMERICS_VERSION = 1
+
+_KEY, _INDEX = "key.json", "files.jsonl"
+_CONFIG, _TOKENIZER_CONFIG, _TEMPLATE_FIELD = "config.json", "tokenizer_config.json", "chat_template"
+# Fields of config.json that say nothing of what is computed; the precision is a part of its own.
+_NOT_COMPUTED = frozenset({"dtype", "torch_dtype", "transformers_version", "_name_or_path"})
+_BLOCK_BYTES = 2**24
+
+# The parts of a key, and what they are called in messages.
+PARTS = {
+    "weights": "the reference's weights",
+    "config": "the reference's config.json",
+    "tokenizer": "the tokenizer",
+    "template": "the chat template",
+    "precision": "the precision",
+    "numerics": "the numerics version",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """The parts of a key by the names of PARTS: hashes, or what can be said in words."""
+
+    parts: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Hash of all parts."""
+        return hashlib.sha256(json.dumps(dict(self.parts), sort_keys=True).encode()).hexdigest()
+
+
+def cache_key(
+    *,
+    weight_files: Iterable[Path],
+    config_file: Path,
+    tokenizer_dir: Path,
+    precision: str,
+    index_dir: Path,
+) -> CacheKey:
+    """The key of a reference's log-probs; reads every weight file that `index_dir` has no hash of. For one process.
+
+    `precision` is all that says how numbers are rounded. CacheError where a file can't be read.
+    """
+    index = _FileHashes(index_dir)
+    try:
+        weights = {path.name: index.hash_of(path) for path in sorted(weight_files)}
+        fields = json.loads(config_file.read_bytes())
+        tokenizer, template = _tokenizer_parts(tokenizer_dir)
+    except OSError as error:
+        raise CacheError(
+            f"reference.mode=cached: {error.filename}: can't be read ({error.strerror}), and what the log-probs depend "
+            "on is hashed: check the file"
+        ) from error
+    return CacheKey(
+        {
+            "weights": _hash(weights),
+            "config": _hash({name: value for name, value in fields.items() if name not in _NOT_COMPUTED}),
+            "tokenizer": _hash(tokenizer),
+            "template": _hash(template),
+            "precision": precision,
+            "numerics": str(NUMERICS_VERSION),
+        }
+    )
+
+
+def _tokenizer_parts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the tokenizer is made of, and its chat template, which tokenizer_config.json may hold as well."""
+    tokenizer: dict[str, Any] = {}
+    template: dict[str, Any] = {}
+    for name, content in tokenizer_files(directory).items():
+        if name == _CONFIG:
+            continue  # of the model
+        if name == _TOKENIZER_CONFIG:
+            fields = json.loads(content)
+            template[name] = fields.pop(_TEMPLATE_FIELD, None)
+            tokenizer[name] = fields
+        else:
+            part = template if "chat_template" in name else tokenizer
+            part[name] = hashlib.sha256(content).hexdigest()
+    return tokenizer, template
+
+
+def _hash(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class _FileHashes:
+    """SHA-256 of files, kept by path, size and time of modification in lines that are only added."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / _INDEX
+        self._known: dict[tuple[Any, ...], str] = {}
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._exists() else ():
+            try:
+                *identity, digest = json.loads(line)
+            except (ValueError, TypeError):  # torn by a kill: the file is read again
+                continue
+            self._known[tuple(identity)] = digest
+
+    def _exists(self) -> bool:
+        return self._path.is_file()
+
+    def hash_of(self, path: Path) -> str:
+        """The file's hash; reads it where it is not known, or has changed."""
+        about = path.stat()
+        identity = (str(path.resolve()), about.st_size, about.st_mtime_ns)
+        if identity not in self._known:
+            self._known[identity] = _hash_of_file(path)
+            with writing(self._path, CacheError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    # The line before may have been torn.
+                    file.write(f"\n{json.dumps([*identity, self._known[identity]])}\n")
+        return self._known[identity]
+
+
+def _hash_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_key(directory: Path, key: CacheKey) -> None:
+    """Writes the key's parts into its directory, unless they are there; whole, whoever else does so too."""
+    if (directory / _KEY).is_file():
+        return
+    temporary = directory / f".{_KEY}.{uuid4().hex}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(dict(key.parts), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / _KEY)
+
+
+def read_key(directory: Path) -> CacheKey | None:
+    """The key whose numbers are in a directory, None where it is none of a key."""
+    try:
+        parts = json.loads((directory / _KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return CacheKey({str(name): str(value) for name, value in parts.items()}) if isinstance(parts, dict) else None
+
+
+def differing_parts(before: CacheKey, now: CacheKey) -> list[str]:
+    """The parts in which two keys differ, in words; with their values where these are no hashes."""
+    said = []
+    for name, words in PARTS.items():
+        old, new = before.parts.get(name), now.parts.get(name)
+        if old != new:
+            said.append(f"{words} ({old} then, {new} now)" if name in ("precision", "numerics") else words)
+    return said

@@ -1,0 +1,37 @@
+"""No reference at all, for losses of the policy's log-probs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megadpo.data.loader import GlobalBatch
+from megadpo.forward_step import SequenceLogProbs
+
+
+class NoReference:
+    """Answers with zeros, which such losses don't look at."""
+
+    chunks: Sequence[torch.nn.Module] = ()
+
+    def __init__(self, *, is_last_stage: bool, device: torch.device) -> None:
+        self.is_last_stage = is_last_stage
+        self.device = device
+
+    def prepare(self) -> None:
+        """Does nothing."""
+
+    def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
+        """Zeros for every pair of this rank's microbatches; [] on all but the last pipeline stage."""
+        if not self.is_last_stage:
+            return []
+        zeros = [
+            torch.zeros(microbatch.num_pairs, dtype=torch.float64, device=self.device)
+            for microbatch in batch.microbatches
+        ]
+        return [SequenceLogProbs(*[zeros_B] * 4) for zeros_B in zeros]
+
+    def device_bytes(self) -> int:
+        """None."""
+        return 0

@@ -1,0 +1,169 @@
+"""Log-probs of pairs on disk, found again by what they depend on: append-only, safe to interrupt and to share.
+
+A cache directory has one directory per key (`key.py`), named by its hash. In it `key.json` holds the key's parts in
+words, and every writer that adds something has a segment of its own, which only grows: `TIME-RANDOM.logps`, records of
+one size. A record is a pair's digest, its log-probs in fp64, and a checksum that also covers the key.
+
+What a kill leaves is at most the beginning of a record at a segment's end, which readers leave out. A record whose
+checksum is wrong is an error: nothing that was written in whole turns bad by an interruption.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.errors import CacheError
+from megadpo.files import writing
+from megadpo.rank_logging import get_logger
+from megadpo.reference.key import CacheKey, differing_parts, read_key, write_key
+
+logger = get_logger(__name__)
+
+# The log-probs are those of SequenceLogProbs' fields, in their order.
+_RECORD = np.dtype([("digest", "V16"), ("logps", "<f8", 4), ("checksum", "<u4")])
+_CHECKED_BYTES = _RECORD.itemsize - 4
+_SUFFIX = ".logps"
+
+LogProbs = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherKey:
+    """Another key that a cache directory holds numbers of, and the parts in which it differs, in words."""
+
+    directory: Path
+    differences: list[str]
+
+
+class LogProbStore:
+    """The records of one key; for one process. What others add is seen after `refresh`.
+
+    Where a pair has been written twice, by two jobs at once, the record that stands first in the order of the segments'
+    names counts. A context manager, which closes the segment that `append` opens.
+    """
+
+    def __init__(self, directory: Path, key: CacheKey) -> None:
+        self.directory = directory
+        self.key = key
+        self._seed = zlib.crc32(key.digest.encode())
+        self._values: dict[bytes, list[float]] = {}
+        self._segment: BinaryIO | None = None
+        self.refresh()
+
+    def __enter__(self) -> LogProbStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._segment is not None:
+            self._segment.close()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def refresh(self) -> None:
+        """Reads all that is on disk. CacheError for a record that is not what was written."""
+        values: dict[bytes, list[float]] = {}
+        for path in self.segments():
+            for digest, logps in self._read(path):
+                values.setdefault(digest, logps)
+        self._values = values
+
+    def segments(self) -> list[Path]:
+        """The files of records, in the order in which they count."""
+        return sorted(self.directory.glob(f"*{_SUFFIX}"))
+
+    def known(self, digests: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of the pairs have a record."""
+        return np.fromiter((digest in self._values for digest in digests), np.bool_, len(digests))
+
+    def lookup(self, digests: Sequence[bytes]) -> LogProbs:
+        """Log-probs of pairs that are all known, fp64 [n, 4]."""
+        return np.array([self._values[digest] for digest in digests], np.float64).reshape(-1, 4)
+
+    def append(self, digests: Sequence[bytes], logps_n4: LogProbs) -> None:
+        """Adds a record for each pair that has none yet; on disk when this returns. CacheError where it can't be."""
+        fresh = {
+            digest: logps
+            for digest, logps in zip(digests, logps_n4.tolist(), strict=True)
+            if digest not in self._values
+        }
+        records = np.zeros(len(fresh), _RECORD)
+        records["digest"] = np.array(list(fresh), dtype="V16")
+        records["logps"] = np.array(list(fresh.values()), np.float64).reshape(-1, 4)
+        records["checksum"] = list(self._checksums(records.tobytes()))
+        with writing(self.directory, CacheError):
+            segment = self._own_segment()
+            segment.write(records.tobytes())
+            segment.flush()
+            os.fsync(segment.fileno())
+        self._values |= fresh
+
+    def _own_segment(self) -> BinaryIO:
+        if self._segment is None:
+            # Named by the clock, so that in a directory that one run after the other fills, the first record counts.
+            self._segment = (self.directory / f"{time.time_ns():020d}-{uuid4().hex}{_SUFFIX}").open("xb")
+        return self._segment
+
+    def _read(self, path: Path) -> Iterator[tuple[bytes, list[float]]]:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CacheError(f"{path}: can't be read ({error.strerror}): check it, or remove it; {_REMOVED}") from error
+        whole = len(content) // _RECORD.itemsize * _RECORD.itemsize
+        if whole < len(content):
+            logger.info("%s ends in %d bytes of a record that was not finished", path, len(content) - whole)
+        records = np.frombuffer(content[:whole], _RECORD)
+        right = records["checksum"] == np.fromiter(self._checksums(content[:whole]), np.uint32, len(records))
+        if not right.all():
+            first = int(np.flatnonzero(~right)[0])
+            raise CacheError(
+                f"{path}: the record at byte {first * _RECORD.itemsize} is damaged ({int((~right).sum())} of "
+                f"{len(records)} are): its checksum is wrong. Remove the file: {_REMOVED}"
+            )
+        yield from zip(records["digest"].tolist(), records["logps"].tolist(), strict=True)
+
+    def _checksums(self, content: bytes) -> Iterator[int]:
+        """The checksum of every record in `content`."""
+        view = memoryview(content)
+        for start in range(0, len(content), _RECORD.itemsize):
+            yield zlib.crc32(view[start : start + _CHECKED_BYTES], self._seed)
+
+
+_REMOVED = "its pairs are computed again"
+
+
+def open_store(cache_dir: Path, key: CacheKey) -> LogProbStore:
+    """The store of a key under `cache_dir`, made where there is none; for one process.
+
+    CacheError where it can't be made, or holds something else than it should.
+    """
+    directory = cache_dir / key.digest[:32]
+    with writing(cache_dir, CacheError):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_key(directory, key)
+    if read_key(directory) != key:
+        raise CacheError(f"{directory}: its key.json is not what was written: remove that file, and it's written again")
+    return LogProbStore(directory, key)
+
+
+def other_keys(cache_dir: Path, key: CacheKey) -> list[OtherKey]:
+    """The other keys that `cache_dir` holds numbers of, those that differ least first."""
+    found = []
+    for directory in sorted(cache_dir.glob("*/")):
+        known = read_key(directory)
+        if known is not None and known.digest != key.digest and any(directory.glob(f"*{_SUFFIX}")):
+            found.append(OtherKey(directory, differing_parts(known, key)))
+    return sorted(found, key=lambda other: len(other.differences))
