@@ -239,7 +239,8 @@ def _no_preference(config: Config, loss: PreferenceLoss) -> NoPreference | None:
     """What the first update must show because the reference is the starting policy; None where it is none."""
     own, start, mode = config.reference.hf_path, config.model.hf_path, config.reference.mode
     value = loss.value_without_preference
-    if value is None or (own is not None and (start is None or not Path(own).samefile(start))):
+    other = own is not None and (start is None or not Path(own).samefile(start))
+    if other or not loss.needs_reference:
         return None
     if mode in LIVE:
         return NoPreference(value, _LIVE_TOLERANCE, "live reference on the same schedule")

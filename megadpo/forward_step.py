@@ -114,6 +114,20 @@ def score_batch(
     return gather_rows(logps_G4.flatten()).sum(dim=0).view(-1, 4).cpu().numpy()
 
 
+def pair_log_probs(
+    microbatch: PreferenceBatch, policy: SequenceLogProbs, reference: SequenceLogProbs, *, mean_chosen_tokens: float
+) -> PairLogProbs:
+    """What a loss is told of the microbatch's pairs."""
+    pairs = microbatch.num_pairs
+    return PairLogProbs(
+        policy=policy,
+        reference=reference,
+        chosen_tokens_B=microbatch.response_tokens_S[:pairs],
+        rejected_tokens_B=microbatch.response_tokens_S[pairs:],
+        mean_chosen_tokens=mean_chosen_tokens,
+    )
+
+
 def preference_statistics(
     loss: PreferenceLoss,
     microbatch: PreferenceBatch,
@@ -126,17 +140,12 @@ def preference_statistics(
 
     `mean_chosen_tokens` is the GlobalBatch's.
     """
-    pairs = microbatch.num_pairs
-    logps = PairLogProbs(
-        policy=sum_log_probs(microbatch, scores),
-        reference=reference,
-        chosen_tokens_B=microbatch.response_tokens_S[:pairs],
-        rejected_tokens_B=microbatch.response_tokens_S[pairs:],
-        mean_chosen_tokens=mean_chosen_tokens,
+    logps = pair_log_probs(
+        microbatch, sum_log_probs(microbatch, scores), reference, mean_chosen_tokens=mean_chosen_tokens
     )
     loss_B = loss(logps)
     sums = pair_statistics(loss_B, loss.rewards(logps), logps.policy)
-    sums["pairs"] = torch.full((), pairs, dtype=torch.float64, device=loss_B.device)
+    sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=loss_B.device)
     return loss_B.sum(), sums | token_sums(microbatch, scores)
 
 

@@ -10,8 +10,10 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import logsigmoid
 
-# exp() of more is left where it is, without gradient: TRL's bound, far inside fp64.
-_LARGEST_EXPONENT = 80.0
+# An exponent above it counts as it, with its slope: exp() stays in fp64, and leaves fp32 loudly.
+_LARGEST_EXPONENT = 700.0
+# A mean log-prob nearer to 0 is taken as this, fp32's resolution at 1: the odds of a certain response are infinite.
+_NEAREST_TO_CERTAIN = -(2.0**-24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class LossKnobs:
     ld_alpha: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PairTerms:
     """What a formula is a function of.
 
@@ -65,13 +67,16 @@ def divergence_score(ratio_B: torch.Tensor, knobs: LossKnobs) -> torch.Tensor:
     """f′ of the probability ratio, less f′(1): what f-DPO (Wang et al. 2023) has in place of the log-ratio.
 
     The α-divergence's is (tᵅ⁻¹ − 1)/(α − 1) at t = exp(ratio), forward KL's that of α = 0, reverse KL's that of α → 1.
+    Those of forward KL and of the α-divergence grow exponentially where the policy has left a response.
     """
     if knobs.f_divergence == "reverse_kl":
         return ratio_B
     if knobs.f_divergence == "js":
         return math.log(2.0) + logsigmoid(ratio_B)
     power = (0.0 if knobs.f_divergence == "forward_kl" else knobs.f_alpha_divergence_coef) - 1.0
-    return torch.expm1((power * ratio_B).clamp(max=_LARGEST_EXPONENT)) / power
+    exponent_B = power * ratio_B
+    beyond_B = (exponent_B - _LARGEST_EXPONENT).clamp(min=0.0).detach()
+    return torch.expm1(exponent_B - beyond_B) / power
 
 
 def _smoothed(logits_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -164,8 +169,8 @@ def orpo(t: PairTerms, k: LossKnobs) -> torch.Tensor:
 
 
 def _log1mexp(x_B: torch.Tensor) -> torch.Tensor:
-    """log(1 − eˣ) of x < 0."""
-    return torch.log(-torch.expm1(x_B))
+    """log(1 − eˣ) of x ≤ 0."""
+    return torch.log(-torch.expm1(x_B.clamp(max=_NEAREST_TO_CERTAIN)))
 
 
 def sft(t: PairTerms, k: LossKnobs) -> torch.Tensor:

@@ -18,8 +18,8 @@ class LossSpec:
     """What is known of a loss: its formula, its value where policy = reference, the keys of `loss.*` that it reads.
 
     `without_preference` is None where the value depends on the data, as it does without a reference. Reading the key
-    `f_divergence` says that the formula stays valid under another divergence than reverse KL: f-DPO's rewards are known
-    up to a function of the prompt, which only differences of the two responses' rewards get rid of.
+    `f_divergence` says that the formula may be used with another divergence than reverse KL, as in TRL: f-DPO's rewards
+    are known up to a function of the prompt, so that one response's reward alone is not known.
     """
 
     formula: str
@@ -137,6 +137,7 @@ _SORTS = (
 NOT_OFFERED: Mapping[str, str] = MappingProxyType(
     {
         "aot": _SORTS,
+        "aot_pair": _SORTS,
         "aot_unpaired": _SORTS,
         "wpo": "its weights need the sum of squared probabilities over the vocabulary at every response token, under "
         "the policy of each step, which the fused output layer does not compute",

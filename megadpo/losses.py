@@ -106,19 +106,15 @@ class PreferenceLoss:
         """Loss of each pair, fp64 [B], differentiable in the policy's log-probs."""
         u_B, v_B = (divergence_score(ratio_B, self.knobs) for ratio_B in self._ratios(logps))
         terms = PairTerms(
-            u_B,
-            v_B,
-            logps.policy.chosen_B,
-            logps.policy.rejected_B,
-            logps.chosen_tokens_B,
-            logps.rejected_tokens_B,
-            logps.mean_chosen_tokens,
+            u_B=u_B,
+            v_B=v_B,
+            lp_chosen_B=logps.policy.chosen_B,
+            lp_rejected_B=logps.policy.rejected_B,
+            chosen_tokens_B=logps.chosen_tokens_B,
+            rejected_tokens_B=logps.rejected_tokens_B,
+            mean_chosen_tokens=logps.mean_chosen_tokens,
         )
-        (weight, name), *others = self.terms
-        loss_B = weight * FORMULAS[name](terms, self.knobs)
-        for weight, name in others:
-            loss_B = loss_B + weight * FORMULAS[name](terms, self.knobs)
-        return loss_B
+        return torch.stack([weight * FORMULAS[name](terms, self.knobs) for weight, name in self.terms]).sum(dim=0)
 
     def rewards(self, logps: PairLogProbs) -> Responses:
         """Implicit rewards of the chosen and the rejected responses: β·u and β·v, without a reference β·lp/L."""

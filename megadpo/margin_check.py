@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs, score
+from megadpo.forward_step import SequenceLogProbs, pair_log_probs, score
+from megadpo.losses import PreferenceLoss
 from megadpo.metrics import Metric, Reduction, reduce_metrics
 from megadpo.models.quantised import without_fp8
 from megadpo.parallel.collectives import gather_rows
@@ -18,29 +19,35 @@ from megadpo.reference import Reference
 def margin_errors(
     chunks: Sequence[torch.nn.Module],
     reference: Reference,
+    loss: PreferenceLoss,
     batch: GlobalBatch,
     *,
-    beta: float,
     state: ParallelState,
     device: torch.device,
 ) -> dict[str, float]:
-    """Errors of the batch's margins under FP8 in units of 1/β, on every rank; four forward passes.
+    """Errors of the batch's reward margins under FP8, on every rank; four forward passes, two without a reference.
 
-    `margin_error` and `margin_error_max` are the mean and the largest |change of β (Δ policy − Δ reference)| by FP8, Δ
-    the log-prob of the chosen response less that of the rejected one; `policy_margin_error` is the mean of the policy's
-    alone, of which the reference's own error takes a part away. Collectives: those of scoring, and one all-gather.
+    `margin_error` and `margin_error_max` are the mean and the largest |change by FP8| of a pair's reward margin, as the
+    loss defines rewards; `policy_margin_error` is the mean of what FP8 in the policy alone changes, of which the
+    reference's own error takes a part away. Collectives: those of scoring, and one all-gather.
     """
-    with_fp8 = _margins(score(chunks, batch, device=device)), _margins(reference.log_probs(batch))
+
+    def margins(policy: Sequence[SequenceLogProbs], frozen: Sequence[SequenceLogProbs]) -> torch.Tensor:
+        # Tensor-parallel ranks have the same log-probs, and stages but the last have none: one speaks.
+        return _margins(loss, batch, policy, frozen) if state.is_last_stage and state.tensor_rank == 0 else nothing
+
+    nothing = torch.zeros(0)
+    policy_in_fp8, frozen_in_fp8 = score(chunks, batch, device=device), reference.log_probs(batch)
     with without_fp8([*chunks, *reference.chunks]):
-        without = _margins(score(chunks, batch, device=device)), _margins(reference.log_probs(batch))
-    counted = state.is_last_stage and state.tensor_rank == 0  # tensor ranks have the same log-probs: one speaks
-    policy, frozen = ((beta * (a - b) if counted else torch.zeros(0)) for a, b in zip(with_fp8, without, strict=True))
-    errors = (policy - frozen).abs()
+        policy, frozen = score(chunks, batch, device=device), reference.log_probs(batch)
+    exact = margins(policy, frozen)
+    errors = (margins(policy_in_fp8, frozen_in_fp8) - exact).abs()
+    own_errors = (margins(policy_in_fp8, frozen) - exact).abs()
     reduced = reduce_metrics(
         {
             "pairs": Metric(float(errors.numel()), Reduction.SUM),
             "margin_error": Metric(float(errors.sum()), Reduction.SUM),
-            "policy_margin_error": Metric(float(policy.abs().sum()), Reduction.SUM),
+            "policy_margin_error": Metric(float(own_errors.sum()), Reduction.SUM),
             "margin_error_max": Metric(float(errors.max()) if errors.numel() else 0.0, Reduction.MAX),
         },
         gather=gather_rows,
@@ -51,8 +58,16 @@ def margin_errors(
     return {name: value / pairs for name, value in reduced.items()} | {"margin_error_max": largest}
 
 
-def _margins(microbatches: Sequence[SequenceLogProbs]) -> torch.Tensor:
-    """Chosen less rejected of all pairs; none on all but the last pipeline stage."""
-    if not microbatches:
-        return torch.zeros(0)
-    return torch.cat([scores.chosen_B - scores.rejected_B for scores in microbatches])
+def _margins(
+    loss: PreferenceLoss,
+    batch: GlobalBatch,
+    policy: Sequence[SequenceLogProbs],
+    reference: Sequence[SequenceLogProbs],
+) -> torch.Tensor:
+    """Reward margins of all pairs of this rank's microbatches."""
+    margins = []
+    for microbatch, own, frozen in zip(batch.microbatches, policy, reference, strict=True):
+        logps = pair_log_probs(microbatch, own, frozen, mean_chosen_tokens=batch.mean_chosen_tokens)
+        chosen_B, rejected_B = loss.rewards(logps)
+        margins.append(chosen_B - rejected_B)
+    return torch.cat(margins)

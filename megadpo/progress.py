@@ -117,7 +117,7 @@ class TrainingProgress(ProgressBar):
             return
         if "fp8/margin_error" in metrics:
             logger.info(
-                "fp8 after %d steps: margins off by %.4f in units of 1/beta, at most %.4f (the policy's alone %.4f)",
+                "fp8 after %d steps: margins off by %.4f, at most %.4f (the policy's alone %.4f)",
                 step,
                 metrics["fp8/margin_error"],
                 metrics["fp8/margin_error_max"],

@@ -136,7 +136,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         dtype=torch_dtype(config),
         card=model_card(
             name=config.model.name,
-            loss=" + ".join(str(name) for name in config.loss.name),
+            loss=" + ".join(f"{weight:g} {name}" if weight != 1 else name for weight, name in build_loss(config).terms),
             steps=max(start.step, total_steps),
             settings_yaml=config_to_yaml(config),
             metrics=metrics,
@@ -213,7 +213,7 @@ def _run_loop(
 
     def check_margins() -> dict[str, float]:
         batch = data.builder.build(data.pairs[: config.precision.fp8_check_pairs])
-        return margin_errors(policy.chunks, reference, batch, beta=loss.beta, state=state, device=device.torch_device)
+        return margin_errors(policy.chunks, reference, loss, batch, state=state, device=device.torch_device)
 
     def save(step: int) -> None:
         with nullcontext() if synced is None else synced.weights():

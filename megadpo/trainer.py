@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import torch
 
-from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches, mean_chosen_length
+from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
 from megadpo.data.prefetch import prefetched
-from megadpo.data.tokenization import TokenizedPair
+from megadpo.data.store import PairView
 from megadpo.device import Device, Mark
 from megadpo.errors import TrainingError
 from megadpo.flops import achieved_flops, step_flops
@@ -35,9 +35,12 @@ Span: TypeAlias = tuple[Mark, Mark]
 
 @dataclass(frozen=True, slots=True)
 class NoPreference:
-    """The loss that a policy shows beside itself, how far from it the first one may be, and why so far."""
+    """The loss that a policy shows beside itself, how far from it the first one may be, and why so far.
 
-    value: float
+    `value` is None where a part of the loss has no reference, so that only rewards are known: they are 0.
+    """
+
+    value: float | None
     tolerance: float
     reason: str
 
@@ -121,7 +124,7 @@ class Trainer:
         on_step: Callable[[int, Mapping[str, float]], None],
         reference: Reference,
         data: TrainingData,
-        validation: Mapping[str, Sequence[TokenizedPair]],
+        validation: Mapping[str, PairView],
         state: ParallelState,
         device: Device,
         settings: LoopSettings,
@@ -253,12 +256,12 @@ class Trainer:
         self._track(steps_done, metrics)
         self.on_step(steps_done, metrics)
 
-    def _evaluation(self, pairs: Sequence[TokenizedPair]) -> Iterable[GlobalBatch]:
+    def _evaluation(self, pairs: PairView) -> Iterable[GlobalBatch]:
         return evaluation_batches(
             pairs,
             group_size=self.data.global_batch_size,
             builder=self.data.builder,
-            mean_chosen_tokens=mean_chosen_length(pairs),
+            mean_chosen_tokens=float(pairs.chosen_lengths.mean()),
         )
 
     def _track(self, step: int, metrics: dict[str, float]) -> None:
@@ -268,13 +271,19 @@ class Trainer:
 
 
 def _check_no_preference(means: Mapping[str, float], expected: NoPreference) -> None:
-    error = abs(means["loss"] - expected.value)
-    if not error <= expected.tolerance * max(1.0, expected.value):
+    chosen, rejected = means["rewards/chosen"], means["rewards/rejected"]
+    if expected.value is None:
+        error, allowed = max(abs(chosen), abs(rejected)), expected.tolerance
+        found, due, beside = f"rewards are {chosen:.3e} and {rejected:.3e}", "they must be 0", ""
+    else:
+        error, allowed = abs(means["loss"] - expected.value), expected.tolerance * max(1.0, expected.value)
+        found, due = f"the loss is {means['loss']:.9f}", f"it must be {expected.value:.9f}"
+        beside = f"; rewards {chosen:.3e} and {rejected:.3e} must be 0"
+    if not error <= allowed:
         raise TrainingError(
-            f"step 1: the loss is {means['loss']:.9f}; policy and reference are the same weights, so it must be "
-            f"{expected.value:.9f} (tolerance {expected.tolerance:g}, {expected.reason}; rewards "
-            f"{means['rewards/chosen']:.3e} and {means['rewards/rejected']:.3e} must be 0). The two models compute "
-            f"different numbers: the gradients would be wrong. Nothing was saved."
+            f"step 1: {found}; policy and reference are the same weights, so {due} (tolerance {expected.tolerance:g}, "
+            f"{expected.reason}{beside}). The two models compute different numbers: the gradients would be wrong. "
+            "Nothing was saved."
         )
 
 

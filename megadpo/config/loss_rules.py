@@ -6,6 +6,7 @@ Every function gives its violations, [] for none; `validation.py` collects them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
 
@@ -36,23 +37,27 @@ def _check_mix(loss: LossConfig) -> list[str]:
 
 
 def _check_smoothing(loss: LossConfig) -> list[str]:
-    if LossName.exo_pair not in loss.name or loss.label_smoothing:
+    if loss.label_smoothing:
         return []
+    reasons = {
+        LossName.exo_pair: "whose formula has its logarithm: loss.label_smoothing=1e-3 is the paper's value",
+        LossName.robust: "which is loss.name=sigmoid at 0: give the share of labels that are wrong, or use sigmoid",
+    }
     return [
-        "loss.label_smoothing=0.0: must be above 0 with loss.name=exo_pair, whose formula has its logarithm: "
-        "loss.label_smoothing=1e-3 is the paper's value"
+        f"loss.label_smoothing=0.0: must be above 0 with loss.name={name}, {reason}"
+        for name, reason in reasons.items()
+        if name in loss.name
     ]
 
 
 def _check_divergence(loss: LossConfig) -> list[str]:
-    """f-DPO's rewards are known up to a function of the prompt, which only differences of two rewards get rid of."""
     violations = []
-    able = [name for name in loss.name if "f_divergence" in LOSSES[name].knobs]
-    others = [name for name in loss.name if LOSSES[name].needs_reference and name not in able]
-    if loss.f_divergence != FDivergence.reverse_kl and able and others:
+    others = _alone_in_rewards(loss)
+    if loss.f_divergence != FDivergence.reverse_kl and others:
         violations.append(
-            f"loss.f_divergence={loss.f_divergence}: must be reverse_kl with loss.name={_names(others)}, which looks "
-            "at each response's reward alone: drop it from the mix, or use reverse_kl"
+            f"loss.f_divergence={loss.f_divergence}: must be reverse_kl with loss.name={names_of(others)}, which looks "
+            "at each response's reward alone, and f-divergences leave a function of the prompt in it open: use "
+            "reverse_kl, or other losses"
         )
     default = LossConfig().f_alpha_divergence_coef
     if loss.f_alpha_divergence_coef != default and loss.f_divergence != FDivergence.alpha:
@@ -63,21 +68,32 @@ def _check_divergence(loss: LossConfig) -> list[str]:
     return violations
 
 
+def _alone_in_rewards(loss: LossConfig) -> list[LossName]:
+    """Those of the losses that look at one response's reward."""
+    specs = {name: LOSSES[name] for name in loss.name}
+    return [name for name, spec in specs.items() if spec.needs_reference and "f_divergence" not in spec.knobs]
+
+
 def _check_unused(loss: LossConfig) -> list[str]:
     """A key that none of the chosen losses reads and that is not at its default."""
     violations = []
     defaults = LossConfig()
     read = {knob for name in loss.name for knob in LOSSES[name].knobs}
+    if _alone_in_rewards(loss):
+        read.add("f_divergence")  # refused for that reason
     for knob in (item.name for item in fields(LossConfig)):
         value, default = attrgetter(knob)(loss), attrgetter(knob)(defaults)
         readers = [name for name, spec in LOSSES.items() if knob in spec.knobs]
         if value != default and knob not in read and readers:
+            others = f"loss.name={readers[0]}" if len(readers) == 1 else f"one of loss.name={', '.join(readers)}"
+            rewards = " but on the scale of logged rewards" if knob == "beta" else ""
             violations.append(
-                f"loss.{knob}={show(value)}: has no effect with loss.name={_names(loss.name)}: "
-                f"leave it at {show(default)}, or use {' or '.join(f'loss.name={name}' for name in readers)}"
+                f"loss.{knob}={show(value)}: has no effect with loss.name={names_of(loss.name)}{rewards}: leave it at "
+                f"{show(default)}, or use {others}"
             )
     return violations
 
 
-def _names(names: list[LossName]) -> str:
+def names_of(names: Sequence[LossName]) -> str:
+    """The losses as they are written after `loss.name=`."""
     return str(names[0]) if len(names) == 1 else show(names)

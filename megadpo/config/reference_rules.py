@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megadpo.config.choices import ReferenceMode
+from megadpo.config.loss_rules import names_of
 from megadpo.config.schema import Config, ReferenceConfig, show
 from megadpo.loss_table import REFERENCE_FREE, needs_reference
 
@@ -23,12 +24,12 @@ def _check_losses(config: Config) -> list[str]:
     needed = needs_reference(names)
     if mode == ReferenceMode.none and needed:
         return [
-            f"reference.mode=none: loss.name={show(names)} compares with a reference: choose reference.mode=resident, "
-            f"offload or cached, or a loss that needs none ({free})"
+            f"reference.mode=none: loss.name={names_of(names)} compares with a reference: choose "
+            f"reference.mode=resident, offload or cached, or a loss that needs none ({free})"
         ]
     if mode != ReferenceMode.none and not needed:
         return [
-            f"reference.mode={mode}: has no effect with loss.name={show(names)}, which uses no reference: use "
+            f"reference.mode={mode}: has no effect with loss.name={names_of(names)}, which uses no reference: use "
             "reference.mode=none"
         ]
     return []

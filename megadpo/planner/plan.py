@@ -105,8 +105,8 @@ def _largest(stage: StageMemory) -> list[tuple[str, int]]:
         "weights": stage.weights,
         "gradients": stage.gradients,
         "optimizer": stage.optimizer,
-        "reference": stage.reference,
-        "activations": max(stage.activations, stage.scoring),
+        "reference": stage.reference + stage.visiting,
+        "activations": max(stage.activations, stage.scoring - stage.visiting),
         "head": stage.head,
         "allowance": stage.allowance,
     }
@@ -124,8 +124,10 @@ def _remedies(plan: Plan) -> list[str]:
             remedies.append(f"lower data.tokens_per_microbatch={job.tokens_per_microbatch}")
         else:
             remedies.append("lower data.max_length")
-    if stage.reference > stage.total // 8:
-        remedies.append("set reference.mode=cached")
+    if stage.reference + stage.visiting > stage.total // 8:
+        leaner = ["cached"] if job.knobs.fp8 != "tensorwise" else []  # one scale a microbatch: no numbers to keep
+        leaner += ["offload"] if job.knobs.reference == "resident" else []
+        remedies += [f"set reference.mode={' or '.join(leaner)}"] if leaner else []
     optimizer = job.knobs.optimizer
     if stage.optimizer > stage.total // 8 and not (optimizer.precision_aware or optimizer.offload_fraction):
         remedies.append("set optimizer.precision_aware=true with moments in 16 bits")

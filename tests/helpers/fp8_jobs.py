@@ -38,6 +38,7 @@ from tests.helpers.jobs import train
 
 _PAIRS = 8
 _BETA = 0.1
+_LOSS = PreferenceLoss("sigmoid", beta=_BETA)
 
 
 def emulated(recipe: str, **settings: Any) -> Fp8:
@@ -109,9 +110,8 @@ class Trial:
         losses = []
         for step in steps:
             set_hyperparameters(self.optimizer, **self.settings)
-            loss = PreferenceLoss("sigmoid", beta=_BETA)
             batch = self.batch(step)
-            result = train_step(self.chunks, self.optimizer, self.reference, loss, batch, device=self.device)
+            result = train_step(self.chunks, self.optimizer, self.reference, _LOSS, batch, device=self.device)
             losses.append(float(result.sums["loss"] / result.sums["pairs"]))
         return losses
 
@@ -176,7 +176,7 @@ def gates(model: str, recipes: Sequence[str], steps: int) -> dict[str, Gates]:
                 cosine=float(cosine),
                 loss_gap=max(abs(a - b) for a, b in zip(own_losses, losses, strict=True)),
                 checked=margin_errors(
-                    trial.chunks, trial.reference, trial.batch(0), beta=_BETA, state=state, device=device.torch_device
+                    trial.chunks, trial.reference, _LOSS, trial.batch(0), state=state, device=device.torch_device
                 ),
                 errors=(_BETA * (trial.margins() - plain.margins())).abs().tolist(),
             )

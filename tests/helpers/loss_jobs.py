@@ -37,7 +37,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Step:
-    """A step's mean loss, its gradient norm and its number of microbatches.
+    """A step's mean loss, its gradient norm, its number of microbatches, and of pairs on this rank.
 
     `gradient_gap`, on a lone rank: how far the gradient is from that of the first cut, over its norm.
     """
@@ -45,6 +45,7 @@ class Step:
     loss: float
     grad_norm: float
     microbatches: int
+    own_pairs: int
     gradient_gap: float
 
 
@@ -105,18 +106,19 @@ class _Trial:
     def steps(self, loss: PreferenceLoss, cuts: Sequence[Cut]) -> list[Step]:
         steps, first = [], torch.empty(0)
         for cut in cuts:
-            mean, grad_norm, microbatches = self._step(loss, cut)
+            mean, grad_norm, *counts = self._step(loss, cut)
             gradient = torch.cat([weight.main_grad.flatten() for m in self.modules for weight in m.parameters()])
             first = gradient if not steps else first
             gap = float((gradient - first).norm() / first.norm())
-            steps.append(Step(mean, grad_norm, microbatches, gap))
+            steps.append(Step(mean, grad_norm, *counts, gap))
         return steps
 
-    def _step(self, loss: PreferenceLoss, cut: Cut) -> tuple[float, float, int]:
+    def _step(self, loss: PreferenceLoss, cut: Cut) -> tuple[float, float, int, int]:
         set_hyperparameters(self.optimizer, **self.settings)
         batch = self.builder(cut).build(self.pairs)
         result = train_step(self.chunks, self.optimizer, self.reference_of(loss), loss, batch, device=self.device)
-        return self.mean(result.sums), result.grad_norm, len(batch.microbatches)
+        own_pairs = sum(microbatch.num_pairs for microbatch in batch.microbatches)
+        return self.mean(result.sums), result.grad_norm, len(batch.microbatches), own_pairs
 
     def evaluation(self, loss: PreferenceLoss, cut: Cut, group_size: int) -> float:
         batches = evaluation_batches(

@@ -32,7 +32,7 @@ def config(*names: str, **keys: Any) -> LossConfig:
 
 def usable(name: str) -> dict[str, Any]:
     """Keys without which the loss is refused."""
-    return {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -45,7 +45,9 @@ def test_a_loss_takes_its_keys_and_refuses_all_others(name: str) -> None:
             assert violations == [], knob
         else:
             (line,) = violations
-            assert line.startswith(f"loss.{knob}=") and f": has no effect with loss.name={name}: leave it at " in line
+            of_one_reward = knob == "f_divergence" and LOSSES[name].needs_reference
+            reason = "must be reverse_kl" if of_one_reward else "has no effect"
+            assert line.startswith(f"loss.{knob}=") and f": {reason} with loss.name={name}" in line
 
 
 def test_in_a_mix_one_reader_is_enough() -> None:
@@ -54,7 +56,7 @@ def test_in_a_mix_one_reader_is_enough() -> None:
     (line,) = check_loss(config("hinge", "sft", label_smoothing=0.1))
     assert line == (
         "loss.label_smoothing=0.1: has no effect with loss.name=[hinge, sft]: leave it at 0.0, or use "
-        "loss.name=sigmoid or loss.name=robust or loss.name=exo_pair or loss.name=simpo"
+        "one of loss.name=sigmoid, robust, exo_pair, simpo"
     )
 
 
@@ -68,6 +70,8 @@ def test_in_a_mix_one_reader_is_enough() -> None:
         (config("sigmoid", "sft", weights=[1.0, 0.0]), "loss.weights=[1.0, 0.0]: each must be a finite number > 0: "),
         (config("sft", weights=[float("inf")]), "loss.weights=[inf]: each must be a finite number > 0"),
         (config("exo_pair"), "loss.label_smoothing=0.0: must be above 0 with loss.name=exo_pair, whose formula"),
+        (config("robust"), "loss.label_smoothing=0.0: must be above 0 with loss.name=robust, which is loss.name=sig"),
+        (config("sft", beta=0.3), "loss.beta=0.3: has no effect with loss.name=sft but on the scale of logged rewards"),
         (
             config("sigmoid", "bco_pair", f_divergence=FDivergence.js),
             "loss.f_divergence=js: must be reverse_kl with loss.name=bco_pair, which looks at each response's reward",
