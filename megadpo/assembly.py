@@ -21,6 +21,7 @@ from megadpo.losses import PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
+from megadpo.models.conversion.safetensors_io import hf_weight_files
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised
@@ -44,12 +45,19 @@ _LIVE_TOLERANCE, _CACHED_TOLERANCE, _CACHED_AND_ROUNDED_TOLERANCE = 1e-6, 1e-5, 
 def check_weight_files(config: Config, source: ModelSource, arch: Architecture) -> None:
     """Raises ConversionError where a model's files don't hold it, going by their headers; for one rank, no collectives.
 
-    Takes no time, so that it can come before the data is tokenized.
+    ConfigError for a reference that can't follow the policy. Takes no time, so that it can come before the data is
+    tokenized.
     """
     if source.checkpoint is None:
         check_hf_weights(arch, source.hf_dir)
-    if config.reference.hf_path is not None:
-        check_hf_weights(read_architecture(config.reference.hf_path), config.reference.hf_path)
+    own = config.reference.hf_path
+    if own is not None:
+        check_hf_weights(read_architecture(own), own)
+    if config.reference.sync_every is not None and reference_architecture(config, arch) != arch:
+        raise ConfigError(
+            f"reference.sync_every={config.reference.sync_every}: mixes the policy's weights into the reference's, "
+            f"reference.hf_path={own} is of another architecture: drop one of the two"
+        )
 
 
 def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: str | None = None) -> BatchShape:
@@ -91,12 +99,6 @@ def build_reference(
     """The reference that computes while the policy trains, or that there is none; not a cached one."""
     if config.reference.mode == ReferenceMode.none:
         return NoReference(is_last_stage=state.is_last_stage, device=device.torch_device)
-    own = reference_architecture(config, arch)
-    if config.reference.sync_every is not None and own != arch:
-        raise ConfigError(
-            f"reference.sync_every={config.reference.sync_every}: mixes the policy's weights into the reference's, "
-            f"reference.hf_path={config.reference.hf_path} is of another architecture: drop one of the two"
-        )
     chunks = load_reference_model(config, source, arch, state, device)
     return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
 
@@ -114,18 +116,27 @@ def load_reference_model(
     return chunks
 
 
-def reference_key(config: Config, source: ModelSource) -> CacheKey:
-    """What the reference's log-probs depend on; reads weight files whose hash is not known yet. For one process."""
+def weight_files(source: ModelSource) -> list[Path]:
+    """The files that a model's weights are read from. ConversionError where the directory has none."""
+    if source.checkpoint is None:
+        return hf_weight_files(source.hf_dir)
+    return sorted(path for pattern in ("*.distcp", ".metadata") for path in source.checkpoint.glob(pattern))
+
+
+def reference_key(config: Config, source: ModelSource, *, trust_index: bool = True) -> CacheKey:
+    """What the reference's log-probs depend on; reads weight files whose hash is not known yet. For one process.
+
+    Without `trust_index` it reads all of them.
+    """
     own = config.reference.hf_path
-    directory = Path(own) if own is not None else source.checkpoint or source.hf_dir
-    patterns = ("*.distcp", ".metadata") if own is None and source.checkpoint is not None else ("*.safetensors",)
+    reference = source if own is None else ModelSource(Path(own), checkpoint=None)
     fp8 = fp8_settings(config)
     return cache_key(
-        weight_files=[path for pattern in patterns for path in directory.glob(pattern)],
-        config_file=(Path(own) if own is not None else source.hf_dir) / "config.json",
+        weight_files=weight_files(reference),
+        config_file=reference.hf_dir / "config.json",
         tokenizer_dir=source.hf_dir,
         precision=str(config.precision.dtype) if fp8 is None else f"{config.precision.dtype}, {fp8}",
-        index_dir=Path(str(config.reference.cache_dir)),
+        index_dir=Path(str(config.reference.cache_dir)) if trust_index else None,
     )
 
 
@@ -235,16 +246,26 @@ def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device
     )
 
 
+def refers_to_start(config: Config) -> bool:
+    """Whether the reference has the weights that the policy starts with."""
+    own, start = config.reference.hf_path, config.model.hf_path
+    return own is None or (start is not None and Path(own).samefile(start))
+
+
 def _no_preference(config: Config, loss: PreferenceLoss) -> NoPreference | None:
     """What the first update must show because the reference is the starting policy; None where it is none."""
-    own, start, mode = config.reference.hf_path, config.model.hf_path, config.reference.mode
-    value = loss.value_without_preference
-    other = own is not None and (start is None or not Path(own).samefile(start))
-    if other or not loss.needs_reference:
+    if not refers_to_start(config) or not loss.needs_reference:
         return None
-    if mode in LIVE:
-        return NoPreference(value, _LIVE_TOLERANCE, "live reference on the same schedule")
-    if config.precision.dtype == Dtype.fp32 and config.precision.fp8 is None:
-        return NoPreference(value, _CACHED_TOLERANCE, "cached reference in fp32")
-    rounding = "bf16" if config.precision.fp8 is None else "FP8"
-    return NoPreference(value, _CACHED_AND_ROUNDED_TOLERANCE, f"cached reference in {rounding}")
+    value, precision = loss.value_without_preference, config.precision
+    if config.reference.mode in LIVE:
+        remedy = "The two models compute different numbers: the gradients would be wrong"
+        return NoPreference(value, _LIVE_TOLERANCE, "live reference on the same schedule", remedy)
+    exact = precision.dtype == Dtype.fp32 and precision.fp8 is None
+    rounding = "fp32" if exact else "bf16" if precision.fp8 is None else "FP8"
+    return NoPreference(
+        value,
+        _CACHED_TOLERANCE if exact else _CACHED_AND_ROUNDED_TOLERANCE,
+        f"cached reference in {rounding}",
+        f"What {config.reference.cache_dir} has of these pairs is not what this model computes: if another layout has "
+        "filled it, fill one in this layout; or else something is wrong with it, and another directory is needed",
+    )

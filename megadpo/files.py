@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from megadpo.errors import MegaDPOError
 
@@ -20,6 +21,33 @@ def writing(place: Path, kind: type[MegaDPOError] = MegaDPOError) -> Iterator[No
             f"{error.filename or place}: can't be written ({error.strerror or error}): make room, or choose another "
             "directory"
         ) from error
+
+
+class Appender:
+    """A file that grows, and has everything on disk when `append` returns; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        # Without a buffer, which would fail once more on closing, in another error's place.
+        self._file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, content: bytes) -> None:
+        """Adds the content at the end. After an OSError a part of it may stand there."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._file.close()
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -59,6 +59,11 @@ class SequenceLogProbs:
     chosen_tail_B: torch.Tensor
     rejected_tail_B: torch.Tensor
 
+    @classmethod
+    def of_columns(cls, logps_B4: torch.Tensor) -> SequenceLogProbs:
+        """What `columns` was made of."""
+        return cls(*logps_B4.unbind(dim=1))
+
     def columns(self) -> torch.Tensor:
         """The fields beside each other, in their order: [B, 4]."""
         return torch.stack((self.chosen_B, self.rejected_B, self.chosen_tail_B, self.rejected_tail_B), dim=1)

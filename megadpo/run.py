@@ -17,6 +17,7 @@ from megadpo.assembly import (
     build_reference,
     check_weight_files,
     loop_settings,
+    refers_to_start,
 )
 from megadpo.checkpoint import load_reference, save_checkpoint
 from megadpo.compute import announce, torch_dtype
@@ -24,7 +25,7 @@ from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
-from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
+from megadpo.data.loader import BatchBuilder, GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
 from megadpo.errors import ConfigError
@@ -32,16 +33,16 @@ from megadpo.evaluation import evaluate
 from megadpo.export import export_model, model_card
 from megadpo.files import write_durably, writing
 from megadpo.margin_check import margin_errors
-from megadpo.model_source import model_source, resolve_model
+from megadpo.model_source import ModelSource, model_source, resolve_model
 from megadpo.models.conversion.side_files import SideFiles, read_side_files
-from megadpo.models.hf_config import read_architecture
+from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
 from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import TrainingProgress
 from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference, ResidentReference
-from megadpo.reference_cache import build_cached_reference
+from megadpo.reference_cache import build_cached_reference, check_starting_policy
 from megadpo.resume import StartingPoint, find_starting_point, keep_beginning
 from megadpo.session import open_session
 from megadpo.trackers import open_trackers
@@ -112,16 +113,7 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     if start.step >= total_steps and exported:
         logger.info("%s is finished: step %d of %d. Nothing to do.", run_dir, start.step, total_steps)
         return
-    reference: Reference
-    if config.reference.mode == ReferenceMode.cached:
-        reference = build_cached_reference(config, source, arch, state, device, datasets, data.builder)
-    else:
-        reference = build_reference(config, source, arch, state, device)
-    policy = build_policy(config, source, arch, state, device, start.checkpoint)
-    synced = _synced(config, reference)
-    if start.checkpoint is not None and synced is not None:
-        with synced.weights(change=True):
-            load_reference(start.checkpoint, synced.chunks)
+    policy, reference = _build_models(config, source, arch, state, device, datasets, data.builder, start.checkpoint)
     on_main(lambda: _write_beginning(config, run_dir, datasets, goes_on=start.step < total_steps))
     metrics = _run_loop(
         config, run_dir, state, device, policy, reference, data, datasets, start, total_steps, side_files
@@ -143,6 +135,33 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
         ),
     )
     logger.info("exported the model to %s", run_dir / "hf")
+
+
+def _build_models(
+    config: Config,
+    source: ModelSource,
+    arch: Architecture,
+    state: ParallelState,
+    device: Device,
+    datasets: Datasets,
+    builder: BatchBuilder,
+    checkpoint: Path | None,
+) -> tuple[Policy, Reference]:
+    """The policy, from `checkpoint` where one is given, and its reference."""
+    if config.reference.mode == ReferenceMode.cached:
+        # Whatever model completes the cache is gone before the policy comes.
+        cached = build_cached_reference(config, source, arch, state, device, datasets, builder)
+        policy = build_policy(config, source, arch, state, device, checkpoint)
+        if checkpoint is None and refers_to_start(config):
+            check_starting_policy(config, source, policy.chunks, cached, datasets, builder, state, device)
+        return policy, cached
+    reference = build_reference(config, source, arch, state, device)
+    policy = build_policy(config, source, arch, state, device, checkpoint)
+    synced = _synced(config, reference)
+    if checkpoint is not None and synced is not None:
+        with synced.weights(change=True):
+            load_reference(checkpoint, synced.chunks)
+    return policy, reference
 
 
 def _synced(config: Config, reference: Reference) -> ResidentReference | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from megadpo.errors import ConfigError, MegaDPOError, listing
-from megadpo.files import write_durably, writing
+from megadpo.files import Appender, write_durably, writing
 
 # Written at a time where nothing is computed in between.
 _LINES_AT_ONCE = 10_000
@@ -88,6 +87,9 @@ class ScoreFiles:
             return None
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
+            if not known:  # of what the lines are that may be there, nobody knows
+                for role in roles:
+                    self.scores(role).unlink(missing_ok=True)
             write_durably(self._identity, json.dumps(identity, indent=1))
             return {role: _cut_to_groups(self.scores(role), pairs, group_size) for role in roles}
 
@@ -156,8 +158,7 @@ class ScoreWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         with writing(path):
-            # Without a buffer, which would fail once more on closing, in another error's place.
-            self._file = path.open("ab", buffering=0)
+            self._file = Appender(path)
 
     def __enter__(self) -> ScoreWriter:
         return self
@@ -169,11 +170,8 @@ class ScoreWriter:
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Adds one line for each object."""
-        rest = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            self._file.append("".join(json.dumps(line) + "\n" for line in lines).encode())
         except OSError as error:
             raise MegaDPOError(f"{self._path}: {error.strerror}: make room and start again; it goes on here") from error
 

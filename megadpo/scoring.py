@@ -24,7 +24,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import build_batches, check_weight_files, load_starting_model
+from megadpo.assembly import build_batches, check_weight_files, load_starting_model, weight_files
 from megadpo.compute import announce, fp8_settings
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
@@ -41,8 +41,8 @@ from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
-from megadpo.reference.store import LogProbs, LogProbStore
-from megadpo.reference_cache import PATIENCE_S, open_reference_store
+from megadpo.reference.store import LogProbs
+from megadpo.reference_cache import PATIENCE_S, KeptLogProbs, open_kept
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session
@@ -141,9 +141,9 @@ def _score_rest(
     """Has each model score the pairs from its place on, one model after the other; seconds without loading."""
     seconds = 0.0
     with ExitStack() as stack:
-        stores: list[LogProbStore] = []  # one, on rank 0, where log-probs are kept for trainings
+        stores: list[KeptLogProbs] = []  # one, on rank 0, where log-probs are kept for trainings
         if config.reference.cache_dir is not None:
-            opening = partial(open_reference_store, config, models[0].source)
+            opening = partial(open_kept, config, models[0].source)
             on_main(lambda: stores.append(stack.enter_context(opening())), patience_s=PATIENCE_S)
         for model in models:
             done = places[model.role]
@@ -165,7 +165,7 @@ def _score_pass(
     batches: Iterator[GlobalBatch],
     pairs: PairView,
     files: ScoreFiles,
-    stores: Sequence[LogProbStore],
+    stores: Sequence[KeptLogProbs],
     done: int,
     state: ParallelState,
     device: Device,
@@ -203,7 +203,7 @@ class _Sink:
     role: Role
     pairs: PairView
     writer: ScoreWriter
-    stores: Sequence[LogProbStore]
+    stores: Sequence[KeptLogProbs]
 
     def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs) -> None:
         """Writes the log-probs of the batch's pairs, of which the first is the `first` of all."""
@@ -213,16 +213,16 @@ class _Sink:
                 zip(batch.pair_indices, logps_G4.tolist(), strict=True), start=first
             )
         ]
-        for store in self.stores:  # before the lines, which say what need not be scored again
-            store.append([self.pairs[first + i].digest for i in range(len(lines))], logps_G4)
+        for kept in self.stores:  # before the lines, which say what need not be scored again
+            kept.add("the data", self.pairs[first : first + len(lines)], logps_G4)
         self.writer.write(lines)
 
 
-def _tell_kept(stores: Sequence[LogProbStore], pairs: PairView) -> None:
-    for store in stores:
-        kept = int(store.known([pair.digest for pair in pairs]).sum())
-        logger.info("%s has the log-probs of %d of %d pairs", store.directory, kept, len(pairs))
-        if kept < len(pairs):
+def _tell_kept(stores: Sequence[KeptLogProbs], pairs: PairView) -> None:
+    for store in (kept.store for kept in stores):
+        known = int(store.known([pair.digest for pair in pairs]).sum())
+        logger.info("%s has the log-probs of %d of %d pairs", store.directory, known, len(pairs))
+        if known < len(pairs):
             logger.warning(
                 "the others were scored before reference.cache_dir was given: a training computes them, or remove the "
                 "scores and score again"
@@ -271,14 +271,11 @@ def _identity(config: Config, models: Sequence[_Model], pairs: PairView) -> dict
 
 def _weights(source: ModelSource) -> dict[str, Any]:
     """Directory, and size and age of the files, that a model is read from."""
-    directory = (source.checkpoint or source.hf_dir).resolve()
-    patterns = ("*.distcp", ".metadata") if source.checkpoint is not None else ("*.safetensors",)
-    weights = sorted(path for pattern in patterns for path in directory.glob(pattern))
     return {
-        "model": str(directory),
+        "model": str((source.checkpoint or source.hf_dir).resolve()),
         "weights": {
             path.name: f"{path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}"
-            for path in (*weights, source.hf_dir / "config.json")
+            for path in (*weight_files(source), source.hf_dir / "config.json")
         },
     }
 

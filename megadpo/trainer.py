@@ -35,7 +35,7 @@ Span: TypeAlias = tuple[Mark, Mark]
 
 @dataclass(frozen=True, slots=True)
 class NoPreference:
-    """The loss that a policy shows beside itself, how far from it the first one may be, and why so far.
+    """The loss that a policy shows beside itself, how far from it the first one may be, why so far, what else to do.
 
     `value` is None where a part of the loss has no reference, so that only rewards are known: they are 0.
     """
@@ -43,6 +43,7 @@ class NoPreference:
     value: float | None
     tolerance: float
     reason: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +283,7 @@ def _check_no_preference(means: Mapping[str, float], expected: NoPreference) -> 
     if not error <= allowed:
         raise TrainingError(
             f"step 1: {found}; policy and reference are the same weights, so {due} (tolerance {expected.tolerance:g}, "
-            f"{expected.reason}{beside}). The two models compute different numbers: the gradients would be wrong. "
-            "Nothing was saved."
+            f"{expected.reason}{beside}). {expected.remedy}. Nothing was saved."
         )
 
 

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from megadpo.command_line import check, run_tool
+from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
-from megadpo.config.schema import Config
+from megadpo.config.schema import Config, LossConfig, ReferenceConfig
 from megadpo.errors import ConfigError
 from megadpo.score_summary import BY, Buckets
 
@@ -90,10 +92,10 @@ def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
         problems.append(f"output {said}: add output=OUT.jsonl, the file that the scores are written to")
     buckets = _buckets({_key(word): word.partition("=")[2] for word in own}, problems)
     words = [word for word in arguments if word not in (*own, *inert)]
-    if any(_key(word) == _CACHE for word in words):
-        words.append("reference.mode=cached")
     try:
-        config = compose_config(words, config_dir=CONFIG_DIR, check=check)
+        config = for_scoring(
+            compose_config(words, config_dir=CONFIG_DIR, check=lambda config: check(for_scoring(config)))
+        )
     except ConfigError as error:
         raise ConfigError([*problems, *error.violations]) from error
     if config.reference.hf_path is None:
@@ -105,6 +107,18 @@ def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
     if problems:
         raise ConfigError(problems)
     return config, Path(paths[0]), buckets
+
+
+def for_scoring(config: Config) -> Config:
+    """A copy in which what a file of conf/ says of training alone is left at its defaults."""
+    own = config.reference
+    mode = ReferenceMode.resident if own.cache_dir is None else ReferenceMode.cached
+    return replace(
+        config,
+        loss=LossConfig(beta=config.loss.beta),
+        reference=ReferenceConfig(mode=mode, hf_path=own.hf_path, cache_dir=own.cache_dir),
+        precision=replace(config.precision, fp8_check_every=None),
+    )
 
 
 def _buckets(words: dict[str, str], problems: list[str]) -> Buckets:

@@ -77,7 +77,7 @@ def _check_recipe(config: Config, num_layers: Sequence[int]) -> list[str]:
         violations.append(
             "precision.fp8=tensorwise: does not go with reference.mode=cached: all tokens of a microbatch share a "
             "scale, so that log-probs would belong to a packing: use precision.fp8=blockwise or mxfp8, or "
-            "reference.mode=resident or offload"
+            "reference.mode=resident or offload (in scoring: no reference.cache_dir)"
         )
     if min(start, end) < 0 or config.parallel.pipeline < 1:
         return violations

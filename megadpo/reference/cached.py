@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.device import to_device
-from megadpo.forward_step import SequenceLogProbs
+from megadpo.losses import SequenceLogProbs
+from megadpo.reference.store import LogProbs
 
 
 class CachedReference:
-    """Answers with the log-probs in `values`, which has those of every pair that it is asked for, by the pair's digest.
+    """Answers with what has been kept of each pair, by the pair's digest; knows all that it is asked for.
 
-    A pair's values are those of SequenceLogProbs' fields, in their order. No model is there, and nothing is sent
-    between ranks.
+    No model is there, and nothing is sent between ranks.
     """
 
     chunks: Sequence[torch.nn.Module] = ()
 
-    def __init__(self, values: Mapping[bytes, Sequence[float]], *, is_last_stage: bool, device: torch.device) -> None:
-        self.values = values
+    def __init__(
+        self, digests: Sequence[bytes], logps_n4: LogProbs, *, is_last_stage: bool, device: torch.device
+    ) -> None:
+        """`logps_n4` are the pairs' SequenceLogProbs, fp64, a field a column."""
+        # Arrays, because every rank has them: a tenth of what objects would take.
+        unsorted_n = _as_array(digests)
+        order_n = np.argsort(unsorted_n)
+        self._digests_n = unsorted_n[order_n]
+        self._logps_n4 = logps_n4[order_n]
         self.is_last_stage = is_last_stage
         self.device = device
 
     def prepare(self) -> None:
         """Does nothing: everything is there."""
 
+    def kept(self, digests: Sequence[bytes]) -> LogProbs:
+        """What has been kept of the pairs, fp64 [n, 4]; KeyError for one that is not known."""
+        wanted_n = _as_array(digests)
+        places_n = np.searchsorted(self._digests_n, wanted_n).clip(max=max(0, len(self._digests_n) - 1))
+        if len(wanted_n) and not (self._digests_n[places_n] == wanted_n).all():
+            raise KeyError("a pair without kept log-probs")
+        return self._logps_n4[places_n]
+
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """The kept log-probs of this rank's microbatches; [] on all but the last pipeline stage."""
         return [self._look_up(microbatch) for microbatch in batch.microbatches] if self.is_last_stage else []
 
     def _look_up(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
-        known = [self.values[digest] for digest in microbatch.pair_digests]
-        logps_4B = np.array(known, np.float64).reshape(-1, 4).T
-        return SequenceLogProbs(*to_device(torch.tensor(logps_4B), self.device))
+        logps_B4 = torch.from_numpy(self.kept(microbatch.pair_digests))
+        return SequenceLogProbs.of_columns(to_device(logps_B4, self.device))
 
     def device_bytes(self) -> int:
         """None."""
         return 0
+
+
+def _as_array(digests: Sequence[bytes]) -> npt.NDArray[np.bytes_]:
+    return np.array(digests, dtype="S16")

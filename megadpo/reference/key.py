@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,19 @@ from uuid import uuid4
 
 from megadpo.data.prepare import tokenizer_files
 from megadpo.errors import CacheError
-from megadpo.files import writing
+from megadpo.files import Appender, writing
 
-# To be raised with every change after which the same weights and tokens give other log-probs, but for rounding.
+# To be raised with every change after which the same weights and tokens give other log-probs, but for rounding;
+# tests/distributed/test_numerics_version.py notices such a change.
 NUMERICS_VERSION = 1
 
-_KEY, _INDEX = "key.json", "files.jsonl"
+_KEY, INDEX = "key.json", "hashes.txt"
 _CONFIG, _TOKENIZER_CONFIG, _TEMPLATE_FIELD = "config.json", "tokenizer_config.json", "chat_template"
 # Fields of config.json that say nothing of what is computed; the precision is a part of its own.
 _NOT_COMPUTED = frozenset({"dtype", "torch_dtype", "transformers_version", "_name_or_path"})
 _BLOCK_BYTES = 2**24
+# What is looked at of a file whose hash is known: so many pieces of it, the first and the last among them.
+_PIECES, _PIECE_BYTES = 16, 2**16
 
 # The parts of a key, and what they are called in messages.
 PARTS = {
@@ -58,21 +62,21 @@ def cache_key(
     config_file: Path,
     tokenizer_dir: Path,
     precision: str,
-    index_dir: Path,
+    index_dir: Path | None,
 ) -> CacheKey:
     """The key of a reference's log-probs; reads every weight file that `index_dir` has no hash of. For one process.
 
-    `precision` is all that says how numbers are rounded. CacheError where a file can't be read.
+    `precision` is all that says how numbers are rounded. Without `index_dir` all files are read, and nothing is kept.
+    CacheError where a file can't be read.
     """
-    index = _FileHashes(index_dir)
+    hash_of = _hash_of_file if index_dir is None else _FileHashes(index_dir).hash_of
     try:
-        weights = {path.name: index.hash_of(path) for path in sorted(weight_files)}
+        weights = {path.name: hash_of(path) for path in sorted(weight_files)}
         fields = json.loads(config_file.read_bytes())
         tokenizer, template = _tokenizer_parts(tokenizer_dir)
     except OSError as error:
         raise CacheError(
-            f"reference.mode=cached: {error.filename}: can't be read ({error.strerror}), and what the log-probs depend "
-            "on is hashed: check the file"
+            f"{error.filename}: can't be read ({error.strerror}); kept log-probs of a reference depend on it: check it"
         ) from error
     return CacheKey(
         {
@@ -108,33 +112,49 @@ def _hash(value: Mapping[str, Any]) -> str:
 
 
 class _FileHashes:
-    """SHA-256 of files, kept by path, size and time of modification in lines that are only added."""
+    """SHA-256 of files, kept by what tells a file from another in lines that are only added: CHECKSUM HASH FILE.
+
+    That is its path, size, times of modification and of change, and a checksum of pieces of it: copies and images may
+    give every file the same date.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / _INDEX
-        self._known: dict[tuple[Any, ...], str] = {}
+        self._path = directory / INDEX
+        self._known: dict[str, str] = {}
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._exists() else ():
-            try:
-                *identity, digest = json.loads(line)
-            except (ValueError, TypeError):  # torn by a kill: the file is read again
-                continue
-            self._known[tuple(identity)] = digest
+            checksum, _, entry = line.partition(" ")
+            if checksum == _checksum(entry):  # others were torn by a kill, or damaged: the file is read again
+                digest, _, file = entry.partition(" ")
+                self._known[file] = digest
 
     def _exists(self) -> bool:
         return self._path.is_file()
 
     def hash_of(self, path: Path) -> str:
         """The file's hash; reads it where it is not known, or has changed."""
-        about = path.stat()
-        identity = (str(path.resolve()), about.st_size, about.st_mtime_ns)
-        if identity not in self._known:
-            self._known[identity] = _hash_of_file(path)
+        file = _identity(path)
+        if file not in self._known:
+            self._known[file] = _hash_of_file(path)
+            entry = f"{self._known[file]} {file}"
             with writing(self._path, CacheError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
-                    # The line before may have been torn.
-                    file.write(f"\n{json.dumps([*identity, self._known[identity]])}\n")
-        return self._known[identity]
+                with Appender(self._path) as index:
+                    index.append(f"\n{_checksum(entry)} {entry}\n".encode())  # the line before may have been torn
+        return self._known[file]
+
+
+def _identity(path: Path) -> str:
+    about = path.stat()
+    pieces = 0
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(max(0, about.st_size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            pieces = zlib.crc32(file.read(_PIECE_BYTES), pieces)
+    return json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, pieces])
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _hash_of_file(path: Path) -> str:

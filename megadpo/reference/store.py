@@ -10,21 +10,19 @@ checksum is wrong is an error: nothing that was written in whole turns bad by an
 
 from __future__ import annotations
 
-import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from megadpo.errors import CacheError
-from megadpo.files import writing
+from megadpo.files import Appender, writing
 from megadpo.rank_logging import get_logger
 from megadpo.reference.key import CacheKey, differing_parts, read_key, write_key
 
@@ -49,8 +47,9 @@ class OtherKey:
 class LogProbStore:
     """The records of one key; for one process. What others add is seen after `refresh`.
 
-    Where a pair has been written twice, by two jobs at once, the record that stands first in the order of the segments'
-    names counts. A context manager, which closes the segment that `append` opens.
+    What is known stays as it is: of a pair that two jobs have written in the same moment, each goes on with the record
+    that it saw first, and later readers take the one that stands first in the order of the segments' names. A context
+    manager, which closes the segment that `append` opens.
     """
 
     def __init__(self, directory: Path, key: CacheKey) -> None:
@@ -58,8 +57,12 @@ class LogProbStore:
         self.key = key
         self._seed = zlib.crc32(key.digest.encode())
         self._values: dict[bytes, list[float]] = {}
-        self._segment: BinaryIO | None = None
+        self._segment: Appender | None = None
+        self._bytes_read: dict[Path, int] = {}
         self.refresh()
+        for path, known in self._bytes_read.items():
+            if unfinished := path.stat().st_size - known:
+                logger.info("%s ends in %d bytes of a record that was not finished", path, unfinished)
 
     def __enter__(self) -> LogProbStore:
         return self
@@ -67,19 +70,16 @@ class LogProbStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._segment is not None:
-            self._segment.close()
+        self._close_segment()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def refresh(self) -> None:
-        """Reads all that is on disk. CacheError for a record that is not what was written."""
-        values: dict[bytes, list[float]] = {}
+        """Reads what has been added on disk. CacheError for a record that is not what was written."""
         for path in self.segments():
-            for digest, logps in self._read(path):
-                values.setdefault(digest, logps)
-        self._values = values
+            for digest, logps in self._read_on(path):
+                self._values.setdefault(digest, logps)
 
     def segments(self) -> list[Path]:
         """The files of records, in the order in which they count."""
@@ -95,42 +95,54 @@ class LogProbStore:
 
     def append(self, digests: Sequence[bytes], logps_n4: LogProbs) -> None:
         """Adds a record for each pair that has none yet; on disk when this returns. CacheError where it can't be."""
+        self.refresh()  # other jobs may fill the same key
         fresh = {
             digest: logps
             for digest, logps in zip(digests, logps_n4.tolist(), strict=True)
             if digest not in self._values
         }
+        if not fresh:
+            return
         records = np.zeros(len(fresh), _RECORD)
         records["digest"] = np.array(list(fresh), dtype="V16")
         records["logps"] = np.array(list(fresh.values()), np.float64).reshape(-1, 4)
         records["checksum"] = list(self._checksums(records.tobytes()))
-        with writing(self.directory, CacheError):
-            segment = self._own_segment()
-            segment.write(records.tobytes())
-            segment.flush()
-            os.fsync(segment.fileno())
+        try:
+            with writing(self.directory, CacheError):
+                self._own_segment().append(records.tobytes())
+        except CacheError:
+            self._close_segment()  # it may end in a part of a record: nothing must come behind
+            raise
         self._values |= fresh
 
-    def _own_segment(self) -> BinaryIO:
+    def _own_segment(self) -> Appender:
         if self._segment is None:
             # Named by the clock, so that in a directory that one run after the other fills, the first record counts.
-            self._segment = (self.directory / f"{time.time_ns():020d}-{uuid4().hex}{_SUFFIX}").open("xb")
+            self._segment = Appender(self.directory / f"{time.time_ns():020d}-{uuid4().hex}{_SUFFIX}")
         return self._segment
 
-    def _read(self, path: Path) -> Iterator[tuple[bytes, list[float]]]:
+    def _close_segment(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+    def _read_on(self, path: Path) -> Iterator[tuple[bytes, list[float]]]:
+        """The whole records that a segment has beyond those that were read before."""
+        start = self._bytes_read.get(path, 0)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as segment:
+                segment.seek(start)
+                content = segment.read()
         except OSError as error:
             raise CacheError(f"{path}: can't be read ({error.strerror}): check it, or remove it; {_REMOVED}") from error
         whole = len(content) // _RECORD.itemsize * _RECORD.itemsize
-        if whole < len(content):
-            logger.info("%s ends in %d bytes of a record that was not finished", path, len(content) - whole)
+        self._bytes_read[path] = start + whole
         records = np.frombuffer(content[:whole], _RECORD)
         right = records["checksum"] == np.fromiter(self._checksums(content[:whole]), np.uint32, len(records))
         if not right.all():
             first = int(np.flatnonzero(~right)[0])
             raise CacheError(
-                f"{path}: the record at byte {first * _RECORD.itemsize} is damaged ({int((~right).sum())} of "
+                f"{path}: the record at byte {start + first * _RECORD.itemsize} is damaged ({int((~right).sum())} of "
                 f"{len(records)} are): its checksum is wrong. Remove the file: {_REMOVED}"
             )
         yield from zip(records["digest"].tolist(), records["logps"].tolist(), strict=True)

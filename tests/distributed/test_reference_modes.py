@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.reference.store import _RECORD
+from megadpo.reference.key import _checksum as checksum_of
+from megadpo.reference.key import _identity as identity_of
+from megadpo.reference.key import read_key
+from megadpo.reference.store import _RECORD, open_store
 from tests.helpers.conversion_jobs import export_hf, score_and_die, score_pairs
 from tests.helpers.fault_jobs import Start, start_each
 from tests.helpers.jobs import train
@@ -62,7 +65,7 @@ def modes(inputs: tuple[Path, list[str]]) -> Path:
     launch(1, train, [*words, f"train.run_dir={root / 'resident'}"])
     launch(1, train, [*words, "reference.mode=offload", f"train.run_dir={root / 'offload'}"])
     (seen,) = launch(1, train_and_watch, [*words, "reference.mode=cached", f"train.run_dir={root / 'cached'}"])
-    assert (seen.loaded, seen.alive, len(seen.scored)) == (1, 0, 18)
+    assert (seen.loaded, seen.alive, len(seen.scored), len(seen.asked)) == (1, 0, 18, 8 + 4)
     return root
 
 
@@ -105,11 +108,8 @@ def test_a_killed_filling_goes_on_with_what_is_missing(inputs: tuple[Path, list[
         launch(1, die_while_filling, words, 2)
     assert not (root / "killed" / "config.yaml").exists()
     (seen,) = launch(1, train_and_watch, words)
-    assert (seen.loaded, seen.alive, len(seen.scored)) == (
-        1,
-        0,
-        8 + 10,
-    )  # a sample of those that are there, and the rest
+    # A sample of those that are there, and the rest.
+    assert (seen.loaded, seen.alive, len(seen.scored)) == (1, 0, 8 + 10)
     assert "8 of 14 pairs of train have log-probs" in "\n".join(seen.log)
     assert segments(root / "killed" / "reference") == segments(root / "cached" / "reference")
     assert_bit_equal(root / "cached", root / "killed")
@@ -196,36 +196,124 @@ def test_whatever_changes_is_named_and_nothing_stale_is_used(
         "precision": "the precision (fp32 then, bf16 now)",
     }.items():
         assert [line.partition("because of ")[2] for line in said[name]] == [words_of_it], name
-    assert "the others' text has changed, or they were never reached: rows 5 of " in outcomes["text"].log
+    assert re.search(
+        r"the others were never reached, or have other tokens than before \(by their text, data.max_length, "
+        r"data.truncation, or data.template_date=[-0-9]+\): rows 5 of ",
+        outcomes["text"].log,
+    )
     # The changed pair is the only one that was computed.
     assert len(segments(cache)) - len({*segments(root / "cached" / "reference")}) == 1
-    assert {path.name for path in cache.iterdir()} > {"files.jsonl"} and len(list(cache.glob("*/key.json"))) == 5
+    assert {path.name for path in cache.iterdir()} > {"hashes.txt"} and len(list(cache.glob("*/key.json"))) == 5
     assert training_lines(tmp_path / "run" / "weights")[0]["loss"] != pytest.approx(LN_2, abs=1e-6)
     assert abs(training_lines(tmp_path / "run" / "precision")[0]["loss"] - LN_2) <= 1e-3
 
 
-def test_a_cache_that_disagrees_with_the_model_is_refused(
+PRECISIONS = {
+    "fp32": [],
+    "bf16": ["precision.dtype=bf16"],
+    "mxfp8": ["precision.dtype=bf16", "precision.fp8=mxfp8", "precision.fp8_backend=emulate"],
+}
+
+
+def test_numbers_of_other_weights_are_refused(inputs: tuple[Path, list[str]], modes: Path, tmp_path: Path) -> None:
+    """Of the model before a short training, under the key of the trained one: as if what computes had changed."""
+    _, words = inputs
+    trained = shutil.copytree(modes / "resident" / "hf", tmp_path / "trained")
+    more = f"data.train_path={write_jsonl(tmp_path / 'more.jsonl', make_pairs(20, seed=7))}"
+    common = [*words, "data.tokens_per_microbatch=704", "reference.mode=cached", "train.max_steps=1"]
+
+    def start(name: str, *own: str) -> Start:
+        run = tmp_path / "run" / name.replace(" ", "_")
+        return Start(name, [*common, *own, f"train.run_dir={run}"], run)
+
+    def cache(precision: str, name: str) -> str:
+        return f"reference.cache_dir={tmp_path / precision / name}"
+
+    model = f"model.hf_path={trained}"
+    honest = [start(f"{p} start", *own, cache(p, "start")) for p, own in PRECISIONS.items()]
+    honest += [start(f"{p} trained", *own, model, cache(p, "trained")) for p, own in PRECISIONS.items()]
+    (outcomes,) = launch(1, start_each, honest)
+    assert {outcome.text for outcome in outcomes.values()} == {""}
+    for precision in PRECISIONS:
+        (path,) = (tmp_path / precision / "trained").glob("*/key.json")
+        key = read_key(path.parent)
+        assert key is not None
+        with open_store(tmp_path / precision / "forged", key) as store:
+            for record in records(tmp_path / precision / "start"):
+                store.append([bytes(record["digest"])], record["logps"][None])
+    starts = [
+        start(f"{p} {name}", *own, model, cache(p, "forged"), *data)
+        for p, own in PRECISIONS.items()
+        for name, data in (("complete", []), ("to complete", [more]))
+    ]
+    (outcomes,) = launch(1, start_each, starts)
+    for name, outcome in outcomes.items():
+        assert outcome.refused, (name, outcome.text)
+        assert re.match(
+            r".*/forged: row \d+ of train was kept with log-probs \[.*\], the reference now gives \[.*\]\. Such rows "
+            r"are off by \S+ nats per root of a token, rounding by at most \S+\. The reference's files are the same, ",
+            outcome.text,
+        ), (name, outcome.text)
+        # A complete cache is held against the policy: its weights are the reference's.
+        assert ("have log-probs" in outcome.log) == ("to complete" in name)
+
+
+def test_files_that_changed_behind_their_hashes_are_named(
     inputs: tuple[Path, list[str]], modes: Path, tmp_path: Path
 ) -> None:
-    """A weight file is changed behind its size and date, so that its hash is the old one."""
     root, words = inputs
-    model = tmp_path / "model"
-    shutil.copytree(root / "model", model)
+    model = shutil.copytree(root / "model", tmp_path / "model")
     common = [*words, f"model.hf_path={model}", "reference.mode=cached", "train.max_steps=1"]
-    launch(1, train, [*common, f"reference.cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path / 'first'}"])
-    path = model / "model.safetensors"
-    before = path.stat()
-    weights = load_file(path)
-    save_file({name: tensor * 1.1 for name, tensor in weights.items()}, path, metadata={"format": "pt"})
-    assert path.stat().st_size == before.st_size
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    same = [f"reference.cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path / 'same'}"]
-    with pytest.raises(RuntimeError, match=r"step 1: the loss is .* \(tolerance 1e-05, cached reference in fp32; "):
-        launch(1, train, [*common, *same])  # complete: no model is there to ask, but the policy's first step tells
-    write_jsonl(tmp_path / "more.jsonl", make_pairs(20, seed=7))
-    more = [f"data.train_path={tmp_path / 'more.jsonl'}", f"train.run_dir={tmp_path / 'second'}"]
-    with pytest.raises(RuntimeError, match=r"CacheError: .*row \d+ was kept with log-probs .*Its key is the same"):
-        launch(1, train, [*common, *more, f"reference.cache_dir={tmp_path / 'cache'}"])
+    common += [f"reference.cache_dir={tmp_path / 'cache'}"]
+    launch(1, train, [*common, f"train.run_dir={tmp_path / 'first'}"])
+    path, index = model / "model.safetensors", tmp_path / "cache" / "hashes.txt"
+    old = index.read_text().split()[1]
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    entry = f"{old} {identity_of(path)}"
+    index.write_text(f"{checksum_of(entry)} {entry}\n")
+    with pytest.raises(RuntimeError, match=r"What has changed is the reference's weights, .* remove hashes.txt there"):
+        launch(1, train, [*common, f"train.run_dir={tmp_path / 'second'}"])
+    # Scoring holds what it computes against what is kept.
+    words = [word for word in common if not word.startswith("train.max_steps")]
+    with pytest.raises(
+        RuntimeError, match=r"row \d+ of the data was kept with log-probs .* What has changed is the ref"
+    ):
+        launch(1, score_pairs, words, tmp_path / "scores.jsonl")
+    index.unlink()
+    (seen,) = launch(1, train_and_watch, [*common, f"train.run_dir={tmp_path / 'third'}"])
+    assert seen.loaded == 1 and "not used, because of the reference's weights" in "\n".join(seen.log)
+
+
+def test_modes_agree_in_an_interleaved_pipeline_of_a_tied_model(tmp_path: Path) -> None:
+    """With named validation sets, which share pairs with each other; and a resumed run looks up what it looked up."""
+    pairs = make_pairs(20, seed=3)
+    sets = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", pairs[:5]), ("b", pairs[3:9]))}
+    words = [
+        "+model=hf",
+        f"model.hf_path={write_tiny_model(tmp_path / 'model', 'qwen2', tied=True)}",
+        f"data.train_path={write_jsonl(tmp_path / 'pairs.jsonl', [*pairs[8:], pairs[10]])}",
+        f"data.validation_path={{{', '.join(f'{name}: {path}' for name, path in sets.items())}}}",
+        *("precision.dtype=fp32", "device.kind=cpu", "trackers=[jsonl]", "data.tokens_per_microbatch=700"),
+        *("parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=4", f"optimizer.lr={LR}"),
+        *("train.save_every=2", "train.eval_every=2", "train.epochs=1"),
+    ]
+    starts = [
+        Start(mode, [*words, f"reference.mode={mode}", f"train.run_dir={tmp_path / mode}"], tmp_path / mode)
+        for mode in ("resident", "offload", "cached")
+    ]
+    for outcomes in launch(2, start_each, starts):
+        assert {outcome.text for outcome in outcomes.values()} == {""}
+    for mode in ("offload", "cached"):
+        assert_bit_equal(tmp_path / "resident", tmp_path / mode)
+    assert {"eval/a/loss", "eval/b/loss"} < {*metrics(tmp_path / "cached")[0]}
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "cached", resumed)
+    shutil.rmtree(resumed / "hf")
+    shutil.rmtree(checkpoint(resumed, 4))
+    cached = ["reference.mode=cached", f"reference.cache_dir={tmp_path / 'cached' / 'reference'}"]
+    for seen in launch(2, train_and_watch, [*words, *cached, "train.resume=auto", f"train.run_dir={resumed}"]):
+        assert (seen.loaded, seen.scored, seen.asked) == (0, [], [])
+    assert_bit_equal(tmp_path / "cached", resumed)
 
 
 def test_a_loss_without_a_reference_trains_without_one(inputs: tuple[Path, list[str]]) -> None:
@@ -282,13 +370,26 @@ def test_an_offloaded_reference_follows_alike(inputs: tuple[Path, list[str]], sy
     assert_bit_equal(synced / "synced", root / "synced_offload")
 
 
+def test_a_run_resumed_in_another_layout_has_it_too(inputs: tuple[Path, list[str]], synced: Path) -> None:
+    root, words = inputs
+    run = begin_again(synced / "synced", root / "resumed_tp2")
+    launch(2, train, [*words, *SYNC, "train.resume=auto", "parallel.tensor=2", f"train.run_dir={run}"])
+    assert_same_trajectory(synced / "synced", run, lr=LR)
+
+
+def begin_again(done: Path, run: Path) -> Path:
+    """A copy of a run as it was after step 3."""
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "hf")
+    shutil.rmtree(checkpoint(run, 5))
+    return run
+
+
 @pytest.mark.parametrize("mode", ["resident", "offload"])
 def test_a_resumed_run_has_the_reference_that_it_had(mode: str, inputs: tuple[Path, list[str]], synced: Path) -> None:
     root, words = inputs
-    words, run = [*words, *SYNC, "train.resume=auto", f"reference.mode={mode}"], root / f"resumed_{mode}"
-    shutil.copytree(synced / "synced", run)
-    shutil.rmtree(run / "hf")
-    shutil.rmtree(checkpoint(run, 5))
+    words = [*words, *SYNC, "train.resume=auto", f"reference.mode={mode}"]
+    run = begin_again(synced / "synced", root / f"resumed_{mode}")
     if mode == "resident":
         with pytest.raises(RuntimeError, match=r"reference.sync_every=null: the checkpoint was written with 2"):
             launch(2, train, [*words, "reference.sync_every=null", "reference.sync_mix=0.6", f"train.run_dir={run}"])

@@ -30,8 +30,12 @@ from tests.helpers.jobs import train
 
 @dataclass
 class Watched:
-    """What was done for the reference: rows scored, models loaded, models alive when the policy is built; the log."""
+    """What was done for the reference: rows scored, models loaded, models alive when the policy is built; the log.
 
+    `asked` are the rows that the policy scored before training.
+    """
+
+    asked: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     loaded: int = 0
     alive: int = 0
@@ -41,9 +45,10 @@ class Watched:
 def train_and_watch(overrides: list[str]) -> Watched:
     """`train`, watched."""
     seen = Watched()
+    built = False
 
     def score(chunks: Any, batch: Any, *rest: Any) -> Any:
-        seen.scored += batch.pair_indices
+        (seen.asked if built else seen.scored).extend(batch.pair_indices)
         return score_batch(chunks, batch, *rest)
 
     def load(*args: Any) -> Any:
@@ -51,6 +56,8 @@ def train_and_watch(overrides: list[str]) -> Watched:
         return load_reference_model(*args)
 
     def build(*args: Any, **options: Any) -> Any:
+        nonlocal built
+        built = True
         seen.alive = sum(isinstance(thing, PolicyModel) for thing in gc.get_objects())
         return build_policy(*args, **options)
 

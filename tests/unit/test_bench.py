@@ -339,11 +339,12 @@ def test_gates_of_reference_modes() -> None:
     resident = mode("resident", 1.0, 300, 0.25)
     offload = mode("offload", 1.1, 310, 0.3, loss=0.6)
     cached, none = mode("cached", 0.75, 260, 0.01), mode("none", 0.7, 261, 0.0, loss=1.5)
-    gates = report.reference_gates([resident, offload, cached, none], weights=40 * 2**20)
+    peaks = {"resident": 300, "offload": 310, "cached": 260, "none": 261}
+    gates = report.reference_gates([resident, offload, cached, none], peaks, weights=40)
     assert [gate.holds for gate in gates] == [True, False, True, True, False, True]
-    slow = report.reference_gates([resident, mode("cached", 0.85, 260, 0.02)], weights=0)
+    slow = report.reference_gates([resident, mode("cached", 0.85, 260, 0.02)], peaks, weights=0)
     assert [gate.holds for gate in slow] == [True, False, False, True]
-    assert report.reference_gates([resident], weights=0) == []
+    assert report.reference_gates([resident], peaks, weights=0) == []
     console = Console(record=True, width=200)
     console.print(tables.reference_table("references", [resident, cached], resident))
     said = console.export_text()

@@ -590,7 +590,7 @@ def test_sensible_configurations_pass(overrides: list[str], world_size: int, fil
         ("reference.hf_path=no/such", "reference.hf_path=no/such: must be a Hugging Face directory with a config.json"),
         (
             "reference.mode=none",
-            "reference.mode=none: loss.name=[sigmoid] compares with a reference: choose reference.mode=resident, "
+            "reference.mode=none: loss.name=sigmoid compares with a reference: choose reference.mode=resident, "
             "offload or cached, or a loss that needs none (",
         ),
         (

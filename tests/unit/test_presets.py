@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megadpo.assembly import build_loss
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config
@@ -53,6 +54,23 @@ def write_config(directory: Path, fields: dict[str, object]) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(fields))
     return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "mode"),
+    [
+        ("ipo", [(1.0, "ipo")], "resident"),
+        ("rpo", [(1.0, "sigmoid"), (1.0, "sft")], "resident"),
+        ("mpo", [(0.8, "sigmoid"), (0.2, "bco_pair"), (1.0, "sft")], "resident"),
+        ("simpo", [(1.0, "simpo")], "none"),
+    ],
+)
+def test_losses_of_the_field_have_files(
+    name: str, terms: list[tuple[float, str]], mode: str, pairs: str, tmp_path: Path
+) -> None:
+    directory = write_config(tmp_path / "model", PUBLISHED["Llama-3-8B"][0])
+    config = checked("+model=hf", f"model.hf_path={directory}", f"+loss={name}", pairs)
+    assert (list(build_loss(config).terms), config.reference.mode) == (terms, mode)
 
 
 @pytest.mark.parametrize("name", PRESETS)

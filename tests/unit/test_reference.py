@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing as mp
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,16 @@ import numpy as np
 import pytest
 import torch
 
+from megadpo.config.choices import Dtype, Fp8Recipe
+from megadpo.config.schema import PrecisionConfig
 from megadpo.errors import CacheError
 from megadpo.planner.meter import LiveBytes
 from megadpo.reference import CachedReference, NoReference, OffloadedReference, ResidentReference, resident
+from megadpo.reference.agreement import noise_allowed, noise_between
 from megadpo.reference.key import PARTS, CacheKey, cache_key
 from megadpo.reference.store import open_store, other_keys
 from megadpo.reference_cache import missing_groups
+from tests.helpers.no_room import largest_file
 from tests.helpers.reference_jobs import append_slowly
 
 CPU = torch.device("cpu")
@@ -141,6 +146,35 @@ def test_readers_beside_a_writer_see_whole_records(tmp_path: Path) -> None:
     assert len(open_store(tmp_path, key_of())) == 300
 
 
+def test_two_writers_keep_what_came_first(tmp_path: Path) -> None:
+    digests, values = digests_of(3), values_of(3)
+    with open_store(tmp_path, key_of()) as one, open_store(tmp_path, key_of()) as two:
+        one.append(digests[:1], values[:1])
+        two.append(digests[:2], values[:2] + 1.0)
+        one.append(digests, values + 2.0)
+        expected = [values[0], values[1] + 1.0, values[2] + 2.0]
+        two.refresh()
+        assert np.array_equal(one.lookup(digests), expected) and np.array_equal(two.lookup(digests), expected)
+        assert one.append(digests, values) is None and len(one.segments()) == 2
+    assert np.array_equal(open_store(tmp_path, key_of()).lookup(digests), expected)
+
+
+def test_a_full_disk_loses_nothing_that_was_kept(tmp_path: Path) -> None:
+    digests, values = digests_of(40), values_of(40)
+    with open_store(tmp_path, key_of()) as store:
+        store.append(digests[:10], values[:10])
+        with (
+            largest_file(15 * RECORD_BYTES + 7),
+            pytest.raises(CacheError, match=r"can't be written .*: make room, or"),
+        ):
+            store.append(digests[10:], values[10:])
+        assert len(store) == 10
+        store.append(digests[10:], values[10:])  # into a segment of its own: the first one ends in a part of a record
+    again = open_store(tmp_path, key_of())
+    assert again.lookup(digests).tobytes() == values.tobytes()
+    assert [path.stat().st_size for path in again.segments()] == [15 * RECORD_BYTES + 7, 25 * RECORD_BYTES]
+
+
 # The key
 
 
@@ -188,9 +222,9 @@ def test_a_changed_file_changes_its_part_of_the_key(file: str, content: str, par
 
 def test_a_weight_file_is_read_once_and_again_when_it_changes(model: Path) -> None:
     before = key_at(model)
-    index = model.parent / "cache" / "files.jsonl"
-    with index.open("a") as file:
-        file.write('["torn')
+    index = model.parent / "cache" / "hashes.txt"
+    whole = index.read_text()
+    index.write_text(f"{whole}\n1234abcd torn")
     with mock.patch("megadpo.reference.key._hash_of_file", side_effect=AssertionError):
         assert key_at(model) == before
     (model / "model-1.safetensors").write_text("changed")
@@ -198,19 +232,94 @@ def test_a_weight_file_is_read_once_and_again_when_it_changes(model: Path) -> No
     with mock.patch("megadpo.reference.key._hash_of_file", side_effect=AssertionError):
         assert key_at(model) != before
     (model / "config.json").unlink()
-    with pytest.raises(CacheError, match=r"reference.mode=cached: .*config.json: can't be read"):
+    with pytest.raises(CacheError, match=r"config.json: can't be read \(No such file or directory\); kept log-probs"):
         key_at(model)
+
+
+def test_a_damaged_hash_is_not_believed(model: Path) -> None:
+    before, index = key_at(model), model.parent / "cache" / "hashes.txt"
+    lines = [line for line in index.read_text().splitlines() if line]
+    for place in range(len(lines[0])):
+        damaged = bytearray(lines[0].encode())
+        damaged[place] ^= 1
+        index.write_bytes(bytes(damaged) + b"\n" + lines[1].encode() + b"\n")
+        with mock.patch("megadpo.reference.key._hash_of_file", return_value="read again") as read:
+            key_at(model)
+        read.assert_called_once_with(model / "model-1.safetensors")
+    index.unlink()
+    assert key_at(model) == before
+
+
+def test_files_that_look_alike_are_told_apart(model: Path) -> None:
+    """Whoever copies them may give every file the same size and date."""
+    path = model / "model-1.safetensors"
+    path.write_bytes(bytes(3 * 2**20))
+    before, about = key_at(model), path.stat()
+    for place in (0, 2**20, 3 * 2**20 - 1):
+        content = bytearray(3 * 2**20)
+        content[place] = 1
+        path.write_bytes(bytes(content))
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+        after = key_at(model)
+        assert [name for name in PARTS if before.parts[name] != after.parts[name]] == ["weights"]
+        assert cache_key_without_index(model) == after
+    path.write_bytes(bytes(3 * 2**20))
+    assert key_at(model) == before
+
+
+def cache_key_without_index(model: Path) -> CacheKey:
+    with mock.patch("megadpo.reference.key._FileHashes", side_effect=AssertionError):
+        return cache_key(
+            weight_files=model.glob("*.safetensors"),
+            config_file=model / "config.json",
+            tokenizer_dir=model,
+            precision="fp32",
+            index_dir=None,
+        )
+
+
+# Other numbers than before
+
+
+def noise(precision: PrecisionConfig, tokens: int, per_token: float, *, biased: bool = False) -> bool:
+    """Whether kept log-probs of so long responses are taken for the same, each token being off by so much."""
+    draw = np.random.default_rng(0)
+    pairs: Any = [SimpleNamespace(chosen=range(tokens), rejected=range(tokens)) for _ in range(8)]
+    one = draw.normal(-4.0 * tokens, 10.0, (8, 4))
+    off = per_token * tokens if biased else draw.normal(0.0, per_token, (8, 4, tokens)).sum(axis=2)
+    return noise_between(pairs, one, one + off) <= noise_allowed(precision)
+
+
+@pytest.mark.parametrize("tokens", [20, 400])
+def test_rounding_is_told_from_other_weights(tokens: int) -> None:
+    """Errors of tokens add up like a random walk; a short training moves a response's tokens by hundredths of nats."""
+    fp32, bf16 = PrecisionConfig(dtype=Dtype.fp32), PrecisionConfig()
+    fp8 = PrecisionConfig(fp8=Fp8Recipe.blockwise)
+    assert noise(fp32, tokens, 2e-5) and noise(bf16, tokens, 0.03) and noise(fp8, tokens, 0.06)
+    assert not noise(fp32, tokens, 1e-3) and not noise(bf16, tokens, 0.1) and not noise(fp8, tokens, 0.2)
+    assert not noise(bf16, tokens, 0.02, biased=True) and not noise(fp32, tokens, 1e-4, biased=True)
 
 
 # What is missing
 
 
 def test_whole_groups_stay_as_training_makes_them_and_the_rest_comes_behind() -> None:
-    order, known = np.array([5, 3, 0, 7, 6, 1, 2, 4]), np.zeros(8, np.bool_)
-    assert [list(group) for group in missing_groups(order, known, 3)] == [[5, 3, 0], [7, 6, 1], [2, 4]]
+    order, known, first = np.array([5, 3, 0, 7, 6, 1, 2, 4]), np.zeros(8, np.bool_), np.ones(8, np.bool_)
+
+    def groups() -> list[list[int]]:
+        return [list(group) for group in missing_groups(order, known, first, 3)]
+
+    assert groups() == [[5, 3, 0], [7, 6, 1], [2, 4]]
     known[[3, 1, 6]] = True
-    assert [list(group) for group in missing_groups(order, known, 3)] == [[2, 4], [5, 0, 7]]
-    assert missing_groups(order, np.ones(8, np.bool_), 3) == []
+    assert groups() == [[2, 4], [5, 0, 7]]
+    # 6 is the pair 3 again, 2 and 4 are 0 and 1: after a kill the second group is what it would have been.
+    known[:], first[[6, 2, 4]] = False, False
+    assert groups() == [[5, 3, 0], [7, 6, 1]]
+    known[[5, 3, 0, 6, 2]] = True
+    assert groups() == [[7, 6, 1]]
+    known[:] = True
+    assert groups() == []
 
 
 # Weights on the host
@@ -273,19 +382,26 @@ def test_mixing_moves_every_weight_towards_the_policy(
 def test_kept_and_missing_numbers_answer_on_the_last_stage_only() -> None:
     batch: Any = SimpleNamespace(
         microbatches=[
-            SimpleNamespace(pair_digests=(b"b", b"a"), num_pairs=2),
+            SimpleNamespace(num_pairs=2),
             SimpleNamespace(pair_digests=(), num_pairs=0),
         ]
     )
-    values = {b"a": (-math.pi, -1.0, -0.5, 0.0), b"b": (-2.0, -math.e, 0.0, -0.25)}
-    first, empty = CachedReference(values, is_last_stage=True, device=CPU).log_probs(batch)
+    digests = [b"b\0".ljust(16), b"a\0".ljust(16), b"c" * 16]
+    kept = digests, np.array([(-2.0, -math.e, 0.0, -0.25), (-math.pi, -1.0, -0.5, 0.0), (-3.0,) * 4])
+    batch.microbatches[0].pair_digests = tuple(digests[:2])
+    cached = CachedReference(*kept, is_last_stage=True, device=CPU)
+    first, empty = cached.log_probs(batch)
+    assert torch.equal(first.columns(), torch.tensor(kept[1][:2])) and cached.kept(digests).tolist() == kept[1].tolist()
+    for unknown in (b"0" * 16, b"bb" * 8, b"d" * 16):
+        with pytest.raises(KeyError):
+            cached.kept([digests[0], unknown])
     assert first.chosen_B.tolist() == [-2.0, -math.pi] and first.rejected_B.tolist() == [-math.e, -1.0]
     assert first.chosen_tail_B.tolist() == [0.0, -0.5] and first.rejected_tail_B.tolist() == [-0.25, 0.0]
     assert first.chosen_B.dtype is torch.float64 and empty.chosen_B.shape == (0,)
     nothing = NoReference(is_last_stage=True, device=CPU).log_probs(batch)
     assert [scores.chosen_B.tolist() for scores in nothing] == [[0.0, 0.0], []]
     for reference in (
-        CachedReference(values, is_last_stage=False, device=CPU),
+        CachedReference(*kept, is_last_stage=False, device=CPU),
         NoReference(is_last_stage=False, device=CPU),
     ):
         assert reference.log_probs(batch) == [] and reference.device_bytes() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from megadpo.config.choices import ReferenceMode
+from megadpo.config.schema import LossConfig, ReferenceConfig
 from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
@@ -67,6 +69,31 @@ def test_a_reference_gives_its_keys_an_effect(files: tuple[Path, list[str]]) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "reference: {mode: cached}\nprecision: {fp8_check_every: 5, fp8: mxfp8, fp8_backend: emulate}",
+        "reference: {mode: none}\nloss: {name: [simpo], beta: 0.3}",
+        "reference: {sync_every: 4, sync_mix: 1.0}",
+    ],
+)
+def test_what_an_experiment_says_of_training_is_left_out(
+    lines: str, files: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = shutil.copytree(score.CONFIG_DIR, tmp_path / "conf")
+    (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{lines}\n")
+    monkeypatch.setattr(score, "CONFIG_DIR", conf)
+    words = ["+experiment=mine", *files[1], "output=x"]
+    kept = {"cache_dir": "kept", "mode": ReferenceMode.cached}
+    for further, expected in (
+        (["reference.cache_dir=null"], {"mode": ReferenceMode.resident}),
+        ([f"reference.hf_path={files[0]}", "reference.cache_dir=kept"], {"hf_path": str(files[0]), **kept}),
+    ):
+        config, *_ = score.read_words([*words, *further])
+        assert config.reference == ReferenceConfig(**expected)
+        assert config.loss == LossConfig(beta=config.loss.beta) and config.precision.fp8_check_every is None
+
+
 @pytest.mark.parametrize("text", ["0", "[]", "[20,10]", "[10,10]", "[0,5]", "4,5", "many", "-1", ""])
 def test_buckets_that_are_none_are_refused(files: tuple[Path, list[str]], text: str) -> None:
     with pytest.raises(
@@ -116,7 +143,7 @@ def test_each_output_has_a_summary_of_its_own() -> None:
 def test_what_is_kept_of_a_pass(tmp_path: Path) -> None:
     """Whole groups of 2, or all 5 pairs; never half a line."""
     files = ScoreFiles(tmp_path / "out.jsonl")
-    files.partial.mkdir()
+    assert files.begin({"a": 1}, [Role.policy], pairs=5, group_size=2) == {Role.policy: 0}
     path = files.scores(Role.policy)
     for content, kept in (
         ("", 0),
@@ -127,8 +154,11 @@ def test_what_is_kept_of_a_pass(tmp_path: Path) -> None:
         ("a\n" * 7, 5),
     ):
         path.write_text(content)
-        assert files.begin({}, [Role.policy], pairs=5, group_size=2) == {Role.policy: kept}
+        assert files.begin({"a": 1}, [Role.policy], pairs=5, group_size=2) == {Role.policy: kept}
         assert path.read_text() == content[: 2 * kept]
+    (files.partial / "identity.json").unlink()
+    assert files.begin({"a": 1}, [Role.policy], pairs=5, group_size=2) == {Role.policy: 0}
+    assert path.read_text() == ""
 
 
 def test_a_full_disk_says_how_to_go_on() -> None:

@@ -75,8 +75,11 @@ class Contender(AbstractContextManager["Contender"]):
         return turn
 
     def peak_bytes(self) -> int:
-        """Peak memory of the largest rank: resident set as the kernel counts it, allocated by torch on CUDA."""
-        if self.job.device == "cuda":
+        """Peak memory of the largest rank: resident set as the kernel counts it, allocated by torch on CUDA.
+
+        That of tensors where the job has them counted, on rank 0.
+        """
+        if self.job.device == "cuda" or self.job.count_tensors:
             return max(int(turn.values["peak_bytes"]) for turn in self.turns)
         return max(high_water_bytes(rank.pid) for rank in self._ranks)
 

@@ -146,11 +146,21 @@ class Session:
     def references(self) -> None:
         """Every way of having the reference's log-probs against a second model beside the policy."""
         options = self.options
-        lineup = self._run("references", measure.reference_modes(self.scratch / "reference"), self.workload)
+        entries = measure.reference_modes(self.scratch / "reference")
+        lineup = self._run("references", entries, self.workload)
         console.print(tables.reference_table("references", lineup.results, lineup["resident"]))
         weights = read_architecture(self.model).num_parameters * DTYPES[options.dtype].itemsize
-        console.print(f"the reference's weights: {weights / 2**20:.0f} MiB")
-        self.gates += report.reference_gates(lineup.results, weights)
+        peaks = self._peaks(entries) if options.device == "cpu" else {r.name: r.peak_bytes for r in lineup.results}
+        shown = ", ".join(f"{name} {peak / 2**20:.1f}" for name, peak in peaks.items())
+        console.print(f"peak of tensors in MiB: {shown}; the reference's weights: {weights / 2**20:.1f}")
+        self.gates += report.reference_gates(lineup.results, peaks, weights)
+
+    def _peaks(self, entries: Sequence[measure.Entry]) -> dict[str, int]:
+        """Most bytes of living tensors in two steps: a process keeps more than that, and what it keeps is chance."""
+        template = replace(self.bench.template, count_tensors=True)
+        bench = replace(self.bench, template=template, turns=2, warmup=0)
+        lineup = bench.run("references, tensors", [replace(entry, rehearsed=False) for entry in entries], self.workload)
+        return {result.name: result.peak_bytes for result in lineup.results}
 
     def conditions(self) -> dict[str, Any]:
         """What the figures depend on."""

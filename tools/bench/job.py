@@ -42,6 +42,8 @@ class Job:
     """name of a row of `ablations.ABLATIONS`, for megadpo; None: the program as it is"""
     overrides: tuple[str, ...] = ()
     """key=value words for megadpo"""
+    count_tensors: bool = False
+    """whether megadpo's peak memory is that of living tensors, counted as they are made, which takes time"""
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -20,6 +20,7 @@ from bench.taken_back import ReferenceTap, patches
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.device import Device, Mark
+from megadpo.planner.meter import LiveBytes
 from megadpo.rank_logging import configure_logging, global_rank, silence_libraries
 from megadpo.run import run_training
 from megadpo.train_step import train_step
@@ -56,10 +57,11 @@ def overrides(job: Job) -> list[str]:
 class Gate:
     """Stands before every training step."""
 
-    def __init__(self, job: Job, link: Link, tap: ReferenceTap) -> None:
+    def __init__(self, job: Job, link: Link, tap: ReferenceTap, meter: LiveBytes | None) -> None:
         self.job = job
         self.link = link
         self.tap = tap
+        self.meter = meter
         self.started: Mark | None = None
 
     def train_step(self, *args: Any, device: Device, **kwargs: Any) -> Any:
@@ -69,7 +71,8 @@ class Gate:
             self.link.answer(ready=True)
         else:
             seconds = device.seconds_between(self.started, device.mark())
-            self.link.answer(seconds=seconds, peak_bytes=device.peak_memory_bytes(), **self._known())
+            peak_bytes = device.peak_memory_bytes() if self.meter is None else self.meter.peak
+            self.link.answer(seconds=seconds, peak_bytes=peak_bytes, **self._known())
         self.link.wait()
         self.started = device.mark()
         return train_step(*args, device=device, **kwargs)
@@ -88,8 +91,8 @@ def run(job: Job, link: Link) -> None:
     ablation = ABLATIONS[job.ablation] if job.ablation else Ablation()
     config = compose_config([*overrides(job), *ablation.overrides], check=check)
     tap = ReferenceTap(cached=ablation.cached_reference)
-    gate = Gate(job, link, tap)
     with ExitStack() as stack:
+        gate = Gate(job, link, tap, stack.enter_context(LiveBytes()) if job.count_tensors else None)
         for patch in (*tap.patches(), *patches(ablation)):
             stack.enter_context(patch)
         stack.enter_context(mock.patch("megadpo.run.train_step", gate.train_step))

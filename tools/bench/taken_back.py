@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from bench.ablations import Ablation
@@ -131,7 +132,8 @@ class ReferenceTap:
         for step in range(self._data.steps_per_epoch):
             live.log_probs(self._data.batch_after(step))
         self.write_down()
-        return CachedReference(self.values, is_last_stage=True, device=device.torch_device)
+        rows = np.array(list(self.values.values()), np.float64)
+        return CachedReference(list(self.values), rows, is_last_stage=True, device=device.torch_device)
 
     def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
         """Remembers a step's numbers, which stay on their device; stages without a head have none."""

@@ -131,6 +131,17 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
+def hf_weight_files(directory: Path) -> list[Path]:
+    """The files that a Hugging Face directory's weights are in, and the index that says so.
+
+    ConversionError where the directory has no safetensors files, or an index that can't be read.
+    """
+    weight_map = _read_weight_map(directory)
+    if weight_map is None:
+        return [directory / SINGLE_FILE]
+    return [directory / INDEX_FILE, *(directory / file for file in sorted(set(weight_map.values())))]
+
+
 def _read_weight_map(directory: Path) -> dict[str, str] | None:
     """File of every tensor by the index, None where one file holds all."""
     has_single, index = (directory / SINGLE_FILE).is_file(), directory / INDEX_FILE
