@@ -244,6 +244,9 @@ def missing_groups(
 
 
 def _announce(config: Config, datasets: Datasets, work: dict[str, Work], store: LogProbStore) -> None:
+    if not any(len(part.missing) for part in work.values()):
+        pairs = sum(map(len, datasets.views.values()))
+        logger.info("%s has the log-probs of all %d pairs: no reference is built", store.directory, pairs)
     for name, view in datasets.views.items():
         missing = work[name].missing
         if not len(missing):

@@ -123,6 +123,7 @@ def test_a_cache_serves_another_layout_without_any_model(inputs: tuple[Path, lis
     assert [seen.loaded for seen in written] == [1] * 4
     used = launch(2, train_and_watch, [*cached, f"train.run_dir={root / 'dp2'}"])
     assert [(seen.loaded, seen.alive, seen.scored) for seen in used] == [(0, 0, [])] * 2
+    assert "has the log-probs of all 18 pairs: no reference is built" in "\n".join(used[0].log)
     for run in ("tp2pp2", "dp2"):
         assert_same_trajectory(root / "resident", root / run, lr=LR, ties=True)
         assert abs(training_lines(root / run)[0]["loss"] - LN_2) <= 1e-5
