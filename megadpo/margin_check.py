@@ -34,7 +34,9 @@ def margin_errors(
 
     def margins(policy: Sequence[SequenceLogProbs], frozen: Sequence[SequenceLogProbs]) -> torch.Tensor:
         # Tensor-parallel ranks have the same log-probs, and stages but the last have none: one speaks.
-        return _margins(loss, batch, policy, frozen) if state.is_last_stage and state.tensor_rank == 0 else nothing
+        return (
+            _margins(loss, batch, policy, frozen, device) if state.is_last_stage and state.tensor_rank == 0 else nothing
+        )
 
     nothing = torch.zeros(0)
     policy_in_fp8, frozen_in_fp8 = score(chunks, batch, device=device), reference.log_probs(batch)
@@ -63,11 +65,13 @@ def _margins(
     batch: GlobalBatch,
     policy: Sequence[SequenceLogProbs],
     reference: Sequence[SequenceLogProbs],
+    device: torch.device,
 ) -> torch.Tensor:
     """Reward margins of all pairs of this rank's microbatches."""
     margins = []
     for microbatch, own, frozen in zip(batch.microbatches, policy, reference, strict=True):
-        logps = pair_log_probs(microbatch, own, frozen, mean_chosen_tokens=batch.mean_chosen_tokens)
+        on_device = microbatch.to(device)
+        logps = pair_log_probs(on_device, own, frozen, mean_chosen_tokens=batch.mean_chosen_tokens)
         chosen_B, rejected_B = loss.rewards(logps)
         margins.append(chosen_B - rejected_B)
     return torch.cat(margins)

@@ -8,7 +8,7 @@ the first epoch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
 from megadpo.reference import CachedReference
-from megadpo.reference.agreement import noise_allowed, noise_between
+from megadpo.reference.agreement import Disagreement, compare, noise_bounds
 from megadpo.reference.key import INDEX, differing_parts
 from megadpo.reference.store import LogProbs, LogProbStore, open_store, other_keys
 
@@ -89,14 +89,14 @@ def build_cached_reference(
 
         def values() -> tuple[list[bytes], LogProbs]:
             unique = list(dict.fromkeys(digest for own in digests.values() for digest in own))
-            stores[0].store.refresh()  # what other jobs have kept first counts, as it will for later starts
-            return unique, stores[0].store.lookup(unique)
+            # Read anew, as every later start does: of what two jobs have kept in one moment, the same record counts.
+            return unique, LogProbStore(stores[0].store.directory, stores[0].store.key).lookup(unique)
 
         work = on_main(begin, patience_s=PATIENCE_S)
         to_score = sum(len(group) for part in work.values() for group in part.groups)
         if to_score:
             chunks = load_reference_model(config, source, arch, state, device)
-            filling = _Filling(chunks, builder, state, device, stores)
+            filling = _Filling(chunks, builder, state, device, stores, Judge(config, source))
             for name, view in datasets.views.items():
                 filling.check_sample(name, view, work[name].sample)
             with ProgressBar("reference log-probs", total=to_score, visible=state.is_main) as bar:
@@ -121,67 +121,107 @@ def check_starting_policy(
 ) -> None:
     """Compares a sample of what is kept with what the starting policy computes, whose weights the reference has.
 
-    So that a complete cache is asked too, without a second model. CacheError on every rank where they differ by more
-    than rounding.
+    So that a complete cache is asked too, without a second model. CacheError on every rank where they are not of the
+    same weights.
     """
+    judge = Judge(config, source)
     for name, view in datasets.views.items():
         pairs = [view[int(i)] for i in _sample(np.arange(len(view)))]
-        logps_n4 = score_batch(chunks, builder.build(pairs), state, device.torch_device)
-        kept_n4 = reference.kept([pair.digest for pair in pairs])
-        on_main(partial(check_agreement, config, source, name, pairs, kept_n4, logps_n4))
+        logps_n4 = finite_logps(chunks, builder.build(pairs), state, device)
+        found = compare(pairs, reference.kept([pair.digest for pair in pairs]), logps_n4)
+        judge.hold(name, partial(_beyond, found))
 
 
-def check_agreement(
-    config: Config,
-    source: ModelSource,
-    name: str,
-    pairs: Sequence[TokenizedPair],
-    kept_n4: LogProbs,
-    logps_n4: LogProbs,
-) -> None:
-    """CacheError where pairs of the set `name` were kept with other log-probs than are computed now; for one process.
+def _beyond(found: Disagreement, limit: float) -> Disagreement | None:
+    return found if found.noise > limit else None
 
-    To say why, it reads the reference's files again.
-    """
-    noise, allowed = noise_between(pairs, kept_n4, logps_n4), noise_allowed(config.precision)
-    if noise <= allowed:
-        return
-    worst = int(np.abs(logps_n4 - kept_n4)[:, :2].max(axis=1).argmax())
-    trusted, now = reference_key(config, source), reference_key(config, source, trust_index=False)
-    changed = ", ".join(differing_parts(trusted, now))
-    raise CacheError(
-        f"{config.reference.cache_dir}: row {pairs[worst].index} of {name} was kept with log-probs "
-        f"{kept_n4[worst, :2].tolist()}, the reference now gives {logps_n4[worst, :2].tolist()}. Such rows are off by "
-        f"{noise:.2g} nats per root of a token, rounding by at most {allowed:g}. "
-        + (
-            f"What has changed is {changed}, in files that look as they did: remove {INDEX} there"
-            if changed
-            else f"The reference's files are the same, so a library or this program computes otherwise, or another one "
-            f"filled {trusted.digest[:32]}: remove that directory there"
+
+def finite_logps(
+    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, state: ParallelState, device: Device
+) -> LogProbs:
+    """`score_batch`'s log-probs of a reference; CacheError where one is not finite, which must not be kept."""
+    logps_n4 = score_batch(chunks, batch, state, device.torch_device)
+    if not np.isfinite(logps_n4).all():
+        row = batch.pair_indices[int(np.flatnonzero(~np.isfinite(logps_n4).all(axis=1))[0])]
+        raise CacheError(
+            f"pair {row} (a row of the data, from 0) has no finite log-probs under the reference: look at that pair, "
+            "and at the weights (precision.dtype=fp32 rules out overflow)"
         )
-    )
+    return logps_n4
+
+
+class Judge:
+    """Decides whether kept log-probs that differ from computed ones are still those of the reference; on all ranks.
+
+    The first time that they differ by more than is usual, its files are read again. Where these are the same, what
+    rounding can do is accepted from then on.
+    """
+
+    def __init__(self, config: Config, source: ModelSource) -> None:
+        self._config = config
+        self._source = source
+        self._bounds = noise_bounds(config.precision)
+        self._limit = self._bounds.usual
+
+    def hold(self, name: str, attempt: Callable[[float], Disagreement | None]) -> None:
+        """Has rank 0 make an attempt that does nothing where pairs of the set `name` differ by more than its argument.
+
+        Collective over all ranks; CacheError on each where kept and computed ones are not of the same weights.
+        """
+        found = on_main(lambda: attempt(self._limit))
+        if found is None:
+            return
+        on_main(lambda: self._explain(name, found), patience_s=PATIENCE_S)
+        self._limit = self._bounds.possible
+        on_main(lambda: attempt(self._limit))
+
+    def _explain(self, name: str, found: Disagreement) -> None:
+        config, bounds = self._config, self._bounds
+        trusted = reference_key(config, self._source)
+        changed = ", ".join(differing_parts(trusted, reference_key(config, self._source, trust_index=False)))
+        said = (
+            f"{config.reference.cache_dir}: row {found.row} of {name} was kept with log-probs {found.kept}, now they "
+            f"are {found.computed}. Such rows are off by {found.noise:.2g} nats per root of a token"
+        )
+        if changed:
+            raise CacheError(
+                f"{said}. What has changed is {changed}, in files that look as they did: remove {INDEX} there"
+            )
+        if not found.noise <= bounds.possible:
+            raise CacheError(
+                f"{said}, rounding by less than {bounds.possible:g}. The reference's files are the same, so a library "
+                f"or this program computes otherwise, or another one filled {trusted.digest[:32]}: remove that "
+                "directory there"
+            )
+        logger.warning(
+            "%s, more than one layout's rounding (%g). The reference's files are the same: another layout or library "
+            "filled it, and it is used",
+            said,
+            bounds.usual,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class KeptLogProbs:
     """The store of a run's reference, which takes nothing that contradicts what it has; for one process."""
 
-    config: Config
-    source: ModelSource
     store: LogProbStore
 
-    def add(self, name: str, pairs: Sequence[TokenizedPair], logps_n4: LogProbs) -> None:
-        """Keeps the log-probs of pairs of the set `name`, after a look at those that are there already."""
-        self.check(name, pairs, logps_n4)
-        self.store.append([pair.digest for pair in pairs], logps_n4)
+    def add(self, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float) -> Disagreement | None:
+        """Keeps the log-probs of pairs; instead tells where those that are there differ by more than `limit`."""
+        found = self.compare(pairs, logps_n4, limit)
+        if found is None:
+            self.store.append([pair.digest for pair in pairs], logps_n4)
+        return found
 
-    def check(self, name: str, pairs: Sequence[TokenizedPair], logps_n4: LogProbs) -> None:
-        """CacheError where pairs are kept with other log-probs than these."""
+    def compare(self, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float) -> Disagreement | None:
+        """Where pairs are kept with log-probs that differ from these by more than `limit`, by how much."""
         known_n = np.flatnonzero(self.store.known([pair.digest for pair in pairs]))
-        if len(known_n):
-            known = [pairs[int(i)] for i in known_n]
-            kept_n4 = self.store.lookup([pair.digest for pair in known])
-            check_agreement(self.config, self.source, name, known, kept_n4, logps_n4[known_n])
+        if not len(known_n):
+            return None
+        known = [pairs[int(i)] for i in known_n]
+        kept_n4 = self.store.lookup([pair.digest for pair in known])
+        return _beyond(compare(known, kept_n4, logps_n4[known_n]), limit)
 
 
 @contextmanager
@@ -200,7 +240,7 @@ def open_kept(config: Config, source: ModelSource) -> Iterator[KeptLogProbs]:
             ", ".join(nearest.differences),
         )
     with store:
-        yield KeptLogProbs(config, source, store)
+        yield KeptLogProbs(store)
 
 
 def _plan_work(config: Config, digests: dict[str, list[bytes]], store: LogProbStore) -> dict[str, Work]:
@@ -275,41 +315,33 @@ class _Filling:
         state: ParallelState,
         device: Device,
         stores: Sequence[KeptLogProbs],
+        judge: Judge,
     ) -> None:
         self._chunks = chunks
         self._builder = builder
         self._state = state
         self._device = device
         self._stores = stores  # one, on rank 0
+        self._judge = judge
         self._done = 0
-
-    def _score(self, batch: GlobalBatch) -> LogProbs:
-        logps_n4 = score_batch(self._chunks, batch, self._state, self._device.torch_device)
-        if not np.isfinite(logps_n4).all():
-            row = batch.pair_indices[int(np.flatnonzero(~np.isfinite(logps_n4).all(axis=1))[0])]
-            raise CacheError(
-                f"pair {row} (a row of the data, from 0) has no finite log-probs under the reference: look at that "
-                "pair, and at the weights (precision.dtype=fp32 rules out overflow)"
-            )
-        return logps_n4
 
     def fill(self, name: str, view: PairView, groups: Sequence[Places], bar: ProgressBar) -> None:
         """Scores and keeps the groups' pairs one group after the other."""
         batches: Iterator[GlobalBatch] = (self._builder.build([view[int(i)] for i in group]) for group in groups)
         with prefetched(batches) as ahead:
             for group, batch in zip(groups, ahead, strict=True):
-                logps_n4 = self._score(batch)
-                on_main(partial(self._keep, name, view, group, logps_n4))
+                logps_n4 = finite_logps(self._chunks, batch, self._state, self._device)
+                self._judge.hold(name, partial(self._keep, view, group, logps_n4))
                 self._done += len(group)
                 bar.tell(self._done, f"{self._done} pairs")
 
-    def _keep(self, name: str, view: PairView, group: Places, logps_n4: LogProbs) -> None:
-        self._stores[0].add(name, [view[int(i)] for i in group], logps_n4)
+    def _keep(self, view: PairView, group: Places, logps_n4: LogProbs, limit: float) -> Disagreement | None:
+        return self._stores[0].add([view[int(i)] for i in group], logps_n4, limit)
 
     def check_sample(self, name: str, view: PairView, sample: Places) -> None:
         """CacheError where kept pairs have other log-probs under the model than were kept."""
         if not len(sample):
             return
         pairs = [view[int(i)] for i in sample]
-        logps_n4 = self._score(self._builder.build(pairs))
-        on_main(lambda: self._stores[0].check(name, pairs, logps_n4))
+        logps_n4 = finite_logps(self._chunks, self._builder.build(pairs), self._state, self._device)
+        self._judge.hold(name, lambda limit: self._stores[0].compare(pairs, logps_n4, limit))

@@ -41,8 +41,9 @@ from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
+from megadpo.reference.agreement import Disagreement
 from megadpo.reference.store import LogProbs
-from megadpo.reference_cache import PATIENCE_S, KeptLogProbs, open_kept
+from megadpo.reference_cache import PATIENCE_S, Judge, KeptLogProbs, open_kept
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session
@@ -185,11 +186,12 @@ def _score_pass(
             sinks.append(_Sink(model.role, pairs, writer, stores if model.kept else ()))
 
         on_main(open_sink)
+        judge = Judge(config, model_source(config.model))
         title = _TITLES[model.role]
         bar = stack.enter_context(ProgressBar(title, total=len(pairs), done=done, visible=state.is_main))
         for batch in stack.enter_context(prefetched(batches)):
             logps_G4 = score_batch(chunks, batch, state, device.torch_device)
-            on_main(partial(_write, sinks, done, batch, logps_G4))
+            judge.hold("the data", partial(_write, sinks, done, batch, logps_G4))
             done += len(logps_G4)
             pace = (done - first) / (time.perf_counter() - started)
             bar.tell(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
@@ -205,8 +207,11 @@ class _Sink:
     writer: ScoreWriter
     stores: Sequence[KeptLogProbs]
 
-    def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs) -> None:
-        """Writes the log-probs of the batch's pairs, of which the first is the `first` of all."""
+    def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs, limit: float) -> Disagreement | None:
+        """Writes the log-probs of the batch's pairs, of which the first is the `first` of all.
+
+        Instead it tells where they differ from what the store has by more than `limit`.
+        """
         lines = [
             _line(self.role, self.pairs, place, index, chosen, rejected)
             for place, (index, (chosen, rejected, *_)) in enumerate(
@@ -214,8 +219,10 @@ class _Sink:
             )
         ]
         for kept in self.stores:  # before the lines, which say what need not be scored again
-            kept.add("the data", self.pairs[first : first + len(lines)], logps_G4)
+            if found := kept.add(self.pairs[first : first + len(lines)], logps_G4, limit):
+                return found
         self.writer.write(lines)
+        return None
 
 
 def _tell_kept(stores: Sequence[KeptLogProbs], pairs: PairView) -> None:
@@ -229,9 +236,10 @@ def _tell_kept(stores: Sequence[KeptLogProbs], pairs: PairView) -> None:
             )
 
 
-def _write(sinks: Sequence[_Sink], first: int, batch: GlobalBatch, logps_G4: LogProbs) -> None:
-    for sink in sinks:
-        sink.write(first, batch, logps_G4)
+def _write(
+    sinks: Sequence[_Sink], first: int, batch: GlobalBatch, logps_G4: LogProbs, limit: float
+) -> Disagreement | None:
+    return next((found for sink in sinks if (found := sink.write(first, batch, logps_G4, limit))), None)
 
 
 def _line(role: Role, pairs: PairView, place: int, index: int, chosen: float, rejected: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from megadpo.command_line import check, run_tool
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
-from megadpo.config.schema import Config, LossConfig, ReferenceConfig
+from megadpo.config.schema import Config, LossConfig, PrecisionConfig, ReferenceConfig
 from megadpo.errors import ConfigError
 from megadpo.score_summary import BY, Buckets
 
@@ -53,7 +53,7 @@ _TRAINING_ONLY = (
 )
 _WITHOUT_EFFECT = (
     *("loss", "optimizer", "reference", "checkpoint", "trackers", "cluster", "plan"),
-    *("data.validation_path", "data.validation_fraction"),
+    *("data.validation_path", "data.validation_fraction", "precision.fp8_check_every", "precision.fp8_check_pairs"),
     *(f"train.{name}" for name in _TRAINING_ONLY),
 )
 _CACHE = "reference.cache_dir"
@@ -117,7 +117,7 @@ def for_scoring(config: Config) -> Config:
         config,
         loss=LossConfig(beta=config.loss.beta),
         reference=ReferenceConfig(mode=mode, hf_path=own.hf_path, cache_dir=own.cache_dir),
-        precision=replace(config.precision, fp8_check_every=None),
+        precision=replace(config.precision, fp8_check_every=None, fp8_check_pairs=PrecisionConfig().fp8_check_pairs),
     )
 
 

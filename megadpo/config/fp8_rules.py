@@ -66,7 +66,7 @@ def _check_recipe(config: Config, num_layers: Sequence[int]) -> list[str]:
             violations.append(
                 f"precision.fp8=delayed: does not go with reference.mode={config.reference.mode}: its scales follow "
                 "the passes that a model has made, so a reference would be quantised unlike the policy and step 1 "
-                "could not be exact: use precision.fp8=tensorwise"
+                "could not be exact, nor could scores: use precision.fp8=tensorwise"
             )
         if start or end:
             violations.append(

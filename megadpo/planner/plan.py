@@ -105,12 +105,22 @@ def _largest(stage: StageMemory) -> list[tuple[str, int]]:
         "weights": stage.weights,
         "gradients": stage.gradients,
         "optimizer": stage.optimizer,
-        "reference": stage.reference + stage.visiting,
-        "activations": max(stage.activations, stage.scoring - stage.visiting),
+        "reference": _reference_at_peak(stage),
+        "activations": stage.scoring - stage.visiting if _peaks_in_scoring(stage) else stage.activations,
         "head": stage.head,
         "allowance": stage.allowance,
     }
     return sorted(parts.items(), key=lambda item: -item[1])[:4]
+
+
+def _peaks_in_scoring(stage: StageMemory) -> bool:
+    """Whether the worst moment of a step is in the reference's pass."""
+    return stage.scoring > max(stage.activations + stage.head, stage.update)
+
+
+def _reference_at_peak(stage: StageMemory) -> int:
+    """Bytes of the reference's weights that are there at the worst moment of a step."""
+    return stage.reference + (stage.visiting if _peaks_in_scoring(stage) else 0)
 
 
 def _remedies(plan: Plan) -> list[str]:
@@ -124,7 +134,7 @@ def _remedies(plan: Plan) -> list[str]:
             remedies.append(f"lower data.tokens_per_microbatch={job.tokens_per_microbatch}")
         else:
             remedies.append("lower data.max_length")
-    if stage.reference + stage.visiting > stage.total // 8:
+    if _reference_at_peak(stage) > stage.total // 8:
         leaner = ["cached"] if job.knobs.fp8 != "tensorwise" else []  # one scale a microbatch: no numbers to keep
         leaner += ["offload"] if job.knobs.reference == "resident" else []
         remedies += [f"set reference.mode={' or '.join(leaner)}"] if leaner else []

@@ -27,9 +27,10 @@ REFERENCE = logps((-396.0, -490.0, 0.0, -85.0), (-19.0, -68.0, 0.0, -45.0))
 
 
 def errors(loss: PreferenceLoss) -> dict[str, float]:
-    batch: Any = SimpleNamespace(
-        microbatches=[SimpleNamespace(num_pairs=2, response_tokens_S=LENGTHS)], mean_chosen_tokens=105.0
-    )
+    # Lengths are read where the log-probs are.
+    on_device = SimpleNamespace(num_pairs=2, response_tokens_S=LENGTHS)
+    microbatch = SimpleNamespace(to=lambda device: on_device if device is CPU else None)
+    batch: Any = SimpleNamespace(microbatches=[microbatch], mean_chosen_tokens=105.0)
     state: Any = SimpleNamespace(is_last_stage=True, tensor_rank=0)
     reference: Any = SimpleNamespace(chunks=(), log_probs=mock.Mock(side_effect=[REFERENCE_IN_FP8, REFERENCE]))
     with (

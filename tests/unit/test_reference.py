@@ -21,7 +21,7 @@ from megadpo.config.schema import PrecisionConfig
 from megadpo.errors import CacheError
 from megadpo.planner.meter import LiveBytes
 from megadpo.reference import CachedReference, NoReference, OffloadedReference, ResidentReference, resident
-from megadpo.reference.agreement import noise_allowed, noise_between
+from megadpo.reference.agreement import compare, noise_bounds
 from megadpo.reference.key import PARTS, CacheKey, cache_key
 from megadpo.reference.store import open_store, other_keys
 from megadpo.reference_cache import missing_groups
@@ -255,13 +255,16 @@ def test_files_that_look_alike_are_told_apart(model: Path) -> None:
     path = model / "model-1.safetensors"
     path.write_bytes(bytes(3 * 2**20))
     before, about = key_at(model), path.stat()
-    for place in (0, 2**20, 3 * 2**20 - 1):
+    stat = Path.stat
+    for place, always in ((0, about), (2**20, about), (3 * 2**20 - 1, about), (1_300_000, None)):
         content = bytearray(3 * 2**20)
         content[place] = 1
         path.write_bytes(bytes(content))
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
         assert (path.stat().st_size, path.stat().st_mtime_ns) == (about.st_size, about.st_mtime_ns)
-        after = key_at(model)
+        # All dates the same: pieces of the content tell. No piece has changed: the time of change does.
+        with mock.patch.object(Path, "stat", lambda self, a=always: a if a and self == path else stat(self)):
+            after = key_at(model)
         assert [name for name in PARTS if before.parts[name] != after.parts[name]] == ["weights"]
         assert cache_key_without_index(model) == after
     path.write_bytes(bytes(3 * 2**20))
@@ -282,13 +285,13 @@ def cache_key_without_index(model: Path) -> CacheKey:
 # Other numbers than before
 
 
-def noise(precision: PrecisionConfig, tokens: int, per_token: float, *, biased: bool = False) -> bool:
-    """Whether kept log-probs of so long responses are taken for the same, each token being off by so much."""
+def usual(precision: PrecisionConfig, tokens: int, per_token: float, *, biased: bool = False) -> bool:
+    """Whether log-probs of so long responses are as far apart as is usual, each token being off by so much."""
     draw = np.random.default_rng(0)
-    pairs: Any = [SimpleNamespace(chosen=range(tokens), rejected=range(tokens)) for _ in range(8)]
+    pairs: Any = [SimpleNamespace(chosen=range(tokens), rejected=range(tokens), index=i) for i in range(8)]
     one = draw.normal(-4.0 * tokens, 10.0, (8, 4))
     off = per_token * tokens if biased else draw.normal(0.0, per_token, (8, 4, tokens)).sum(axis=2)
-    return noise_between(pairs, one, one + off) <= noise_allowed(precision)
+    return compare(pairs, one, one + off).noise <= noise_bounds(precision).usual
 
 
 @pytest.mark.parametrize("tokens", [20, 400])
@@ -296,9 +299,18 @@ def test_rounding_is_told_from_other_weights(tokens: int) -> None:
     """Errors of tokens add up like a random walk; a short training moves a response's tokens by hundredths of nats."""
     fp32, bf16 = PrecisionConfig(dtype=Dtype.fp32), PrecisionConfig()
     fp8 = PrecisionConfig(fp8=Fp8Recipe.blockwise)
-    assert noise(fp32, tokens, 2e-5) and noise(bf16, tokens, 0.03) and noise(fp8, tokens, 0.06)
-    assert not noise(fp32, tokens, 1e-3) and not noise(bf16, tokens, 0.1) and not noise(fp8, tokens, 0.2)
-    assert not noise(bf16, tokens, 0.02, biased=True) and not noise(fp32, tokens, 1e-4, biased=True)
+    assert usual(fp32, tokens, 2e-5) and usual(bf16, tokens, 0.03) and usual(fp8, tokens, 0.06)
+    assert not usual(fp32, tokens, 1e-3) and not usual(bf16, tokens, 0.1) and not usual(fp8, tokens, 0.2)
+    assert not usual(bf16, tokens, 0.02, biased=True) and not usual(fp32, tokens, 1e-4, biased=True)
+
+
+def test_the_worst_row_is_told() -> None:
+    pairs: Any = [SimpleNamespace(chosen=range(4), rejected=range(16), index=10 * i) for i in range(3)]
+    kept = np.full((3, 4), -100.0)
+    off = np.array([[0, 0, 9, 9], [0.2, -0.2, 9, 9], [0.0, 0.3, 9, 9]], np.float64)
+    found = compare(pairs, kept, kept + off)
+    assert (found.row, found.kept, found.computed) == (10, [-100.0, -100.0], [-99.8, -100.2])
+    assert found.noise == pytest.approx(math.sqrt((0.1**2 + 0.05**2 + 0.075**2) / 6))
 
 
 # What is missing
