@@ -346,6 +346,32 @@ def test_modes_agree_in_an_interleaved_pipeline_of_a_tied_model(tmp_path: Path) 
     assert_bit_equal(tmp_path / "cached", resumed)
 
 
+def test_references_that_cannot_serve_are_refused(inputs: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """One that computes no numbers, of which nothing is kept; one that can't follow, before data is tokenized."""
+    _, words = inputs
+    endless = write_tiny_model(tmp_path / "endless", "llama", num_layers=2)
+    weights = load_file(endless / "model.safetensors")
+    weights["lm_head.weight"] *= 1e38
+    save_file(weights, endless / "model.safetensors", metadata={"format": "pt"})
+    deeper = write_tiny_model(tmp_path / "deeper", "llama", num_layers=3)
+
+    def start(name: str, *own: str) -> Start:
+        return Start(name, [*words, *own, f"train.run_dir={tmp_path / name}"], tmp_path / name)
+
+    starts = [
+        start("cached", "reference.mode=cached", f"reference.hf_path={endless}"),
+        start("following", "reference.sync_every=2", f"reference.hf_path={deeper}"),
+    ]
+    for outcomes in launch(2, start_each, starts):
+        assert outcomes["cached"].refused and outcomes["following"].refused
+        assert re.match(r"pair \d+ \(a row of the data, from 0\) has no finite log-probs", outcomes["cached"].text)
+        assert outcomes["following"].text == (
+            f"reference.sync_every=2: mixes the policy's weights into the reference's, reference.hf_path={deeper} "
+            "is of another architecture: drop one of the two"
+        )
+    assert not records(tmp_path / "cached" / "reference") and not (tmp_path / "following" / "tokens").exists()
+
+
 def test_a_loss_without_a_reference_trains_without_one(inputs: tuple[Path, list[str]]) -> None:
     root, words = inputs
     words = [word for word in words if word != LD]

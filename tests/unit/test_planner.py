@@ -411,6 +411,26 @@ def plan_words(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, st
     return status, captured.out, captured.err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "set reference.mode=cached or offload"),
+        (["precision.fp8=tensorwise"], "set reference.mode=offload"),  # kept log-probs are refused with it
+        (["reference.mode=cached"], None),
+        # The peak is in the policy's passes: what comes in for the reference's is not there then.
+        (["reference.mode=offload", "data.tokens_per_microbatch=12288"], None),
+    ],
+)
+def test_a_leaner_reference_is_proposed_where_it_helps(
+    words: list[str], says: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("+model=llama3_8b", "parallel.tensor=1", "cluster.gpus=8", "cluster.gpu=h100", "cluster.memory_gib=20")
+    status, _, err = plan_words(capsys, *given, *words)
+    assert status == 2
+    assert re.findall(r"set reference\.mode=[a-z ]*[a-z]", err) == ([] if says is None else [says])
+    assert ("reference 15.0" in err) == (says is not None and "fp8" not in str(words))
+
+
 def test_70b_on_64_h100_fits_and_on_16_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = plan_words(capsys, "+model=llama70b", "cluster.gpus=64", "cluster.gpu=h100")
     assert status == 0

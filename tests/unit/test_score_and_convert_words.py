@@ -61,9 +61,10 @@ def test_a_reference_gives_its_keys_an_effect(files: tuple[Path, list[str]]) -> 
     config, *_ = score.read_words([*files[1], "output=x", "reference.cache_dir=kept"])
     assert (config.reference.mode, config.reference.cache_dir) == (ReferenceMode.cached, "kept")
     with pytest.raises(ConfigError) as caught:
-        score.read_words([*words, "reference.mode=resident", "loss.name=ipo"])
+        score.read_words([*words, "reference.mode=resident", "precision.fp8_check_every=5", "loss.name=ipo"])
     assert caught.value.violations == [
         "reference.mode=resident: has no effect when scoring: drop it",
+        "precision.fp8_check_every=5: has no effect when scoring: drop it",
         "loss.name=ipo: has no effect when scoring: drop it",
         "loss.beta=0.5: has no effect without reference.hf_path: drop it, or name a second model",
     ]
@@ -72,7 +73,8 @@ def test_a_reference_gives_its_keys_an_effect(files: tuple[Path, list[str]]) -> 
 @pytest.mark.parametrize(
     "lines",
     [
-        "reference: {mode: cached}\nprecision: {fp8_check_every: 5, fp8: mxfp8, fp8_backend: emulate}",
+        "reference: {mode: cached}\n"
+        "precision: {fp8_check_every: 5, fp8_check_pairs: 16, fp8: mxfp8, fp8_backend: emulate}",
         "reference: {mode: none}\nloss: {name: [simpo], beta: 0.3}",
         "reference: {sync_every: 4, sync_mix: 1.0}",
     ],
