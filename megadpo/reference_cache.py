@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,20 +77,20 @@ def build_cached_reference(
     the model.
     """
     with ExitStack() as stack:
-        stores: list[KeptLogProbs] = []  # one, on rank 0, and there alone:
+        stores: list[LogProbStore] = []  # one, on rank 0, and there alone:
         digests: dict[str, list[bytes]] = {}
 
         def begin() -> dict[str, Work]:
-            stores.append(stack.enter_context(open_kept(config, source)))
+            stores.append(stack.enter_context(open_reference_store(config, source)))
             digests.update({name: [pair.digest for pair in view] for name, view in datasets.views.items()})
-            work = _plan_work(config, digests, stores[0].store)
-            _announce(config, datasets, work, stores[0].store)
+            work = _plan_work(config, digests, stores[0])
+            _announce(config, datasets, work, stores[0])
             return work
 
         def values() -> tuple[list[bytes], LogProbs]:
             unique = list(dict.fromkeys(digest for own in digests.values() for digest in own))
             # Read anew, as every later start does: of what two jobs have kept in one moment, the same record counts.
-            return unique, LogProbStore(stores[0].store.directory, stores[0].store.key).lookup(unique)
+            return unique, LogProbStore(stores[0].directory, stores[0].key).lookup(unique)
 
         work = on_main(begin, patience_s=PATIENCE_S)
         to_score = sum(len(group) for part in work.values() for group in part.groups)
@@ -201,32 +201,28 @@ class Judge:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class KeptLogProbs:
-    """The store of a run's reference, which takes nothing that contradicts what it has; for one process."""
-
-    store: LogProbStore
-
-    def add(self, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float) -> Disagreement | None:
-        """Keeps the log-probs of pairs; instead tells where those that are there differ by more than `limit`."""
-        found = self.compare(pairs, logps_n4, limit)
-        if found is None:
-            self.store.append([pair.digest for pair in pairs], logps_n4)
-        return found
-
-    def compare(self, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float) -> Disagreement | None:
-        """Where pairs are kept with log-probs that differ from these by more than `limit`, by how much."""
-        known_n = np.flatnonzero(self.store.known([pair.digest for pair in pairs]))
-        if not len(known_n):
-            return None
-        known = [pairs[int(i)] for i in known_n]
-        kept_n4 = self.store.lookup([pair.digest for pair in known])
-        return _beyond(compare(known, kept_n4, logps_n4[known_n]), limit)
+def keep(store: LogProbStore, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float) -> Disagreement | None:
+    """Adds pairs' log-probs to the store; instead tells where those that are there differ by more than `limit`."""
+    found = compare_with_kept(store, pairs, logps_n4, limit)
+    if found is None:
+        store.append([pair.digest for pair in pairs], logps_n4)
+    return found
 
 
-@contextmanager
-def open_kept(config: Config, source: ModelSource) -> Iterator[KeptLogProbs]:
-    """The log-probs of the reference in `reference.cache_dir`; says what others are there. For one process."""
+def compare_with_kept(
+    store: LogProbStore, pairs: Sequence[TokenizedPair], logps_n4: LogProbs, limit: float
+) -> Disagreement | None:
+    """Where the store has other log-probs of pairs than these, by more than `limit`: by how much."""
+    known_n = np.flatnonzero(store.known([pair.digest for pair in pairs]))
+    if not len(known_n):
+        return None
+    known = [pairs[int(i)] for i in known_n]
+    kept_n4 = store.lookup([pair.digest for pair in known])
+    return _beyond(compare(known, kept_n4, logps_n4[known_n]), limit)
+
+
+def open_reference_store(config: Config, source: ModelSource) -> LogProbStore:
+    """The store of the reference's log-probs in `reference.cache_dir`; says what others are there. For one process."""
     cache_dir = Path(str(config.reference.cache_dir))
     key = reference_key(config, source)
     store = open_store(cache_dir, key)
@@ -239,8 +235,7 @@ def open_kept(config: Config, source: ModelSource) -> Iterator[KeptLogProbs]:
             nearest.directory.name,
             ", ".join(nearest.differences),
         )
-    with store:
-        yield KeptLogProbs(store)
+    return store
 
 
 def _plan_work(config: Config, digests: dict[str, list[bytes]], store: LogProbStore) -> dict[str, Work]:
@@ -314,7 +309,7 @@ class _Filling:
         builder: BatchBuilder,
         state: ParallelState,
         device: Device,
-        stores: Sequence[KeptLogProbs],
+        stores: Sequence[LogProbStore],
         judge: Judge,
     ) -> None:
         self._chunks = chunks
@@ -336,7 +331,7 @@ class _Filling:
                 bar.tell(self._done, f"{self._done} pairs")
 
     def _keep(self, view: PairView, group: Places, logps_n4: LogProbs, limit: float) -> Disagreement | None:
-        return self._stores[0].add([view[int(i)] for i in group], logps_n4, limit)
+        return keep(self._stores[0], [view[int(i)] for i in group], logps_n4, limit)
 
     def check_sample(self, name: str, view: PairView, sample: Places) -> None:
         """CacheError where kept pairs have other log-probs under the model than were kept."""
@@ -344,4 +339,4 @@ class _Filling:
             return
         pairs = [view[int(i)] for i in sample]
         logps_n4 = finite_logps(self._chunks, self._builder.build(pairs), self._state, self._device)
-        self._judge.hold(name, lambda limit: self._stores[0].compare(pairs, logps_n4, limit))
+        self._judge.hold(name, lambda limit: compare_with_kept(self._stores[0], pairs, logps_n4, limit))

@@ -42,8 +42,8 @@ from megadpo.parallel.state import ParallelState
 from megadpo.progress import ProgressBar
 from megadpo.rank_logging import get_logger
 from megadpo.reference.agreement import Disagreement
-from megadpo.reference.store import LogProbs
-from megadpo.reference_cache import PATIENCE_S, Judge, KeptLogProbs, open_kept
+from megadpo.reference.store import LogProbs, LogProbStore
+from megadpo.reference_cache import PATIENCE_S, Judge, keep, open_reference_store
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session
@@ -142,9 +142,9 @@ def _score_rest(
     """Has each model score the pairs from its place on, one model after the other; seconds without loading."""
     seconds = 0.0
     with ExitStack() as stack:
-        stores: list[KeptLogProbs] = []  # one, on rank 0, where log-probs are kept for trainings
+        stores: list[LogProbStore] = []  # one, on rank 0, where log-probs are kept for trainings
         if config.reference.cache_dir is not None:
-            opening = partial(open_kept, config, models[0].source)
+            opening = partial(open_reference_store, config, models[0].source)
             on_main(lambda: stores.append(stack.enter_context(opening())), patience_s=PATIENCE_S)
         for model in models:
             done = places[model.role]
@@ -166,7 +166,7 @@ def _score_pass(
     batches: Iterator[GlobalBatch],
     pairs: PairView,
     files: ScoreFiles,
-    stores: Sequence[KeptLogProbs],
+    stores: Sequence[LogProbStore],
     done: int,
     state: ParallelState,
     device: Device,
@@ -205,7 +205,7 @@ class _Sink:
     role: Role
     pairs: PairView
     writer: ScoreWriter
-    stores: Sequence[KeptLogProbs]
+    stores: Sequence[LogProbStore]
 
     def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs, limit: float) -> Disagreement | None:
         """Writes the log-probs of the batch's pairs, of which the first is the `first` of all.
@@ -218,15 +218,15 @@ class _Sink:
                 zip(batch.pair_indices, logps_G4.tolist(), strict=True), start=first
             )
         ]
-        for kept in self.stores:  # before the lines, which say what need not be scored again
-            if found := kept.add(self.pairs[first : first + len(lines)], logps_G4, limit):
+        for store in self.stores:  # before the lines, which say what need not be scored again
+            if found := keep(store, self.pairs[first : first + len(lines)], logps_G4, limit):
                 return found
         self.writer.write(lines)
         return None
 
 
-def _tell_kept(stores: Sequence[KeptLogProbs], pairs: PairView) -> None:
-    for store in (kept.store for kept in stores):
+def _tell_kept(stores: Sequence[LogProbStore], pairs: PairView) -> None:
+    for store in stores:
         known = int(store.known([pair.digest for pair in pairs]).sum())
         logger.info("%s has the log-probs of %d of %d pairs", store.directory, known, len(pairs))
         if known < len(pairs):
