@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megadpo.redaction import redact
+
 _LINES_SHOWN = 50
 
 
@@ -14,14 +16,20 @@ def listing(lines: Sequence[str]) -> str:
 
 
 class MegaDPOError(Exception):
-    """Base of all errors that a user can act on; the command line prints the message without a traceback."""
+    """Base of all errors that a user can act on; the command line prints the message without a traceback.
+
+    Secrets in a message, as in a path or what a library says, are hidden.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(MegaDPOError):
     """Configuration that cannot be run: holds every violation found, not only the first."""
 
     def __init__(self, violations: str | Sequence[str]) -> None:
-        self.violations = [violations] if isinstance(violations, str) else list(violations)
+        self.violations = [redact(text) for text in ([violations] if isinstance(violations, str) else violations)]
         if len(self.violations) == 1:
             super().__init__(self.violations[0])
         else:
@@ -43,6 +51,10 @@ class CacheError(MegaDPOError):
 
 class ConversionError(MegaDPOError):
     """Hugging Face weights or a configuration that do not map to the model, named one by one."""
+
+
+class Stopped(MegaDPOError):
+    """A run that was told to stop, by a signal or its budget of hours, and has saved what updates it has made."""
 
 
 class TrainingError(MegaDPOError):

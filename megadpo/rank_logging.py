@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
+from megadpo.redaction import redact, visible
+
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
@@ -21,6 +23,11 @@ def launched_world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
+def launched_restarts() -> int:
+    """How often the launcher starts failed ranks again, 0 when there is none."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
 class _StderrHandler(logging.StreamHandler):
     """Writes to whatever sys.stderr is at the moment: a progress bar stands in for it while it draws."""
 
@@ -32,6 +39,13 @@ class _StderrHandler(logging.StreamHandler):
         return sys.stderr
 
 
+class _Formatter(logging.Formatter):
+    """Hides secrets, and what a terminal would act on: names in files are a stranger's choice."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(redact(super().format(record)))
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Sends `megadpo` loggers to stderr: all of `level` from rank 0, errors with the rank from others."""
     logger = logging.getLogger("megadpo")
@@ -39,7 +53,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     handler = _StderrHandler()
     rank = global_rank()
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter(prefix + _FORMAT, datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
