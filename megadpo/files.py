@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ def writing(place: Path, kind: type[MegaDPOError] = MegaDPOError) -> Iterator[No
             f"{error.filename or place}: can't be written ({error.strerror or error}): make room, or choose another "
             "directory"
         ) from error
+
+
+def is_file_name(name: object, suffix: str) -> bool:
+    """Whether something that was read is the bare name of a file with this suffix, and leads to no other directory."""
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name and name.endswith(suffix)
 
 
 class Appender:
@@ -62,3 +68,16 @@ def write_durably(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        flush_directory(path.parent)
+
+
+def flush_directory(directory: Path) -> None:
+    """Has the names in a directory on disk when it returns, where the file system can: renames outlive a crash then."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems keep names on disk by themselves
+            raise
+    finally:
+        os.close(handle)

@@ -223,6 +223,10 @@ class PairView(Sequence[TokenizedPair]):
             where=self._store.where(row),
         )
 
+    def where(self, row: int) -> str:
+        """FILE:LINE of a pair by its `index`, the row that it has in the data."""
+        return self._store.where(row)
+
     def stream_lengths(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
         """Tokens that each pair takes in a stream; without sharing, its logical tokens."""
         lengths = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)

@@ -24,15 +24,12 @@ from transformers.utils import chat_template_utils as templates
 from megadpo.data.dataset import Message, RawPair
 from megadpo.errors import ConfigError, DataError
 from megadpo.rank_logging import get_logger
+from megadpo.redaction import visible
 
 logger = get_logger(__name__)
 
 TokenIds = npt.NDArray[np.int32]
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
-
-# Line ends and tabs stay; a terminal would act on the rest.
-_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +75,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of damaged files: the library of tokenizers raises bare Exceptions, others anything
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the tokenizer in {directory} needs a program of its own (auto_map in tokenizer_config.json), and "
+                "programs of models are not run: save it as a tokenizer.json where you trust it, and give that"
+            ) from error
         raise ConfigError(
             f"{directory} holds no tokenizer that can be loaded (tokenizer.json and tokenizer_config.json are needed; "
             f"copy the model's there): {type(error).__name__}: {error}"
@@ -134,11 +136,6 @@ def describe_pair(pair: TokenizedPair, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def visible(text: str) -> str:
-    """The text with a symbol in place of each control character but line ends and tabs."""
-    return text.translate(_VISIBLE)
-
-
 def _encode_text(where: str, prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer) -> list[list[int]]:
     eos = str(tokenizer.eos_token)
     texts = [prompt] + [prompt + (text if text.endswith(eos) else text + eos) for text in (chosen, rejected)]
@@ -186,7 +183,8 @@ def _encode_chat(pair: RawPair, tokenizer: Tokenizer, template_date: date | None
                 render(prompt + cast(list[Message], pair.rejected), add_generation_prompt=False),
             ]
     except Exception as error:  # a template is a program: it may refuse, divide by zero, look up what is not there
-        raise DataError(f"{pair.where}: the chat template refuses the conversation: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{pair.where}: the chat template refuses the conversation: {reason}") from error
 
 
 def _single_bos(ids: list[int], bos_token_id: int | None) -> list[int]:

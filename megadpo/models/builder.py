@@ -141,6 +141,11 @@ def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split, stride=1)
 
 
+def is_split(weight: torch.nn.Parameter) -> bool:
+    """Whether the tensor ranks hold a part of it each; Megatron marks those that they do, and some that they don't."""
+    return hasattr(weight, "tensor_model_parallel") and bool(weight.tensor_model_parallel)
+
+
 def fuses_weight_gradients(backend: str) -> bool:
     """Whether weight gradients are added into the fp32 buffer inside the matrix product, not by a pass of their own.
 

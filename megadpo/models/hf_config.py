@@ -127,7 +127,9 @@ _SIZES = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"num_key_value_heads", "head_dim", "max_position_embeddings"}
 )
-_MOST_LAYERS = 10_000
+# Beyond all models, and what takes no time here: transformers makes lists of layers and labels, and a tensor of a head.
+_MOST = {"num_hidden_layers": 10_000, "head_dim": 2**16, "num_labels": 100_000}
+_MOST_OF_ANY = 2**28
 _MAPPED = _SIZES | {"architectures", "model_type", "rms_norm_eps", "tie_word_embeddings"}
 _MAPPED |= {"rope_theta", "rope_scaling", "rope_parameters"}
 
@@ -188,6 +190,8 @@ _ROPE_KEYS = {
 def read_architecture(hf_dir: Path | str) -> Architecture:
     """Architecture of the Hugging Face model in `hf_dir`; ConversionError names every field that is not supported."""
     path = Path(hf_dir) / "config.json"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConversionError(f"{path} is not a file; download it again")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -198,7 +202,10 @@ def read_architecture(hf_dir: Path | str) -> Architecture:
         raise ConversionError(f"{path} cannot be read ({error}); download it again") from None
     if not isinstance(fields, dict):
         raise ConversionError(f"{path} holds a {type(fields).__name__}, it must hold an object: download it again")
-    return parse_architecture(fields, source=str(path))
+    try:
+        return parse_architecture(fields, source=str(path))
+    except RecursionError:  # of copying or printing what its decoder has just taken
+        raise ConversionError(f"{path} is nested too deeply; download it again") from None
 
 
 def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architecture:
@@ -214,12 +221,12 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         for name, value in fields.items()
         if name in _SIZES and type(value) is int and value < 1
     ]
-    layers = fields.get("num_hidden_layers")
-    if type(layers) is int and layers > _MOST_LAYERS:  # transformers would make a list of them
-        raise _refusal(source, [*problems, f"num_hidden_layers = {_short(layers)} must be at most {_MOST_LAYERS}"])
+    too_large = _too_large(fields)
+    if too_large:
+        raise _refusal(source, [*problems, *too_large])
     try:
         config = family.config_class.from_dict(copy.deepcopy(dict(fields)))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         problems.append(f"transformers refuses it: {error}")
         raise _refusal(source, problems) from error
     resolved = config.to_dict()
@@ -237,6 +244,10 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         problems.append(f"rms_norm_eps = {epsilon} must be a finite number > 0")
     if problems:
         raise _refusal(source, problems)
+    head_dim = resolved.get("head_dim") or resolved["hidden_size"] // heads
+    if head_dim > _MOST["head_dim"]:
+        derived = f"hidden_size / num_attention_heads = {head_dim} must be at most {_MOST['head_dim']}"
+        raise _refusal(source, [derived])
     inv_freq, attention_scaling = _rope(family, config, source)
     return Architecture(
         family=family.name,
@@ -245,7 +256,7 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
         ffn_hidden_size=resolved["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=resolved.get("head_dim") or resolved["hidden_size"] // heads,
+        head_dim=head_dim,
         vocab_size=resolved["vocab_size"],
         norm_epsilon=epsilon,
         qkv_bias=family.qkv_bias,
@@ -294,6 +305,14 @@ def _family(fields: Mapping[str, Any], source: str) -> _Family:
             f"{_short(architectures)}; it must be {family.name}"
         )
     return family
+
+
+def _too_large(fields: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} = {_short(value)} must be at most {_MOST.get(name, _MOST_OF_ANY)}"
+        for name, value in fields.items()
+        if name in _SIZES | _MOST.keys() and isinstance(value, (int, float)) and value > _MOST.get(name, _MOST_OF_ANY)
+    ]
 
 
 def _unknown_fields(fields: Mapping[str, Any], family: _Family) -> list[str]:

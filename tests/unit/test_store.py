@@ -57,6 +57,7 @@ def test_pairs_come_back_in_order_with_their_place(tmp_path: Path) -> None:
     assert pairs[2].prompt.tolist() == list(range(300, 312))
     assert (pairs[2].chosen.tolist(), pairs[2].rejected.tolist()) == ([312], [313])
     assert pairs[1].prompt.dtype == np.int32
+    assert [pairs.where(pair.index) for pair in pairs] == [pair.where for pair in pairs]
     assert [pair.index for pair in pairs[1:3]] == [1, 3]
     assert pairs[-1].index == 5
     assert pairs.stream_lengths(share_prompt=False).tolist() == [23, 10, 26, 10]

@@ -9,7 +9,8 @@ from itertools import groupby
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megadpo.data.tokenization import TokenizedPair, visible
+from megadpo.data.tokenization import TokenizedPair
+from megadpo.redaction import visible
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from megadpo.errors import CheckpointError
 from megadpo.files import writing
 from megadpo.models.conversion.stored import Box
 from megadpo.models.conversion.work import in_threads, shares
+from megadpo.pickles import only_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +151,8 @@ class BoxReader:
 
     def __init__(self, directory: Path) -> None:
         self._files = FileSystemReader(directory)
-        metadata = self._files.read_metadata()
+        with only_data(directory):
+            metadata = self._files.read_metadata()
         self._files.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: entry

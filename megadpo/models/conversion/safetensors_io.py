@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megadpo.errors import ConversionError, listing
+from megadpo.files import is_file_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,6 +23,8 @@ METADATA = "__metadata__"
 
 # Formats of weights by safetensors' names for them, in the order in which its files hold them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Beyond all models; a million axes take minutes, and fill the screen where they are told.
+_MOST_AXES = 8
 # What is read at a time where columns are picked from rows.
 _BLOCK_BYTES = 2**25
 
@@ -106,6 +109,8 @@ class SafetensorsReader:
     def _open(self, file: str, headers: dict[str, TensorHeader]) -> None:
         """Opens a file and adds its tensors to `headers`."""
         path = self._directory / file
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConversionError(f"{path} is not a file; download it again")
         try:
             with safe_open(path, framework="pt"):
                 pass  # all that the header says has been checked
@@ -122,6 +127,11 @@ class SafetensorsReader:
             if name in headers:
                 raise ConversionError(f"{name} lies in both {headers[name].file} and {file}; one of them is stale")
             if name != METADATA:
+                if len(entry["shape"]) > _MOST_AXES:
+                    raise ConversionError(
+                        f"{path}: {name} has {len(entry['shape'])} axes, at most {_MOST_AXES} are read: download it "
+                        "again"
+                    )
                 offset = 8 + length + entry["data_offsets"][0]
                 headers[name] = TensorHeader(file, offset, tuple(entry["shape"]), entry["dtype"])
 
@@ -160,17 +170,13 @@ def _read_weight_map(directory: Path) -> dict[str, str] | None:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index} has no weight_map from tensor names to files; download it again")
-    outside = [f"{name}: {file!r}" for name, file in weight_map.items() if not _is_file_name(file)]
+    outside = [f"{name}: {file!r}" for name, file in weight_map.items() if not is_file_name(file, ".safetensors")]
     if outside:
         raise ConversionError(
             f"{index} names files that don't lie beside it; each must be the bare name of a .safetensors file in the "
             f"same directory. Don't trust this download:\n{listing(outside)}"
         )
     return weight_map
-
-
-def _is_file_name(file: object) -> bool:
-    return isinstance(file, str) and Path(file).name == file and "\\" not in file and file.endswith(".safetensors")
 
 
 def _damage(path: Path) -> str | None:
