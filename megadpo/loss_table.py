@@ -19,7 +19,8 @@ class LossSpec:
 
     `without_preference` is None where the value depends on the data, as it does without a reference. Reading the key
     `f_divergence` says that the formula may be used with another divergence than reverse KL, as in TRL: f-DPO's rewards
-    are known up to a function of the prompt, so that one response's reward alone is not known.
+    are known up to a function of the prompt, so that one response's reward alone is not known. `has_preference`: it
+    compares the two responses. `raises_chosen`: it does not push the chosen response down.
     """
 
     formula: str
@@ -27,6 +28,8 @@ class LossSpec:
     knobs: tuple[str, ...]
     source: str
     needs_reference: bool = True
+    has_preference: bool = True
+    raises_chosen: bool = True
 
 
 LOSSES: Mapping[str, LossSpec] = MappingProxyType(
@@ -96,6 +99,7 @@ LOSSES: Mapping[str, LossSpec] = MappingProxyType(
             "1",
             ("beta", "ld_alpha"),
             "APO, D'Oosterlinck et al. 2024, eq. 8",
+            raises_chosen=False,
         ),
         "discopop": LossSpec(
             "−(1−m) log σ(βd) + m·exp(−βd), m = σ(βd/τ)",
@@ -123,6 +127,7 @@ LOSSES: Mapping[str, LossSpec] = MappingProxyType(
             (),
             "the NLL term of RPO and MPO",
             needs_reference=False,
+            has_preference=False,
         ),
     }
 )

@@ -15,6 +15,8 @@ from megadpo.loss_formulas import FORMULAS, LossKnobs, PairTerms, divergence_sco
 from megadpo.loss_table import LOSSES, REFERENCE_FREE, LossSpec, needs_reference
 
 __all__ = [
+    "LENGTHS",
+    "LENGTH_PRODUCTS",
     "LOSSES",
     "REFERENCE_FREE",
     "STATISTICS",
@@ -24,6 +26,7 @@ __all__ = [
     "PairLogProbs",
     "PreferenceLoss",
     "SequenceLogProbs",
+    "length_statistics",
     "pair_statistics",
 ]
 
@@ -41,8 +44,12 @@ STATISTICS = (
 # What may be logged of every response token, TRL's metric names, and the count of the tokens that each is a mean over:
 # the entropy of all of them, the share of the chosen ones that are the policy's first choice.
 TOKEN_STATISTICS = {"entropy": "response_tokens", "mean_token_accuracy": "chosen_tokens"}
+# The scored tokens of a pair's responses, logged as means; and the products that tell, with the sums above, how the
+# difference of a pair's lengths goes with its margin.
+LENGTHS = ("lengths/chosen", "lengths/rejected")
+LENGTH_PRODUCTS = ("gap_x_gap", "gap_x_margin", "margin_x_margin")
 # Everything that is summed up over ranks and steps.
-SUMS = (*STATISTICS, "pairs", *TOKEN_STATISTICS, *TOKEN_STATISTICS.values())
+SUMS = (*STATISTICS, *LENGTHS, *LENGTH_PRODUCTS, "pairs", *TOKEN_STATISTICS, *TOKEN_STATISTICS.values())
 
 Responses = tuple[torch.Tensor, torch.Tensor]
 
@@ -149,6 +156,36 @@ class PreferenceLoss:
         model = SequenceLogProbs(zero_B, zero_B, zero_B, zero_B)
         return float(self(PairLogProbs(model, model, one_B, one_B, mean_chosen_tokens=1.0)))
 
+    @property
+    def least_value(self) -> float | None:
+        """The least loss of a pair of one-token responses whose rewards lie between -20 and 20; None as above.
+
+        None too where it falls on and on with the rewards (robust), and where it lies at a score of another divergence
+        (ipo). Found on a grid of rewards 0.1 apart: the targets of the squared losses (ipo, sppo_hard) lie on it.
+        """
+        aims_at_a_score = "ipo" in self.names and self.knobs.f_divergence != "reverse_kl"
+        if not REFERENCE_FREE.isdisjoint(self.names) or aims_at_a_score:
+            return None
+        least, further = self._least_within(20.0), self._least_within(40.0)
+        return least if least - further < 1e-3 * max(1.0, abs(least)) else None
+
+    def _least_within(self, reward: float) -> float:
+        rewards_R = torch.linspace(-reward, reward, round(20 * reward) + 1, dtype=torch.float64)
+        chosen_B, rejected_B = torch.cartesian_prod(rewards_R, rewards_R).T / self.beta
+        zero_B, one_B = torch.zeros_like(chosen_B), torch.ones_like(chosen_B, dtype=torch.long)
+        policy = SequenceLogProbs(chosen_B, rejected_B, zero_B, zero_B)
+        reference = SequenceLogProbs(zero_B, zero_B, zero_B, zero_B)
+        return float(self(PairLogProbs(policy, reference, one_B, one_B, mean_chosen_tokens=1.0)).min())
+
+    @property
+    def aimed_drift(self) -> float:
+        """Nats per token of both responses, taken without sign, that the loss wants them from the reference.
+
+        0 where it has no such aim: ipo per token wants a margin of 1/(2β) nats per token, half of it on either side.
+        """
+        per_token = "ipo" in self.names and self.knobs.ipo_length_normalize
+        return 0.25 / self.beta if per_token else 0.0
+
 
 def pair_statistics(loss_B: torch.Tensor, rewards: Responses, policy: SequenceLogProbs) -> dict[str, torch.Tensor]:
     """Sums over the B pairs of what is logged, as fp64 scalars without gradient under the names of STATISTICS.
@@ -168,3 +205,15 @@ def pair_statistics(loss_B: torch.Tensor, rewards: Responses, policy: SequenceLo
             policy.chosen_B > policy.rejected_B,
         )
         return {name: value_B.detach().double().sum() for name, value_B in zip(STATISTICS, values_B, strict=True)}
+
+
+def length_statistics(rewards: Responses, logps: PairLogProbs) -> dict[str, torch.Tensor]:
+    """Sums over the B pairs of LENGTHS and LENGTH_PRODUCTS, as fp64 scalars without gradient.
+
+    A gap is the chosen response's number of tokens less the rejected one's.
+    """
+    with torch.no_grad():
+        chosen_B, rejected_B = logps.chosen_tokens_B.double(), logps.rejected_tokens_B.double()
+        gap_B, margin_B = chosen_B - rejected_B, (rewards[0] - rewards[1]).detach().double()
+        values_B = (chosen_B, rejected_B, gap_B * gap_B, gap_B * margin_B, margin_B * margin_B)
+        return {name: value_B.sum() for name, value_B in zip((*LENGTHS, *LENGTH_PRODUCTS), values_B, strict=True)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from megadpo.losses import STATISTICS, TOKEN_STATISTICS
+from megadpo.losses import LENGTHS, STATISTICS, TOKEN_STATISTICS
 
 
 class Reduction(Enum):
@@ -52,7 +53,36 @@ def add_sums(total: dict[str, torch.Tensor], sums: Mapping[str, torch.Tensor]) -
 
 
 def preference_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over pairs, and over tokens where those were counted, from the sums of losses.SUMS; 'pairs' stays a sum."""
-    means = {name: sums[name] / sums["pairs"] for name in STATISTICS}
+    """What is logged of the sums of losses.SUMS: means over pairs, over tokens where those were counted, a correlation.
+
+    'pairs' stays a sum, and is all there is where it is 0; `rewards/length_correlation` is there where it exists.
+    """
+    if not sums["pairs"]:
+        return {"pairs": 0.0}
+    means = {name: sums[name] / sums["pairs"] for name in (*STATISTICS, *LENGTHS)}
     means |= {name: sums[name] / sums[count] for name, count in TOKEN_STATISTICS.items() if sums[count]}
+    correlation = _length_correlation(sums)
+    if correlation is not None:
+        means["rewards/length_correlation"] = correlation
     return means | {"pairs": sums["pairs"]}
+
+
+# Squared spread over squared size below which a quantity counts as constant: beneath it the sums' rounding speaks.
+_CONSTANT = 1e-9
+# Margins below this share of the log-probs that they are differences of are rounding: policy and reference are equal.
+_ROUNDING = 1e-7
+
+
+def _length_correlation(sums: Mapping[str, float]) -> float | None:
+    """Pearson's r of a pair's length gap (chosen less rejected tokens) and margin; None where either is constant."""
+    pairs, margin = sums["pairs"], sums["rewards/margins"]
+    gap = sums["lengths/chosen"] - sums["lengths/rejected"]
+    gap_spread = pairs * sums["gap_x_gap"] - gap * gap
+    margin_spread = pairs * sums["margin_x_margin"] - margin * margin
+    gap_varies = gap_spread > _CONSTANT * pairs * sums["gap_x_gap"]
+    margin_varies = margin_spread > _CONSTANT * pairs * sums["margin_x_margin"]
+    rounding = _ROUNDING * (abs(sums["logps/chosen"]) + abs(sums["logps/rejected"]))
+    if not (gap_varies and margin_varies and pairs * sums["margin_x_margin"] > rounding * rounding):
+        return None
+    r = (pairs * sums["gap_x_margin"] - gap * margin) / (math.sqrt(gap_spread) * math.sqrt(margin_spread))
+    return min(1.0, max(-1.0, r))

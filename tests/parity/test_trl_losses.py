@@ -66,7 +66,7 @@ def ours(
     leaf_N = policy_N.clone().requires_grad_()
     mean_chosen = float(batch.response_tokens_S[:PAIRS].double().mean())
     reference = sum_log_probs(batch, TokenScores(reference_N, None))
-    total, sums = preference_statistics(
+    total, sums, _ = preference_statistics(
         loss, batch, TokenScores(leaf_N, None), reference, mean_chosen_tokens=mean_chosen
     )
     mean = total / PAIRS

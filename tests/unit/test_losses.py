@@ -15,7 +15,16 @@ from megadpo.config.choices import FDivergence, LossName
 from megadpo.config.schema import LossConfig
 from megadpo.loss_formulas import FORMULAS, LossKnobs, divergence_score
 from megadpo.loss_table import LOSSES, NOT_OFFERED, REFERENCE_FREE, needs_reference
-from megadpo.losses import STATISTICS, PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
+from megadpo.losses import (
+    LENGTH_PRODUCTS,
+    LENGTHS,
+    STATISTICS,
+    PairLogProbs,
+    PreferenceLoss,
+    SequenceLogProbs,
+    length_statistics,
+    pair_statistics,
+)
 from tests.helpers.loss_cases import CASES, LossCase
 
 DOCS = Path(__file__).parents[2] / "docs" / "numerics.md"
@@ -436,3 +445,60 @@ def test_a_filler_without_pairs_adds_nothing() -> None:
     logps = PairLogProbs(model, model, nothing.long(), nothing.long(), 10.0)
     for case in CASES.values():
         assert [float(value) for value in sums_logged(case.loss(), logps).values()] == [0.0] * len(STATISTICS)
+
+
+def test_length_statistics_are_sums_over_pairs() -> None:
+    loss, logps = PreferenceLoss("sigmoid", beta=0.1), log_probs(requires_grad=True)
+    sums = length_statistics(loss.rewards(logps), logps)
+    gaps = [pair[4] - pair[5] for pair in PAIRS]
+    margins = [0.1 * (pc - rc - pr + rr) for pc, pr, rc, rr, _, _ in PAIRS]
+    expected = [
+        *(sum(pair[4] for pair in PAIRS), sum(pair[5] for pair in PAIRS), sum(gap * gap for gap in gaps)),
+        *(sum(g * m for g, m in zip(gaps, margins, strict=True)), sum(margin * margin for margin in margins)),
+    ]
+    assert tuple(sums) == (*LENGTHS, *LENGTH_PRODUCTS)
+    assert [float(value) for value in sums.values()] == pytest.approx(expected, rel=1e-12)
+    assert {(value.dtype, value.requires_grad) for value in sums.values()} == {(torch.float64, False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "expected"),
+    [
+        *((name, {}, 0.0) for name in ("sigmoid", "ipo", "hinge", "bco_pair", "sppo_hard", "apo_zero", "apo_down")),
+        # The entropy of the smoothed labels.
+        ("sigmoid", {"label_smoothing": 0.1}, -0.9 * math.log(0.9) - 0.1 * math.log(0.1)),
+        ("exo_pair", {"label_smoothing": 0.1}, 0.0),
+    ],
+)
+def test_least_value_is_what_no_margin_goes_below(name: str, knobs: dict[str, float], expected: float) -> None:
+    for beta in (0.05, 0.5):
+        loss = PreferenceLoss(name, beta=beta, **knobs)
+        assert loss.value_without_preference is not None
+        assert loss.least_value == pytest.approx(expected, abs=1e-3 * loss.value_without_preference)
+
+
+@pytest.mark.parametrize("names", [("simpo",), ("sigmoid", "sft")])
+def test_no_least_value_is_known_without_a_reference(names: tuple[str, ...]) -> None:
+    assert PreferenceLoss(*names, beta=0.1).least_value is None
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("robust", {"label_smoothing": 0.1}),  # falls with the margin without end
+        ("ipo", {"f_divergence": "js"}),
+        ("ipo", {"f_divergence": "forward_kl"}),
+    ],
+)
+def test_no_least_value_is_known_where_there_is_none_or_where_it_is_off_the_grid(
+    name: str, knobs: dict[str, Any]
+) -> None:
+    assert PreferenceLoss(name, beta=0.1, **knobs).least_value is None
+    assert PreferenceLoss("sigmoid", name, beta=0.1, **knobs).least_value is None
+
+
+def test_a_loss_that_aims_at_a_distance_says_so() -> None:
+    assert PreferenceLoss("ipo", beta=0.1).aimed_drift == pytest.approx(2.5)
+    assert PreferenceLoss("sigmoid", "ipo", beta=0.5).aimed_drift == pytest.approx(0.5)
+    assert PreferenceLoss("ipo", beta=0.1, ipo_length_normalize=False).aimed_drift == 0
+    assert PreferenceLoss("sigmoid", beta=0.1).aimed_drift == 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from megadpo.losses import STATISTICS, SUMS
+from megadpo.losses import LENGTHS, STATISTICS, SUMS
 from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
 
 CPU = torch.device("cpu")
@@ -57,10 +58,48 @@ def test_nothing_to_reduce_asks_nobody() -> None:
 
 def test_means_are_over_pairs_and_over_the_tokens_that_were_counted() -> None:
     sums = dict.fromkeys(SUMS, 0.0) | {"loss": 6.0, "rewards/margins": -3.0, "pairs": 4.0}
-    means = dict.fromkeys(STATISTICS, 0.0) | {"loss": 1.5, "rewards/margins": -0.75, "pairs": 4.0}
+    means = dict.fromkeys((*STATISTICS, *LENGTHS), 0.0) | {"loss": 1.5, "rewards/margins": -0.75, "pairs": 4.0}
     assert preference_means(sums) == means
     tokens = {"entropy": 30.0, "response_tokens": 20.0, "mean_token_accuracy": 3.0, "chosen_tokens": 12.0}
     assert preference_means(sums | tokens) == means | {"entropy": 1.5, "mean_token_accuracy": 0.25}
+
+
+def length_sums(gaps: list[float], margins: list[float]) -> dict[str, float]:
+    """The sums that a correlation is made of; rejected responses have 100 tokens."""
+    products = {"gap_x_gap": (gaps, gaps), "gap_x_margin": (gaps, margins), "margin_x_margin": (margins, margins)}
+    sums = {name: sum(a * b for a, b in zip(*both, strict=True)) for name, both in products.items()}
+    lengths = {"lengths/chosen": sum(gap + 100 for gap in gaps), "lengths/rejected": 100.0 * len(gaps)}
+    return dict.fromkeys(SUMS, 0.0) | sums | lengths | {"rewards/margins": sum(margins), "pairs": float(len(gaps))}
+
+
+GAPS, MARGINS = [5.0, -30.0, 12.0, 0.0, 44.0], [0.5, -1.0, 2.0, 0.1, 0.7]
+
+
+def test_length_correlation_is_pearson_s() -> None:
+    means = preference_means(length_sums(GAPS, MARGINS))
+    assert means["rewards/length_correlation"] == pytest.approx(float(np.corrcoef(GAPS, MARGINS)[0, 1]), rel=1e-12)
+    assert (means["lengths/chosen"], means["lengths/rejected"]) == (pytest.approx(106.2), 100.0)
+    line = [0.001 * gap - 3 for gap in GAPS]
+    assert preference_means(length_sums(GAPS, line))["rewards/length_correlation"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "margins"),
+    [(GAPS, [0.0] * 5), (GAPS, [0.1] * 5), ([7.0] * 5, MARGINS), ([3.0], [0.5]), (GAPS, [math.nan] * 5)],
+    ids=["first step", "constant margin", "constant gap", "one pair", "NaN"],
+)
+def test_what_does_not_vary_has_no_correlation(gaps: list[float], margins: list[float]) -> None:
+    assert "rewards/length_correlation" not in preference_means(length_sums(gaps, margins))
+
+
+def test_margins_of_rounding_size_have_no_correlation() -> None:
+    """Before the first update policy and reference differ by the rounding of their log-probs, which goes by length."""
+    logps = {"logps/chosen": -300.0 * 5, "logps/rejected": -320.0 * 5}
+    found = {
+        size: "rewards/length_correlation" in preference_means(length_sums(GAPS, [size * m for m in MARGINS]) | logps)
+        for size in (3e-6, 1e-4)
+    }
+    assert found == {3e-6: False, 1e-4: True}
 
 
 def test_adding_sums_leaves_the_addends_alone() -> None:
@@ -72,3 +111,8 @@ def test_adding_sums_leaves_the_addends_alone() -> None:
     assert total == {"loss": 11.0, "pairs": 2.0, "logps/chosen": -5.0}
     assert first == {"loss": 1.0, "pairs": 2.0}
     assert second == {"loss": 10.0, "logps/chosen": -5.0}
+
+
+def test_without_pairs_there_are_no_means() -> None:
+    """As where every update of a line was skipped."""
+    assert preference_means(dict.fromkeys(SUMS, 0.0)) == {"pairs": 0.0}
