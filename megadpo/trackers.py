@@ -117,8 +117,8 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        kept = _lines_up_to(path, resume_step) if resume_step > 0 and path.exists() else []
-        write_durably(path, "".join(kept))
+        kept = lines_up_to(path, resume_step) if resume_step > 0 and path.exists() else ()
+        write_durably(path, "".join(text for text, _ in kept))
         self._file = path.open("ab", buffering=0)  # with a buffer, a line that failed would come back torn or late
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -141,17 +141,18 @@ class JsonlTracker:
         self._file.close()
 
 
-def _lines_up_to(path: Path, last_step: int) -> list[str]:
-    """Lines of a metrics file whose step is at most `last_step`; a line that is not JSON (torn by a kill) goes."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def lines_up_to(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a metrics file whose step is at most `last_step`, as they stand there and as values.
+
+    What is torn by a kill, or has no step, is passed over.
+    """
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            line = json.loads(text)
+        except ValueError:
             continue
-        if step <= last_step:
-            kept.append(line + "\n")
-    return kept
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= last_step:
+            yield text + "\n", line
 
 
 class TensorBoardTracker:
@@ -178,7 +179,8 @@ class WandbTracker:
 
     A training and its continuations are one W&B run: `RUN_DIR/wandb/resume.json` keeps its id and the last step that
     W&B has whole. W&B takes steps in rising order only, so a continuation adds what follows that step, and what was
-    logged between the checkpoint and the interruption stays as it was.
+    logged between the checkpoint and the interruption stays as it was. The evaluation that a stopped run has left to
+    its continuation comes too late for its row and joins the next one, until when `resume.json` keeps it.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, settings: Mapping[str, Any]) -> None:
@@ -211,6 +213,8 @@ class WandbTracker:
                 f"trackers=wandb: {error}: log in once with `wandb login` (or set WANDB_API_KEY), or set "
                 "WANDB_MODE=offline and upload the run later with `wandb sync`"
             ) from error
+        self._resumed = resume_step
+        self._late: dict[str, float] = known.get("late", {})
         self._done = self._latest = max(known.get("step", -1), self._run.starting_step - 1)
         self._remember(self._done)
         logger.info("W&B run %s: %s", self._run.id, self._run.dir if self._run.offline else self._run.url)
@@ -220,8 +224,15 @@ class WandbTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of `step`; an evaluation joins the row of the update that it follows."""
         if step <= self._done:
+            if step == self._resumed > 0:  # all else that W&B has been given already is repeated
+                self._late |= metrics
+                self._remember(self._done)
+                logger.info("W&B has closed the row of step %d: its evaluation joins the next row", step)
             return
-        self._run.log(dict(metrics), step=step)
+        if step > self._latest > self._done:
+            self._late = {}  # the row that it joined is whole
+        late = self._late if step > self._latest else {}  # once: what follows in the row must not be replaced
+        self._run.log({**late, **metrics}, step=step)
         if step > self._latest:
             self._remember(self._latest)
             self._latest = step
@@ -230,6 +241,8 @@ class WandbTracker:
         """Uploads what is left and ends the W&B run, as failed (exit code 1) or finished, and W&B's own process."""
         import wandb
 
+        if self._latest > self._done:
+            self._late = {}
         self._remember(self._latest)
         try:
             self._run.finish(exit_code=int(failed))
@@ -237,17 +250,18 @@ class WandbTracker:
             wandb.teardown()  # its files are whole when that process is gone
 
     def _remember(self, step: int) -> None:
-        """Writes down the last step whose row is whole."""
-        write_durably(self._state, json.dumps({"id": self._run.id, "step": step}) + "\n")
+        """Writes down the last step whose row is whole, and what waits for the next."""
+        late = {"late": self._late} if self._late else {}
+        write_durably(self._state, json.dumps({"id": self._run.id, "step": step, **late}) + "\n")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What a run that was tracked before has remembered: its W&B id and last whole step; {} for a new one."""
+    """What a run that was tracked before has remembered: W&B id, last whole step, what comes late; {} for a new one."""
     if not path.exists():
         return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": str(state["id"]), "step": int(state["step"])}
+        return {"id": str(state["id"]), "step": int(state["step"]), "late": dict(state.get("late", {}))}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MegaDPOError(f"{path} can't be read ({error!r}): remove it, and a new W&B run begins") from error
 

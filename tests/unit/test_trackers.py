@@ -276,6 +276,21 @@ def test_wandb_goes_on_with_the_same_run_and_repeats_no_step(offline: Path) -> N
     assert list(wandb_runs(offline)[-1]["rows"]) == [8]
 
 
+def test_wandb_has_an_evaluation_that_came_too_late_for_its_row_in_the_next(offline: Path) -> None:
+    """Of step 2, where the run was stopped; the start that makes it is killed, and the next one does not repeat it."""
+    track(offline, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
+    killed = WandbTracker(offline, resume_step=2, settings={})
+    killed.log(2, {"eval/loss": 0.5})
+    wandb.teardown()
+    track(offline, [(3, {"loss": 3.0}), (4, {"loss": 4.0}), (4, {"eval/loss": 0.25})], resume_step=2)
+    assert wandb_runs(offline)[-1]["rows"] == {3: {"loss": 3.0, "eval/loss": 0.5}, 4: {"loss": 4.0, "eval/loss": 0.25}}
+    track(offline, [(5, {"loss": 5.0})], resume_step=4)
+    assert wandb_runs(offline)[-1]["rows"] == {5: {"loss": 5.0}}
+    own = [(6, {"loss": 6.0}), (6, {"eval/loss": 0.125}), (6, {"fp8/time_s": 1.0})]
+    track(offline, [(5, {"eval/loss": 0.9}), *own], resume_step=5)
+    assert wandb_runs(offline)[-1]["rows"] == {6: {"loss": 6.0, "eval/loss": 0.125, "fp8/time_s": 1.0}}
+
+
 def test_wandb_honours_its_environment(offline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"PROJECT": "theirs", "NAME": "called", "RUN_ID": "given", "DIR": str(tmp_path / "dir")}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
