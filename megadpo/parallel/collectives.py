@@ -1,4 +1,4 @@
-"""Collectives of our own: agreement of all ranks on a value, and one gather for everything that is logged."""
+"""Collectives of our own: agreement of all ranks on a value, votes, and one gather for everything that is logged."""
 
 from __future__ import annotations
 
@@ -82,6 +82,21 @@ def check_all_agree(what: str, content: str) -> None:
             f"ranks {different} see another {what} than rank 0. Start every rank with the same command line, code and "
             f"files (on several machines: a shared file system, or equal copies)."
         )
+
+
+def largest_over_ranks(values_K: torch.Tensor) -> torch.Tensor:
+    """The largest of all ranks' values at each place, on every rank and on the device; they must be finite.
+
+    One all-reduce over the world, which the host does not wait for.
+    """
+    largest_K = values_K.clone()
+    dist.all_reduce(largest_K, dist.ReduceOp.MAX)
+    return largest_K
+
+
+def own_store() -> dist.Store:
+    """The store at which the world's ranks have met, by a connection that this process uses for nothing else."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined] # the stubs lack it
 
 
 def gather_rows(row_K: torch.Tensor) -> torch.Tensor:

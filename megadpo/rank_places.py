@@ -1,0 +1,255 @@
+"""Where every rank of a run is, and the end of a run that stands still.
+
+A collective waits until all ranks have come. One that was stopped, or hangs, leaves the others waiting, and a timeout
+of their process group names the collective that did not end, not who is missing. So each rank tells a store once in a
+while where it is; one that has stood at one place for too long reads what all have told, says it, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn, Protocol
+
+from megadpo.errors import listing
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+# Exit status of a rank that has waited too long: EX_SOFTWARE of sysexits.h.
+STUCK = 70
+_TELL_S = 5.0
+_ANSWER_S = 10.0
+_UNREADABLE = "their places can't be read ({}): the machine that keeps them, rank 0's, may be gone"
+
+
+class Store(Protocol):
+    """Keys and values that all ranks see, such as torch.distributed's."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Keeps a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """A value that was kept; waits for it."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """The values of several keys, by one question; waits for them."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys have a value."""
+
+    def set_timeout(self, timeout: timedelta, /) -> None:
+        """How long it may take to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a rank does in which step, in which line of the program, and for how long already.
+
+    `turn` counts what the rank has told; no clocks of different machines are compared.
+    """
+
+    step: int
+    doing: str
+    line: str
+    stood_s: float
+    turn: int
+
+
+class RankPlaces:
+    """Tells where this rank is, and ends it when no rank has moved for `patience_s` seconds; a context manager.
+
+    Ranks that are silent, because they tell nothing any more, do not move. `store` must be used by nobody else in this
+    process. `at` costs a few microseconds: a thread does the rest.
+    """
+
+    def __init__(self, store: Store, *, rank: int, world: int, patience_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._world = world
+        self._patience_s = patience_s
+        self._tell_s = min(_TELL_S, patience_s / 4)
+        self._place = (0, "beginning", time.monotonic())
+        self._turn = 0
+        self._over = threading.Event()
+        # Two, because a store whose machine is gone may keep the one that tells for good.
+        self._threads = [
+            threading.Thread(target=work, name="rank places", daemon=True) for work in (self._tell_on, self._watch)
+        ]
+        self._main = threading.main_thread().ident
+
+    def __enter__(self) -> RankPlaces:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(_ANSWER_S)
+
+    def at(self, step: int, doing: str) -> None:
+        """Notes that this rank now does something else."""
+        self._place = (step, doing, time.monotonic())
+
+    def then(self, doing: str) -> None:
+        """Notes that in the same step this rank now does something else."""
+        self.at(self._place[0], doing)
+
+    def _tell_on(self) -> None:
+        self._store.set_timeout(timedelta(seconds=_ANSWER_S))
+        while not self._over.is_set():
+            try:
+                self._tell()
+            except Exception as error:  # whatever a store raises that is gone; the run itself does not need it
+                logger.debug("where this rank is can't be told: %s", error)
+            self._over.wait(self._tell_s)
+
+    def _watch(self) -> None:
+        pause_s = self._tell_s
+        while not self._over.wait(pause_s):
+            pause_s, place = self._tell_s, self._place
+            if time.monotonic() - place[2] <= self._patience_s:
+                continue
+            answer = self._ask_all()
+            if self._place is not place or self._over.is_set():
+                continue
+            if isinstance(answer, Exception):
+                self._end(f"  {_UNREADABLE.format(answer)}", speaks=True)
+            before, after = answer
+            heard = heard_places(before, after)
+            others = [other.stood_s for rank, other in heard.items() if rank != self._rank]
+            left_s = self._patience_s - min(others, default=self._patience_s)
+            if left_s > 0:  # who moves will let this rank go on, or stand too: not before then need it be asked again
+                pause_s = max(left_s, self._tell_s)
+            else:
+                self._end(listing(tell_places(before, after)), speaks=self._rank == min(heard, default=self._rank))
+
+    def _tell(self) -> None:
+        step, doing, since = self._place
+        self._turn += 1
+        line = _line(sys._current_frames().get(self._main or 0))
+        place = Place(step, doing, line, time.monotonic() - since, self._turn)
+        self._store.set(_key(self._rank), json.dumps(asdict(place)))
+
+    def _ask_all(self) -> tuple[list[Place | None], list[Place | None]] | Exception:
+        """Where all ranks are, read twice, so that silent ones are seen; why it can't be read where it can't."""
+        answers: queue.Queue[tuple[list[Place | None], list[Place | None]] | Exception] = queue.Queue()
+
+        def read_twice() -> None:
+            try:
+                before = self._read_all()
+                time.sleep(3 * self._tell_s)  # turns, of which one that lives can't miss all
+                answers.put((before, self._read_all()))
+            except Exception as error:  # whatever a store raises that is gone
+                answers.put(error)
+
+        threading.Thread(target=read_twice, daemon=True).start()
+        try:
+            return answers.get(timeout=3 * self._tell_s + 2 * _ANSWER_S)
+        except queue.Empty:
+            return TimeoutError("no answer")
+
+    def _end(self, told: str, *, speaks: bool) -> NoReturn:
+        """Says where all ranks are and ends the process: the main thread may never come back from where it waits."""
+        if speaks:
+            logger.error(
+                "no rank has moved for %.0f s (parallel.timeout_s): a rank is missing, or hangs; if one is only slow, "
+                "raise parallel.timeout_s. Where they are:\n%s\n"
+                "The run ends here and goes on from its last checkpoint (train.resume=auto)",
+                self._patience_s,
+                told,
+            )
+        else:
+            # Leaving first would have the launcher end the one that speaks, which may have asked so much later.
+            time.sleep(_ANSWER_S / 2 + 4 * self._tell_s)
+        os._exit(STUCK)
+
+    def _read_all(self) -> list[Place | None]:
+        keys = [_key(rank) for rank in range(self._world)]
+        if self._store.check(keys):
+            return [_parsed(told) for told in self._store.multi_get(keys)]
+        return [_parsed(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+
+
+def tell_places(before: Sequence[Place | None], after: Sequence[Place | None]) -> list[str]:
+    """Lines about all ranks' places, read twice: those that are silent first, each alone; others by place, together."""
+    silent = silent_ranks(before, after)
+    lines = []
+    for rank in silent:
+        place = after[rank]
+        lines.append(
+            f"rank {rank} IS SILENT and has never told where it is"
+            if place is None
+            else f"rank {rank} IS SILENT; it was at {_told(place)}"
+        )
+    together: dict[tuple[int, str, str], list[int]] = {}
+    for rank, place in enumerate(after):
+        if place is not None and rank not in silent:
+            together.setdefault((place.step, place.doing, place.line), []).append(rank)
+    for ranks in sorted(together.values()):
+        place = after[ranks[0]]
+        assert place is not None
+        lines.append(f"{_ranks(ranks)} at {_told(place)}, for {place.stood_s:.0f} s")
+    return lines
+
+
+def silent_ranks(before: Sequence[Place | None], after: Sequence[Place | None]) -> list[int]:
+    """The ranks that have told nothing between two readings."""
+    heard = heard_places(before, after)
+    return [rank for rank in range(len(after)) if rank not in heard]
+
+
+def heard_places(before: Sequence[Place | None], after: Sequence[Place | None]) -> dict[int, Place]:
+    """The second reading's places of the ranks that have told something between two readings."""
+    return {
+        rank: second
+        for rank, (first, second) in enumerate(zip(before, after, strict=True))
+        if second is not None and (first is None or first.turn != second.turn)
+    }
+
+
+def _parsed(told: bytes) -> Place:
+    return Place(**json.loads(told))
+
+
+def _told(place: Place) -> str:
+    return f"step {place.step}, {place.doing} ({place.line})"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0-2, 5`."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank {words}" if len(ranks) == 1 else f"ranks {words}"
+
+
+def _line(frame: FrameType | None) -> str:
+    """The innermost function of a stack, and the innermost line of it outside of torch."""
+    if frame is None:
+        return "no main thread"
+    innermost = frame.f_code.co_name
+    while "torch" in Path(frame.f_code.co_filename).parts and frame.f_back is not None:
+        frame = frame.f_back
+    file = "/".join(Path(frame.f_code.co_filename).parts[-2:])
+    return f"{innermost}, {file}:{frame.f_lineno}"
+
+
+def _key(rank: int) -> str:
+    return f"megadpo/place/{rank}"

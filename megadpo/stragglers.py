@@ -1,0 +1,96 @@
+"""Which model replica the others wait for: one that is busy much longer before gradients can be exchanged."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+# Judged over so many steps at least: single ones differ by their pairs.
+_STEPS = 10
+# Busy so many times as long as the others' median, and as they would be with as much work. Replicas don't get equal
+# work: of nine microbatches for eight, one of them computes two, and it is the same one in every step.
+_SLOW = 1.5
+# Seconds a step that others wait at least, to be worth a look.
+_WAIT_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """What a rank did over some steps: seconds until its gradients were there, some of them waiting for its data.
+
+    `replica` is its data-parallel rank. The ranks of one replica wait for each other, so that they are busy together,
+    with the same work, `flops` of it.
+    """
+
+    replica: int
+    seconds: float
+    data_s: float
+    flops: float
+
+
+class StragglerWatch:
+    """Adds up what all ranks were busy with and says which replica is slow, once each time that it begins to be."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._data_s: dict[int, float] = defaultdict(float)
+        self._flops: dict[int, float] = defaultdict(float)
+        self._slow: set[int] = set()
+
+    def hear(self, step: int, steps: int, busy: Sequence[Busy]) -> list[str]:
+        """What is to be said after `step`, the last of `steps` that all ranks (by number) were `busy` with."""
+        self._steps += steps
+        for rank, own in enumerate(busy):
+            self._seconds[rank] += own.seconds
+            self._data_s[rank] += own.data_s
+            self._flops[rank] += own.flops
+        if self._steps < _STEPS:
+            return []
+        lines = self._judge(step, [own.replica for own in busy])
+        self._steps = 0
+        for sums in (self._seconds, self._data_s, self._flops):
+            sums.clear()
+        return lines
+
+    def _judge(self, step: int, replicas: Sequence[int]) -> list[str]:
+        ranks: dict[int, list[int]] = defaultdict(list)
+        for rank, replica in enumerate(replicas):
+            ranks[replica].append(rank)
+        if len(ranks) == 1:
+            return []
+        per_step = {replica: max(self._seconds[r] for r in own) / self._steps for replica, own in ranks.items()}
+        work = {replica: self._flops[own[0]] for replica, own in ranks.items()}
+        rates = {replica: seconds / work[replica] for replica, seconds in per_step.items()}
+        times, paces = sorted(per_step.values()), sorted(rates.values())
+        lines = []
+        for replica, seconds in per_step.items():
+            others = _median_of_others(times, seconds)
+            as_much = _median_of_others(paces, rates[replica]) * work[replica]
+            slow = seconds > max(_SLOW * others, _SLOW * as_much, others + _WAIT_S)
+            if slow and replica not in self._slow:
+                lines.append(self._told(step, ranks[replica], seconds, others, as_much))
+            elif not slow and replica in self._slow:
+                lines.append(f"straggler: {_ranks(ranks[replica])} is as fast as the others again, at step {step}")
+            (self._slow.add if slow else self._slow.discard)(replica)
+        return lines
+
+    def _told(self, step: int, ranks: Sequence[int], seconds: float, others: float, as_much: float) -> str:
+        data_s = max(self._data_s[rank] for rank in ranks) / self._steps
+        return (
+            f"straggler: {_ranks(ranks)} was busy {seconds:.3g} s a step before gradients could be exchanged "
+            f"({data_s:.3g} s of it waiting for data), the others {others:.3g} s and then wait; its work takes them "
+            f"{as_much:.3g} s (steps {step - self._steps + 1} to {step}): look at its machine"
+        )
+
+
+def _median_of_others(ordered: Sequence[float], own: float) -> float:
+    index = bisect_left(ordered, own)
+    return median([*ordered[:index], *ordered[index + 1 :]])
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"the model replica on ranks {', '.join(map(str, ranks))}"
