@@ -34,6 +34,7 @@ _TESTED_MEGATRON = ">=0.16.1,<0.17"
 
 
 Mark: TypeAlias = "float | torch.cuda.Event"
+Span: TypeAlias = tuple[Mark, Mark]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, pinned where the tensor is on CUDA, so that it can travel back beside other work."""
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return host.copy_(tensor)
+def host_copy(tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy in the host's memory, pinned where the tensor is on CUDA, so that it can travel back beside other work.
+
+    `into`, an earlier copy whose content is not needed any more, becomes it where it fits: fresh memory takes longer.
+    MemoryError where there is none to be had.
+    """
+    if into is None or (into.shape, into.dtype) != (tensor.shape, tensor.dtype):
+        try:
+            into = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        except RuntimeError as error:  # of torch's allocators, the pinned one's as of CUDA
+            raise MemoryError(str(error).partition("\n")[0]) from error
+    return into.copy_(tensor)
 
 
 class SideStream:

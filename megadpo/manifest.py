@@ -1,0 +1,139 @@
+"""What a finished directory holds, file by file: sizes and SHA-256, so that damage is found before anything is used.
+
+Megatron's and torch's distributed format loads a flipped bit, a torn write or a file of another save without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+from megadpo.files import write_durably
+from megadpo.rank_logging import get_logger
+
+logger = get_logger(__name__)
+
+MANIFEST = "manifest.json"
+# To be raised with every change of what is in a checkpoint that an older program would misread.
+FORMAT = 1
+_BLOCK_BYTES = 2**22
+
+# How the only problem of a manifest begins that another version wrote, and that says nothing of damage.
+OTHER_FORMAT = "it is of format"
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Size and SHA-256 of a file's content."""
+
+    bytes: int
+    sha256: str
+
+
+def digest_of(path: Path, *, durably: bool = False, hears: Callable[[int], None] | None = None) -> FileDigest:
+    """Reads a file; with `durably` it is on disk when this returns. `hears` is told how many bytes were read since."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            if hears is not None:
+                hears(len(block))
+        if durably:
+            os.fsync(file.fileno())
+    return FileDigest(size, digest.hexdigest())
+
+
+def digest_files(directory: Path, *, share: int, shares: int) -> dict[str, FileDigest]:
+    """What this `share` of a directory's files hold, by relative path; every share of `shares` is another part."""
+    names = sorted(_files_under(directory), key=lambda name: (-(directory / name).stat().st_size, name))
+    return {name: digest_of(directory / name, durably=True) for name in names[share::shares]}
+
+
+def write_manifest(directory: Path, known: Mapping[str, FileDigest]) -> None:
+    """Writes down what `directory` holds; files that are not `known` by their relative path are read and made durable.
+
+    MegaDPOError where it can't be written, OSError where a file can't be read.
+    """
+    others = {name for name in _files_under(directory) if name not in known}
+    # Those that are known may not be listed here yet: network file systems show another machine's files later.
+    files = {**known, **{name: digest_of(directory / name, durably=True) for name in others}}
+    content = {"format": FORMAT, "files": {name: asdict(digest) for name, digest in sorted(files.items())}}
+    write_durably(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def find_damage(directory: Path, *, share: int = 0, shares: int = 1, free: str = "") -> list[str]:
+    """What is wrong with a directory, a line each; [] where all files are those that were written.
+
+    Sizes are looked at first; contents are read only where they are right, of this `share` of `shares`, about equal
+    parts of the bytes. Files under `free`, which may have been changed on purpose, keep nothing from being read.
+    OSError where something can't be looked at or read: that says nothing about what is there.
+    """
+    try:
+        expected = _read_manifest(directory)
+    except _Unreadable as error:
+        return [str(error)]
+    wrong = {name: problem for name in expected if (problem := _size_problem(directory, name, expected[name]))}
+    if all(free and name.startswith(f"{free}/") for name in wrong):
+        there = sorted(expected.keys() - wrong.keys(), key=lambda name: (-expected[name].bytes, name))
+        size = sum(expected[name].bytes for name in there)
+        logger.info("checking %s, %d files of %.2f GiB", directory, len(there), size / 2**30)
+        for name in there[share::shares]:
+            if problem := _content_problem(directory, name, expected[name]):
+                wrong[name] = problem
+    return [wrong[name] for name in sorted(wrong)]
+
+
+class _Unreadable(Exception):
+    """A manifest that says nothing; the text is what is wrong."""
+
+
+def _read_manifest(directory: Path) -> dict[str, FileDigest]:
+    path = directory / MANIFEST
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise _Unreadable(
+                f"{OTHER_FORMAT} {content['format']}, this version of megadpo reads format {FORMAT}: use the version "
+                "that wrote it"
+            )
+        return {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
+    except FileNotFoundError:
+        raise _Unreadable(
+            f"{MANIFEST} is missing, so that nothing says what was written: it was lost, or a megadpo that made none "
+            "wrote this (docs/faults.md)"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _Unreadable(f"{MANIFEST} can't be read ({type(error).__name__}: {error})") from None
+
+
+def _size_problem(directory: Path, name: str, expected: FileDigest) -> str | None:
+    try:
+        found = (directory / name).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a name that no file can have
+        return f"{name} is missing"
+    if not S_ISREG(found.st_mode):
+        return f"{name} is not a file"
+    if found.st_size != expected.bytes:
+        return f"{name} has {found.st_size} bytes, {expected.bytes} were written"
+    return None
+
+
+def _content_problem(directory: Path, name: str, expected: FileDigest) -> str | None:
+    try:
+        found = digest_of(directory / name)
+    except FileNotFoundError:  # since its size was looked at
+        return f"{name} is missing"
+    return None if found == expected else f"{name} holds other bytes than were written"
+
+
+def _files_under(directory: Path) -> Iterable[str]:
+    """Relative paths of the files of a directory but for the manifest itself."""
+    paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return (name for name in paths if name != MANIFEST)
