@@ -16,8 +16,10 @@ from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.device import Device
 from megadpo.errors import ConfigError
+from megadpo.first_step import NoPreference
 from megadpo.fp8_recipes import token_multiple
-from megadpo.losses import PreferenceLoss
+from megadpo.health_history import RunFacts
+from megadpo.losses import LOSSES, PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
@@ -30,8 +32,8 @@ from megadpo.parallel.collectives import gather_rows, on_every
 from megadpo.parallel.state import ParallelState
 from megadpo.rank_logging import get_logger
 from megadpo.reference import NoReference, OffloadedReference, Reference, ResidentReference
-from megadpo.reference.key import CacheKey, cache_key
-from megadpo.trainer import LoopSettings, NoPreference
+from megadpo.reference.key import CacheKey, cache_key, sampled_fingerprint
+from megadpo.trainer import LoopSettings
 
 logger = get_logger(__name__)
 
@@ -128,8 +130,7 @@ def reference_key(config: Config, source: ModelSource, *, trust_index: bool = Tr
 
     Without `trust_index` it reads all of them.
     """
-    own = config.reference.hf_path
-    reference = source if own is None else ModelSource(Path(own), checkpoint=None)
+    reference = _reference_source(config, source)
     fp8 = fp8_settings(config)
     return cache_key(
         weight_files=weight_files(reference),
@@ -138,6 +139,18 @@ def reference_key(config: Config, source: ModelSource, *, trust_index: bool = Tr
         precision=str(config.precision.dtype) if fp8 is None else f"{config.precision.dtype}, {fp8}",
         index_dir=Path(str(config.reference.cache_dir)) if trust_index else None,
     )
+
+
+def reference_fingerprint(config: Config, source: ModelSource) -> str:
+    """What tells the reference's files from others, "" without a reference; for one process."""
+    if config.reference.mode == ReferenceMode.none:
+        return ""
+    return sampled_fingerprint(weight_files(_reference_source(config, source)))
+
+
+def _reference_source(config: Config, source: ModelSource) -> ModelSource:
+    own = config.reference.hf_path
+    return source if own is None else ModelSource(Path(own), checkpoint=None)
 
 
 def load_starting_model(
@@ -233,6 +246,7 @@ def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device
         eval_every=config.train.eval_every,
         save_every=config.train.save_every,
         check_every=config.precision.fp8_check_every,
+        check_ranks_every=config.train.check_ranks_every,
         learning_rate=LearningRate(
             peak=config.optimizer.lr,
             minimum=config.optimizer.min_lr,
@@ -243,6 +257,21 @@ def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device
         no_preference=_no_preference(config, loss),
         sync_every=config.reference.sync_every,
         peak_flops=device.peak_flops(torch_dtype(config)),
+    )
+
+
+def health_facts(config: Config, loss: PreferenceLoss) -> RunFacts:
+    """What judging a run's health must know of its settings."""
+    return RunFacts(
+        beta=loss.beta,
+        has_reference=loss.needs_reference,
+        loss_at_start=loss.value_without_preference,
+        least_loss=loss.least_value,
+        clip_grad=config.optimizer.clip_grad,
+        peak_lr=config.optimizer.lr,
+        has_preference=any(LOSSES[name].has_preference for name in loss.names),
+        raises_chosen=all(LOSSES[name].raises_chosen for name in loss.names),
+        aimed_drift=loss.aimed_drift,
     )
 
 

@@ -1,27 +1,17 @@
-"""Checkpoints in Megatron's distributed format: written atomically, resharded on load.
-
-A run's `step_00000010` holds the weights, the optimizer's state and `training.json`, which says what run it belongs to;
-an imported checkpoint holds weights and `imported.json`. A directory appears under its name only when it is complete;
-`latest` names the newest one of a run.
-"""
+"""What of a model and its optimizer is in a checkpoint of Megatron's distributed format, and back, in any layout."""
 
 from __future__ import annotations
 
-import json
-import queue
-import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+import socket
+import traceback
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -29,24 +19,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.checkpoint_files import (
-    HF_DIRECTORY,
-    IMPORTED,
-    LATEST,
-    TRAINED,
-    ImportedModel,
-    TrainingState,
-    list_checkpoints,
-    step_directory,
-    stored_vocab_size,
-)
+from megadpo.checkpoint_files import HF_DIRECTORY, stored_vocab_size
+from megadpo.checkpoint_writer import METADATA, causes_of, raise_own
 from megadpo.errors import CheckpointError, MegaDPOError, listing
-from megadpo.files import write_durably, writing
 from megadpo.host_optimizer import HostOptimizer
-from megadpo.models.conversion.side_files import SideFiles, write_side_files
-from megadpo.optimizer import distributed_optimizers, gather_weights
+from megadpo.manifest import find_damage
+from megadpo.optimizer import distributed_optimizers
 from megadpo.parallel.collectives import on_main
-from megadpo.rank_logging import get_logger, global_rank
+from megadpo.pickles import only_data
+from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
@@ -57,27 +38,27 @@ _EXTRA_STATE = "_extra_state"
 # What a checkpoint holds besides the weights of its model.
 _REFERENCE = "reference."
 NOT_WEIGHTS = ("optimizer.", _REFERENCE)
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
+def model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
     """Sharded state of this rank's chunks; the tensors carry global names, so the layout is not part of the format.
 
-    Transformer Engine's modules have a state besides their weights, which is empty but for FP8's delayed scaling: it is
-    left out where it is empty, so that native layers read the same checkpoint.
+    Transformer Engine's modules have a state besides their weights, which is empty but for FP8's delayed scaling: a
+    pickle, which they load as pickles are. It is left out, so that what a checkpoint holds of it is never read.
     """
-    state = {}
-    for index, module in enumerate(modules):
-        chunk = module.sharded_state_dict(metadata=dict(_METADATA))
-        if not _has_amax_history(module):
-            chunk = {name: value for name, value in chunk.items() if not name.endswith(_EXTRA_STATE)}
-        state[f"model{index}"] = chunk
-    return state
+    return {
+        f"model{index}": {
+            name: value
+            for name, value in module.sharded_state_dict(metadata=dict(METADATA)).items()
+            if not name.endswith(_EXTRA_STATE)
+        }
+        for index, module in enumerate(modules)
+    }
 
 
-def _reference_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
+def reference_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
     """Sharded state of a reference's chunks, under names of its own; {} without any."""
-    state = {f"reference_{name}": chunk for name, chunk in _model_state(modules).items()}
+    state = {f"reference_{name}": chunk for name, chunk in model_state(modules).items()}
     add_prefix_for_sharding(state, _REFERENCE)
     return state
 
@@ -87,159 +68,68 @@ def _has_amax_history(module: MegatronModule) -> bool:
 
 
 def _fill(modules: Sequence[MegatronModule], loaded: dict[str, Any]) -> None:
-    """Copies a loaded `_model_state` into the modules."""
+    """Copies a loaded `model_state` into the modules."""
     for index, module in enumerate(modules):
         missing, unexpected = module.load_state_dict(loaded[f"model{index}"], strict=False)
         assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing)
 
 
-def save_checkpoint(
-    root: Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    state: TrainingState,
-    *,
-    side_files: SideFiles,
-    dtype: torch.dtype,
-    keep_last: int,
-    reference: Sequence[MegatronModule] = (),
-) -> Path:
-    """Writes the checkpoint of `state.step` and drops all but the `keep_last` newest; its directory.
+def damage_of(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on every rank; [] where they are those that were written.
 
-    `reference` are the chunks of one that changes, which a run can't have from anywhere else when it goes on.
-    The configuration and tokenizer go inside as `hf/`, so that the checkpoint stands alone. Collective over all ranks.
-    The directory is written under a temporary name and renamed when every rank is done; one that is dropped loses its
-    name before its files.
+    Those of hf/ may be changed on purpose, as a chat template is: that is said, and is no damage. Every rank reads its
+    share of the bytes. CheckpointError on every rank where one can't read: a machine or the file system may be at
+    fault, and the checkpoint whole. One all-gather over the world.
     """
-    final = step_directory(root, state.step)
-    partial = root / f".{final.name}.partial"
-    on_main(lambda: _remove_leftovers(root))
-    gather_weights(chunks)
-    _renew_main_weights(distributed_optimizers(optimizer))
-    model_state = _model_state([chunk.module for chunk in chunks])
-    content = {
-        **model_state,
-        **_reference_state(reference),
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA)),
-    }
-    _write_content(partial, content)
-
-    def finish() -> None:
-        write_side_files(side_files, partial / HF_DIRECTORY, dtype=dtype)
-        write_durably(partial / TRAINED, json.dumps(asdict(state), indent=1))
-        with writing(final, CheckpointError):
-            if final.exists():
-                _remove(final)
-            partial.rename(final)
-        write_durably(root / LATEST, final.name + "\n")
-        for old in list_checkpoints(root)[:-keep_last]:
-            _remove(old)
-
-    on_main(finish)
-    return final
+    found, unread = _damage_seen_here(directory)
+    of_ranks: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (found, unread))
+    if unread := [line for _, lines in of_ranks for line in lines]:
+        raise CheckpointError(
+            f"checkpoint {directory} can't be read now, which does not say that it is damaged: look after the file "
+            "system and the machines that are named, and start again; if it stays so, bring its files back, or take it "
+            f"out of its directory as a damaged one:\n{listing(unread)}"
+        )
+    found = list(dict.fromkeys(problem for problems, _ in of_ranks for problem in problems))
+    changed = [problem for problem in found if problem.startswith(f"{HF_DIRECTORY}/")]
+    if changed:
+        logger.warning("%s was changed since it was written, and is used as it is:\n%s", directory, listing(changed))
+    return [problem for problem in found if problem not in changed]
 
 
-def save_imported(
-    directory: Path,
-    write: Callable[[Path], None],
-    description: ImportedModel,
-    *,
-    side_files: SideFiles,
-    dtype: torch.dtype,
-) -> None:
-    """Makes a checkpoint that stands alone of the distributed files that `write(DIRECTORY)` writes, and the side files.
-
-    Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done. Where it
-    can't be made, nothing is left.
-    """
-    partial = directory.with_name(f".{directory.name}.partial")
-    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an import that was killed
-
-    def finish() -> None:
-        write_side_files(side_files, partial / HF_DIRECTORY, dtype=dtype)
-        write_durably(partial / IMPORTED, json.dumps(asdict(description), indent=1))
-        with writing(directory, CheckpointError):
-            partial.rename(directory)
-
+def _damage_seen_here(directory: Path) -> tuple[list[str], list[str]]:
+    """What this rank finds wrong with a checkpoint, and what it can't read, with its own name."""
     try:
-        _write_content(partial, {}, _FilesOf(write))
-        on_main(finish)
-    except MegaDPOError:  # on every rank, none of which writes any more
-        if global_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        return find_damage(directory, share=dist.get_rank(), shares=dist.get_world_size(), free=HF_DIRECTORY), []
+    except OSError as error:
+        here = f"rank {dist.get_rank()} ({socket.gethostname()})"
+        return [], [f"{here}: {error.filename or directory} can't be read now ({error.strerror or error})"]
 
 
-class _FilesOf(SaveShardedStrategy):
-    """Has somebody else write the distributed files, instead of Megatron from tensors in memory."""
-
-    def __init__(self, write: Callable[[Path], None]) -> None:
-        super().__init__("torch_dist", 1)
-        self._write = write
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """They are among the files."""
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
-        """Writes the files; the state dict is empty."""
-        self._write(Path(checkpoint_dir))
-
-
-def _write_content(directory: Path, content: dict[str, Any], strategy: SaveShardedStrategy | None = None) -> None:
-    """Makes `directory` and writes all ranks' sharded state into it; returns on each when every rank is done.
-
-    `strategy` writes it, by default Megatron's own.
-
-    A MegaDPOError on every rank where it can't be written.
-    """
-
-    def make() -> None:
-        with writing(directory, CheckpointError):
-            directory.mkdir(parents=True)
-
-    on_main(make)
-    # Megatron hands the writers' results over through a queue of a spawned manager process, which re-imports the main
-    # module (12 s a save). Nothing is asynchronous here: a queue in this process does.
-    with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
-        try:
-            dist_checkpointing.save(content, str(directory), strategy, content_metadata=dict(_METADATA))
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, MegaDPOError):
-                    raise cause from error
-            raise CheckpointError(
-                f"checkpoint {directory} can't be written: {_causes(error)}: make room, or choose another directory"
-            ) from error
-    dist.barrier()
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes what saves and removals that were killed have left under a run's checkpoint directory."""
-    with writing(root, CheckpointError):
-        for leftover in root.glob(".step_*"):
-            shutil.rmtree(leftover)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Takes the checkpoint's name away, then its files: killed in between, it is not taken for a complete one."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed")))
+def check_undamaged(directory: Path, remedy: str) -> None:
+    """CheckpointError on every rank where a checkpoint's files are not those that were written."""
+    if damage := damage_of(directory):
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged, name another one with {remedy}, or copy this one again:\n"
+            f"{listing(damage)}"
+        )
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Fills weights, main weights and moments from a checkpoint of any layout. Collective over all ranks."""
     inner = distributed_optimizers(optimizer)
     _allocate_moments(inner)
-    model_state = _model_state([chunk.module for chunk in chunks])
+    model = model_state([chunk.module for chunk in chunks])
     content = {
-        **model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA)),
+        **model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(METADATA)),
     }
     with readable(directory, "train.resume=DIR"):
         loaded, left_over, missing = dist_checkpointing.load(content, str(directory), strict="return_all")
     _check_names(directory, [name for name in left_over if not name.startswith(_REFERENCE)], missing)
     _fill([chunk.module for chunk in chunks], loaded)
+    if any(_has_amax_history(chunk.module) for chunk in chunks):
+        logger.warning("delayed scaling begins a new history of FP8's largest values: none is taken from %s", directory)
     states = [loaded["optimizer"]] if len(inner) == 1 else list(loaded["optimizer"].values())
     for member, member_state in zip(inner, states, strict=True):
         _load_optimizer(member, member_state)
@@ -249,7 +139,7 @@ def load_reference(directory: Path, modules: Sequence[MegatronModule]) -> None:
     """Fills a reference's chunks with those that were saved beside a policy. Collective over all ranks."""
     with readable(directory, "train.resume=DIR"):
         loaded, left_over, missing = dist_checkpointing.load(
-            _reference_state(modules), str(directory), strict="return_all"
+            reference_state(modules), str(directory), strict="return_all"
         )
     _check_names(directory, [name for name in left_over if name.startswith(_REFERENCE)], missing)
     _fill(modules, {name.removeprefix("reference_"): chunk for name, chunk in loaded.items()})
@@ -261,24 +151,23 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
     Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model, whose
     vocabulary has `vocab_size` entries without padding. Collective over all ranks.
     """
+    check_undamaged(directory, WEIGHTS_FROM)
     on_main(lambda: check_vocabulary(directory, vocab_size))
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():
                 parameter.zero_()  # padding that the checkpoint's layout did not have
     with readable(directory, WEIGHTS_FROM):
-        loaded, left_over, missing = dist_checkpointing.load(_model_state(modules), str(directory), strict="return_all")
+        loaded, left_over, missing = dist_checkpointing.load(model_state(modules), str(directory), strict="return_all")
     _check_names(directory, {name for name in left_over if not name.startswith(NOT_WEIGHTS)}, missing)
     _fill(modules, loaded)
 
 
 def _check_names(directory: Path, left_over: Collection[str], missing: Collection[str]) -> None:
-    """Raises CheckpointError where a checkpoint holds more or less than the model; FP8's histories may be either."""
-    problems = [f"{name} is missing" for name in sorted(missing) if not name.endswith(_EXTRA_STATE)]
+    """Raises CheckpointError where a checkpoint holds more or less than the model; FP8's histories may be more."""
+    problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.endswith(_EXTRA_STATE)]
     check_fitting(directory, problems)
-    if missing:
-        logger.warning("%s holds no history of FP8's largest values: delayed scaling begins a new one", directory)
 
 
 def check_fitting(directory: Path, problems: Sequence[str]) -> None:
@@ -302,24 +191,42 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 
 @contextmanager
 def readable(directory: Path, remedy: str) -> Iterator[None]:
-    """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy."""
+    """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy.
+
+    They take nothing from it but data, see `only_data`, and files only: a pipe would be waited for. What a collective
+    raises, as where another rank has died, says nothing about the checkpoint and is left as it is.
+    """
+    odd = [path.name for path in sorted(directory.glob("*")) if not (path.is_file() or path.is_dir())]
+    if odd:
+        raise CheckpointError(f"checkpoint {directory}: {odd[0]} is not a file; name another one with {remedy}")
     try:
-        yield
+        with only_data(directory):
+            yield
     except (torch.OutOfMemoryError, MegaDPOError):
         raise
     except (CheckpointException, Exception) as error:
+        if isinstance(error, CheckpointException):
+            raise_own(error)
+        if _is_of_collectives(error):
+            raise
         # Torn pickles and archives raise anything, and neither Megatron's errors nor torch's (a BaseException with
         # every rank's traceback) say what to do.
-        reason = _causes(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
+        reason = causes_of(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"checkpoint {directory} can't be loaded: {reason}. It is damaged, or of a model of another shape; name "
-            f"another one with {remedy}"
+            f"checkpoint {directory} can't be loaded: {reason}. A rank or the file system may have failed: look for "
+            f"what was said first; if it is of a model of another shape, name another one with {remedy}"
         ) from error
 
 
-def _causes(error: CheckpointException) -> str:
-    """What went wrong on each rank, said once."""
-    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))
+def _is_of_collectives(error: BaseException) -> bool:
+    """Whether an error says that ranks can't reach each other; gloo's has no type of its own, but a place."""
+    if isinstance(error, CheckpointException):
+        return any(_is_communication(cause, trace) for cause, trace in error.failures.values())
+    return _is_communication(error, traceback.extract_tb(error.__traceback__))
+
+
+def _is_communication(error: BaseException, trace: traceback.StackSummary) -> bool:
+    return isinstance(error, dist.DistError) or (bool(trace) and trace[-1].filename == dist.distributed_c10d.__file__)
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
@@ -356,7 +263,7 @@ def _allocate_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
                         optimizer.optimizer.state[parameter].setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
-def _renew_main_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
+def renew_main_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
     """Copies fp32 weights over the main weights that FusedAdam keeps of them and never updates.
 
     It makes main weights for every parameter and checkpoints are made of them, but it updates fp32 parameters in place

@@ -1,21 +1,26 @@
 """What checkpoint directories say about themselves, and which one a path means. Plain files; no Megatron, no tensors.
 
 A checkpoint is a directory with Megatron's distributed files, `hf/` (configuration and tokenizer) and a description:
-`training.json` when a run wrote it, `imported.json` when it was made from Hugging Face weights.
+`training.json` when a run wrote it, `imported.json` when it was made from Hugging Face weights. `evaluation.json` may
+come later, where a run was stopped before it could evaluate what it saved; no manifest knows it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from megadpo.config.choices import Dtype
 from megadpo.errors import CheckpointError
+from megadpo.files import write_durably
 
 TRAINED = "training.json"
+EVALUATED = "evaluation.json"
 IMPORTED = "imported.json"
 HF_DIRECTORY = "hf"
 LATEST = "latest"
@@ -28,17 +33,54 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a checkpoint says about its run besides weights: everything else follows from the step.
+    """What a checkpoint says about its run besides weights: everything else follows from step and pairs.
 
-    `data_digest` is a hash of the retained pairs' token ids; `vocab_size` is the model's, without padding; `settings`
-    the configuration as a flat mapping.
+    `pairs_consumed` counts the pairs that its updates have taken, those of every epoch. `data_digest` is a hash of the
+    retained pairs' token ids; `vocab_size` is the model's, without padding; `reference` a fingerprint of the
+    reference's files, "" without one; `settings` the configuration as a flat mapping; `metrics` what an evaluation of
+    these weights had found by then, {} without one; `skipped` the steps among `step` that changed nothing, because a
+    number was not finite; `versions` are those of the packages that wrote it.
     """
 
     step: int
+    pairs_consumed: int
     num_pairs: int
     data_digest: str
     vocab_size: int
+    reference: str
     settings: dict[str, Any]
+    metrics: dict[str, float]
+    skipped: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints of a run stay: the `last` newest, those of every `every`th step, the one with the best metric.
+
+    `best` is a key of `metrics_of`; a loss is best where it is least, anything else where it is most.
+    """
+
+    last: int
+    every: int | None = None
+    best: str | None = None
+
+    def dropped(self, root: Path) -> list[Path]:
+        """Those under `root` that don't stay, oldest first."""
+        found = list_checkpoints(root)
+        kept = {*found[-self.last :], *self._best(found)}
+        if self.every is not None:
+            kept |= {path for path in found if step_of(path) % self.every == 0}
+        return [path for path in found if path not in kept]
+
+    def _best(self, found: list[Path]) -> list[Path]:
+        if self.best is None:
+            return []
+        # A description that can't be read stops those who go on from there, not a run that gets on.
+        values = {path: metrics_of(path).get(self.best) for path in found if is_readable(path)}
+        known = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
+        choose = min if self.best.endswith("loss") else max
+        return [choose(known, key=lambda path: known[path])] if known else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +98,35 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint directory's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def step_directories(root: Path) -> list[Path]:
+    """Directories under `root` that have a checkpoint's name, oldest first."""
+    return sorted(p for p in root.iterdir() if _STEP_DIRECTORY.match(p.name)) if root.is_dir() else []
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints of a run under `root`, oldest first."""
-    if not root.is_dir():
-        return []
-    return sorted(p for p in root.iterdir() if _STEP_DIRECTORY.match(p.name) and is_trained(p))
+    return [path for path in step_directories(root) if is_trained(path)]
 
 
 def is_trained(directory: Path) -> bool:
     """Whether a run wrote this checkpoint, with the training state to go on from."""
     return (directory / TRAINED).is_file()
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Has the run's `latest` name this checkpoint, where it does not yet."""
+    latest = checkpoint.with_name(LATEST)
+    try:
+        named = latest.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        named = ""
+    if named != checkpoint.name:
+        write_durably(latest, checkpoint.name + "\n")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -114,6 +175,35 @@ def _is_checkpoint(directory: Path) -> bool:
 def read_training_state(directory: Path) -> TrainingState:
     """The description that a run saved with a checkpoint."""
     return _read(directory / TRAINED, TrainingState)
+
+
+def is_readable(directory: Path) -> bool:
+    """Whether a checkpoint's description of its run can be read."""
+    try:
+        read_training_state(directory)
+    except CheckpointError:
+        return False
+    return True
+
+
+def metrics_of(checkpoint: Path) -> dict[str, float]:
+    """What an evaluation of a trained checkpoint's weights has found, before it was saved or after; {} without one.
+
+    One that came later and can't be read counts as none: it is made again, or decides nothing.
+    """
+    before = read_training_state(checkpoint).metrics
+    if before:
+        return before
+    try:
+        later = json.loads((checkpoint / EVALUATED).read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in later.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def keep_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
+    """Adds to a trained checkpoint what an evaluation has found that came after it was saved."""
+    write_durably(checkpoint / EVALUATED, json.dumps(metrics, indent=1) + "\n")
 
 
 def read_imported(directory: Path) -> ImportedModel:

@@ -11,24 +11,39 @@ from typing import TYPE_CHECKING
 
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
-from megadpo.errors import CheckpointError, ConfigError, ConversionError, MegaDPOError
+from megadpo.errors import CheckpointError, ConfigError, ConversionError, MegaDPOError, Stopped
 from megadpo.model_source import model_source, resolve_model
-from megadpo.rank_logging import configure_logging, get_logger, global_rank, launched_world_size, silence_libraries
+from megadpo.rank_logging import (
+    configure_logging,
+    get_logger,
+    global_rank,
+    launched_restarts,
+    launched_world_size,
+    silence_libraries,
+)
 
 if TYPE_CHECKING:
     from megadpo.models.hf_config import Architecture
 
 REFUSED = 2
+# EX_TEMPFAIL of sysexits.h: come again.
+STOPPED = 75
 _SECONDS_FOR_RANK_0 = 5.0
 
 
 def run_tool(name: str, action: Callable[[logging.Logger], int]) -> int:
-    """The exit status of `action`, given the tool's logger; REFUSED for a MegaDPOError, which is logged once."""
+    """The exit status of `action`, given the tool's logger; REFUSED for a MegaDPOError, which is logged once.
+
+    STOPPED for a run that was told to stop.
+    """
     configure_logging()
     silence_libraries()
     logger = get_logger(f"megadpo.{name}")
     try:
         return action(logger)
+    except Stopped as stopped:
+        logger.warning("%s", stopped)
+        return STOPPED
     except MegaDPOError as error:
         if global_rank() != 0:
             # Rank 0 says the same: leaving before it would have the launcher kill it in mid-sentence. Whoever is still
@@ -66,8 +81,19 @@ def _check(config: Config, *, world_size: int, planning: bool) -> None:
         violations.append(
             f"{error.filename}: can't be looked up ({error.strerror}): check the path and its permissions"
         )
+    if not planning:
+        violations += _check_restarts(config)
     if violations:
         raise ConfigError(violations)
+
+
+def _check_restarts(config: Config) -> list[str]:
+    if launched_restarts() == 0 or config.train.resume == "auto":
+        return []
+    return [
+        f"torchrun --max-restarts={launched_restarts()}, train.resume={config.train.resume}: a run that is started "
+        "again must go on from its newest checkpoint: give train.resume=auto and train.run_dir=DIR"
+    ]
 
 
 def _shapes(config: Config, violations: list[str]) -> dict[str, ModelShape]:

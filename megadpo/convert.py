@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.checkpoint import NOT_WEIGHTS, WEIGHTS_FROM, check_fitting, check_vocabulary, readable, save_imported
+from megadpo.checkpoint import NOT_WEIGHTS, WEIGHTS_FROM, check_fitting, check_undamaged, check_vocabulary, readable
 from megadpo.checkpoint_files import (
     HF_DIRECTORY,
     ImportedModel,
@@ -27,6 +27,7 @@ from megadpo.checkpoint_files import (
     stored_dtype,
     trained_setting,
 )
+from megadpo.checkpoint_saver import save_imported
 from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.cpus import usable_cpus
@@ -108,6 +109,8 @@ def open_weights(checkpoint: Path, arch: Architecture) -> BoxReader:
 
     Collective over all ranks.
     """
+
+    check_undamaged(checkpoint, WEIGHTS_FROM)
 
     def open_here() -> BoxReader:
         check_vocabulary(checkpoint, arch.vocab_size)

@@ -86,8 +86,10 @@ def write_model(
     on_main(finish)
 
 
-def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float]) -> str:
-    """Markdown with YAML front matter: how it was trained, the last metrics, and all settings.
+def model_card(
+    *, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float], health: str
+) -> str:
+    """Markdown with YAML front matter: how it was trained, the last metrics, how healthy it was, and all settings.
 
     Each validation set has a column of its own; without metrics (nothing was trained) there is no table.
     """
@@ -109,6 +111,7 @@ def model_card(*, name: str, loss: str, steps: int, settings_yaml: str, metrics:
             if any(cells):
                 lines.append(f"| `{key}` | {' | '.join(cells)} |")
         lines += ["", "Training values are of the last line of metrics.jsonl, computed before its update.", ""]
+    lines += [f"Health of the run: {health}.", ""]
     return "\n".join([*lines, "## Settings", "", "```yaml", settings_yaml.rstrip(), "```", ""])
 
 

@@ -17,12 +17,21 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.logprobs import TokenScores, sequence_sums
-from megadpo.losses import TOKEN_STATISTICS, PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
+from megadpo.losses import (
+    TOKEN_STATISTICS,
+    PairLogProbs,
+    PreferenceLoss,
+    SequenceLogProbs,
+    length_statistics,
+    pair_statistics,
+)
 from megadpo.parallel.collectives import gather_rows
 from megadpo.parallel.state import ParallelState
 
 # What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
 Closure = Callable[[int, PreferenceBatch, TokenScores], Any]
+# What is kept of each pair for the time that something is wrong with its batch: log-probs in nats, and the loss.
+PAIR_NUMBERS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "loss")
 
 
 def run_schedule(
@@ -103,15 +112,24 @@ def score_batch(
 
     One all-gather of [4·G] after the schedule's own collectives.
     """
+    columns = [logps.columns() for logps in score(chunks, batch, device=device)]
+    return gather_pairs(batch, columns, 4, state, device)
+
+
+def gather_pairs(
+    batch: GlobalBatch, columns_BK: Sequence[torch.Tensor], width: int, state: ParallelState, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """What the last stage knows of each pair, in the global batch's order, on every rank: fp64 [G, K], K = `width`.
+
+    `columns_BK` are of this rank's microbatches, [] on all but the last stage. One all-gather of [K·G].
+    """
     place = {index: i for i, index in enumerate(batch.pair_indices)}
-    logps_G4 = torch.zeros(len(place), 4, dtype=torch.float64, device=device)
-    scores = score(chunks, batch, device=device)
+    values_GK = torch.zeros(len(place), width, dtype=torch.float64, device=device)
     if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same: one of them speaks
-        for microbatch, logps in zip(batch.microbatches, scores, strict=True):
-            places = [place[index] for index in microbatch.pair_indices]
-            logps_G4[places] = logps.columns()
+        for microbatch, values_BK in zip(batch.microbatches, columns_BK, strict=True):
+            values_GK[[place[index] for index in microbatch.pair_indices]] = values_BK
     # Every pair is on one rank, so the sum only collects: other ranks add zeros.
-    return gather_rows(logps_G4.flatten()).sum(dim=0).view(-1, 4).cpu().numpy()
+    return gather_rows(values_GK.flatten()).sum(dim=0).view(-1, width).cpu().numpy()
 
 
 def pair_log_probs(
@@ -135,8 +153,8 @@ def preference_statistics(
     reference: SequenceLogProbs,
     *,
     mean_chosen_tokens: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, and the counts to divide by).
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, with counts; PAIR_NUMBERS [B, 5]).
 
     `mean_chosen_tokens` is the GlobalBatch's.
     """
@@ -144,9 +162,11 @@ def preference_statistics(
         microbatch, sum_log_probs(microbatch, scores), reference, mean_chosen_tokens=mean_chosen_tokens
     )
     loss_B = loss(logps)
-    sums = pair_statistics(loss_B, loss.rewards(logps), logps.policy)
+    rewards = loss.rewards(logps)
+    sums = pair_statistics(loss_B, rewards, logps.policy) | length_statistics(rewards, logps)
     sums["pairs"] = torch.full((), microbatch.num_pairs, dtype=torch.float64, device=loss_B.device)
-    return loss_B.sum(), sums | token_sums(microbatch, scores)
+    numbers_B5 = torch.cat((logps.policy.columns()[:, :2], reference.columns()[:, :2], loss_B[:, None]), dim=1).detach()
+    return loss_B.sum(), sums | token_sums(microbatch, scores), numbers_B5
 
 
 def token_sums(microbatch: PreferenceBatch, scores: TokenScores) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     Adam,
     ChainedOptimizer,
@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megadpo.device import Device
 from megadpo.host_optimizer import HostOptimizer
+from megadpo.sliced_optimizer import SlicedOptimizer
 
 _WANTED_OF_FUSED_ADAM = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")
 
@@ -127,9 +128,6 @@ def wrap_data_parallel(
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=options.overlap_grad_reduce and index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        _count_padding_between_buckets(chunk)
-    config.finalize_model_grads_func = finalize_model_grads
     if options.overlap_grad_reduce:
         # Only the last microbatch's gradients are sent; behind the first stage when all of a chunk's are there.
         config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
@@ -152,20 +150,6 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-
-
-def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:
-    """Makes a gathered optimizer state as long as Megatron's index of it, so that checkpoints hold the right numbers.
-
-    Megatron (0.16) finds a parameter in the gathered state by its place in the whole buffer, padding included, but
-    leaves each bucket's padding out when it gathers. Everything behind a padded bucket is then shifted. There are
-    several with overlap, and where a tied embedding meets a pipeline: it always has a bucket of its own. To go when the
-    two agree; with one bucket, or none padded, this changes nothing.
-    """
-    for buffer in chunk.buffers:
-        for bucket in buffer.buckets[:-1]:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def build_optimizer(
@@ -204,9 +188,10 @@ def build_optimizer(
         overlap_cpu_optimizer_d2h_h2d=options.overlap_offload_copies,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
-    if offloads:
-        for member in distributed_optimizers(optimizer):
-            member.optimizer.__class__ = HostOptimizer  # adds methods only
+    for member in distributed_optimizers(optimizer):
+        member.__class__ = SlicedOptimizer  # here and below: adds methods only
+        if offloads:
+            member.optimizer.__class__ = HostOptimizer
     return optimizer
 
 

@@ -2,56 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megadpo.checkpoint import check_undamaged, damage_of
 from megadpo.checkpoint_files import (
+    HF_DIRECTORY,
     TrainingState,
     find_checkpoint,
+    is_readable,
     is_trained,
     list_checkpoints,
+    metrics_of,
+    name_latest,
     read_training_state,
+    step_directories,
     step_directory,
 )
+from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict
-from megadpo.config.schema import Config, show
-from megadpo.errors import CheckpointError
+from megadpo.config.schema import Config
+from megadpo.data.loader import Cursor
+from megadpo.errors import CheckpointError, listing
+from megadpo.files import writing
+from megadpo.manifest import OTHER_FORMAT
+from megadpo.parallel.collectives import on_main
+from megadpo.program import package_versions
 from megadpo.rank_logging import get_logger
+from megadpo.same_run import check_same_run
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StartingPoint:
-    """Where a run begins: the checkpoint that it continues (None: the starting weights), and what a save says."""
+    """Where a run begins: the checkpoint that it continues (None: the starting weights), and what a save says.
+
+    `changes` are those of train.resume_changes that the run makes here.
+    """
 
     checkpoint: Path | None
     state: TrainingState
+    changes: tuple[ResumeChange, ...] = ()
 
     @property
     def step(self) -> int:
         """Updates done before this run."""
         return self.state.step
 
+    @property
+    def cursor(self) -> Cursor:
+        """The place in the training pairs to go on from; other pairs than the checkpoint's begin with their first."""
+        return Cursor(self.state.step, self.state.pairs_consumed)
+
 
 def find_starting_point(
-    config: Config, run_dir: Path, *, num_pairs: int, data_digest: str, vocab_size: int
+    config: Config, run_dir: Path, *, num_pairs: int, data_digest: str, vocab_size: int, reference: str
 ) -> StartingPoint:
-    """The checkpoint that train.resume names, checked to be of the same run; or a fresh start."""
+    """The checkpoint that train.resume names, checked to be whole and of the same run; or a fresh start.
+
+    Collective over all ranks. CheckpointError on every rank where there is none to go on from, or it is of another run.
+    """
     now = TrainingState(
         step=0,
+        pairs_consumed=0,
         num_pairs=num_pairs,
         data_digest=data_digest,
         vocab_size=vocab_size,
+        reference=reference,
         settings=_flatten(config_to_dict(config)),
+        metrics={},
+        skipped=0,
+        versions=package_versions(),
     )
-    checkpoint = _checkpoint_to_resume(config, run_dir)
+    checkpoint = _choose(config, run_dir)
     if checkpoint is None:
         return StartingPoint(None, now)
+    # Rank 0 decides for all: file systems may show other ranks another moment.
+    return on_main(lambda: _go_on(config, run_dir, checkpoint, now))
+
+
+def _choose(config: Config, run_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, or the one that is named; collective over all ranks.
+
+    Damaged ones are set aside under another name, so that what they were can still be looked at.
+    """
+    if config.train.resume != "auto":
+        named = on_main(lambda: _checkpoint_to_resume(config, run_dir))
+        if named is not None:
+            check_undamaged(named, "train.resume=DIR")
+        return named
+    damaged: dict[Path, list[str]] = {}
+    for candidate in reversed(on_main(lambda: step_directories(run_dir / "checkpoints"))):
+        damage = damage_of(candidate)
+        on_main(partial(_check_version, candidate, damage))
+        if not damage:
+            on_main(partial(_settle_on, candidate, damaged))
+            return candidate
+        damaged[candidate] = damage
+    if damaged:
+        wrong = [f"{path.name}: {problem}" for path, damage in damaged.items() for problem in damage]
+        raise CheckpointError(
+            f"train.resume=auto: no checkpoint of {run_dir} is whole; bring one back, or give another train.run_dir to "
+            f"start anew:\n{listing(wrong)}"
+        )
+    on_main(partial(_check_not_exported, run_dir))
+    return None
+
+
+def _check_not_exported(run_dir: Path) -> None:
+    """CheckpointError for a run that has come to its end, and has no checkpoint any more to show it."""
+    exported = run_dir / HF_DIRECTORY
+    if exported.is_dir():
+        raise CheckpointError(
+            f"train.resume=auto: {exported} is there, the model of a run that has ended, and no checkpoint of it: "
+            f"begun anew, the run would take its place. Give another train.run_dir, or take {exported} away"
+        )
+
+
+def _check_version(checkpoint: Path, damage: Sequence[str]) -> None:
+    """CheckpointError for one that another version wrote: it is whole, and its steps must not be trained again."""
+    foreign = [problem for problem in damage if problem.startswith(OTHER_FORMAT)]
+    if not damage:
+        try:
+            read_training_state(checkpoint)
+        except CheckpointError as error:
+            foreign = [str(error)]
+    if foreign:
+        raise CheckpointError(
+            f"train.resume=auto: {checkpoint} is of another version of megadpo: {foreign[0]}. Go on with that version, "
+            "or take the checkpoint out of its directory to go on from the one before"
+        )
+
+
+def _settle_on(checkpoint: Path, damaged: Mapping[Path, Sequence[str]]) -> None:
+    """Makes a checkpoint the run's latest: takes away the names of damaged ones that are newer, and says so."""
+    name_latest(checkpoint)
+    for bad, damage in damaged.items():
+        aside = bad.with_name(f"damaged_{bad.name}")
+        with writing(aside, CheckpointError):
+            if aside.exists():
+                shutil.rmtree(aside)
+            bad.rename(aside)
+        logger.warning("%s IS DAMAGED and is not used; it is now %s:\n%s", bad, aside.name, listing(damage))
+    if damaged:
+        logger.warning("the run goes on from %s", checkpoint)
+
+
+def _go_on(config: Config, run_dir: Path, checkpoint: Path, now: TrainingState) -> StartingPoint:
+    """The run at a checkpoint of it; on one rank."""
     saved = read_training_state(checkpoint)
-    _check_same_run(checkpoint, saved, now)
+    changes = check_same_run(checkpoint, saved, now, config.train.resume_changes)
     newer = [
         path.name
         for path in list_checkpoints(run_dir / "checkpoints")
@@ -62,7 +167,14 @@ def find_starting_point(
             f"train.resume={config.train.resume}: {run_dir} also holds {', '.join(newer)}, which would be mixed up "
             f"with the new branch's: remove them, or give another train.run_dir"
         )
-    return StartingPoint(checkpoint, replace(now, step=saved.step))
+    pairs_consumed = saved.pairs_consumed if saved.data_digest == now.data_digest else 0
+    return StartingPoint(
+        checkpoint,
+        replace(
+            now, step=saved.step, pairs_consumed=pairs_consumed, skipped=saved.skipped, metrics=metrics_of(checkpoint)
+        ),
+        changes,
+    )
 
 
 def keep_beginning(config: Config) -> Config:
@@ -74,7 +186,10 @@ def keep_beginning(config: Config) -> Config:
     checkpoint = _checkpoint_to_resume(config, Path(str(config.train.run_dir)))
     if checkpoint is None:
         return config
-    settings = read_training_state(checkpoint).settings
+    try:
+        settings = read_training_state(checkpoint).settings
+    except CheckpointError:  # said when the checkpoint is chosen, or another one is
+        return config
     data, model = config.data, config.model
     if data.template_date is None:
         data = replace(data, template_date=settings.get("data.template_date"))
@@ -97,7 +212,7 @@ def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     if config.train.resume == "never":
         return None
     if config.train.resume == "auto":
-        found = list_checkpoints(run_dir / "checkpoints")
+        found = [path for path in list_checkpoints(run_dir / "checkpoints") if is_readable(path)]
         return found[-1] if found else None
     try:
         named = find_checkpoint(Path(config.train.resume))
@@ -109,71 +224,6 @@ def _checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
             f"start a run from it with model.checkpoint={named}"
         )
     return named
-
-
-# Settings that decide which pairs a step sees: with other values the step number would mean another place in the data.
-_DATA_ORDER = ("train.seed", "train.shuffle", "train.global_batch_size")
-# Settings that may change freely between a run and its continuation.
-_FREE = (
-    "model.recompute_",
-    "parallel.",
-    "precision.fp8_check_",
-    "optimizer.cpu_offload",
-    "optimizer.offload_fraction",
-    "optimizer.overlap_cpu_optimizer_d2h_h2d",
-    "device.",
-    "checkpoint.",
-    "reference.cache_dir",
-    "trackers",
-    "train.resume",
-    "train.run_dir",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "data.tokens_per_microbatch",
-    "data.share_prompt",
-    "data.train_path",
-    "data.validation_path",
-    "data.cache_dir",
-    "data.workers",
-)
-# Those of them that change the rounding under FP8.
-_SEEN_BY_FP8 = ("parallel.tensor", "parallel.pipeline", "data.tokens_per_microbatch", "data.share_prompt")
-
-
-def _check_same_run(directory: Path, saved: TrainingState, now: TrainingState) -> None:
-    """Refuses a checkpoint of other data or another data order; says which other settings have changed."""
-    problems = [
-        f"{key}={now.settings[key]}: the checkpoint was written with {saved.settings.get(key)}; resume with that value"
-        for key in _DATA_ORDER
-        if saved.settings.get(key) != now.settings[key]
-    ]
-    if saved.data_digest != now.data_digest:
-        problems.append(
-            f"the training pairs differ from the checkpoint's ({now.num_pairs} now, {saved.num_pairs} then, by token "
-            "ids): resume with the same file, tokenizer, data.max_length, data.truncation, data.on_error, "
-            "data.template_date and validation split"
-        )
-    if saved.vocab_size != now.vocab_size:
-        problems.append(
-            f"its model has a vocabulary of {saved.vocab_size} entries, the model's config.json now says "
-            f"vocab_size = {now.vocab_size}: bring back the file that the run was started with"
-        )
-    before, after = (state.settings.get("reference.sync_every") for state in (saved, now))
-    if (before is None) != (after is None):
-        problems.append(
-            f"reference.sync_every={show(after)}: the checkpoint was written with {show(before)}, and holds the "
-            "reference's weights only where they follow the policy's: resume with that value"
-        )
-    if problems:
-        raise CheckpointError(f"{directory} can't be resumed:\n" + "\n".join(f"  {p}" for p in problems))
-    for key, value in now.settings.items():
-        # A scale of FP8 belongs to what is packed together, and to a tensor rank's part.
-        counts = now.settings["precision.fp8"] is not None and key in _SEEN_BY_FP8
-        if saved.settings.get(key) != value and (counts or not key.startswith(_FREE)):
-            logger.warning(
-                "resuming with %s=%s; the checkpoint was written with %s", key, value, saved.settings.get(key)
-            )
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from megadpo.assembly import (
@@ -16,38 +15,35 @@ from megadpo.assembly import (
     build_policy,
     build_reference,
     check_weight_files,
-    loop_settings,
+    reference_fingerprint,
     refers_to_start,
 )
-from megadpo.checkpoint import load_reference, save_checkpoint
+from megadpo.checkpoint import load_reference
 from megadpo.compute import announce, torch_dtype
 from megadpo.config.choices import ReferenceMode
-from megadpo.config.compose import config_to_dict, config_to_yaml, resolve_defaults
+from megadpo.config.compose import config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
-from megadpo.data.loader import BatchBuilder, GlobalBatch, TrainingData, steps_per_epoch
+from megadpo.data.loader import START, BatchBuilder, Cursor, TrainingData
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.device import Device
-from megadpo.errors import ConfigError
-from megadpo.evaluation import evaluate
+from megadpo.errors import ConfigError, Stopped, TrainingError
 from megadpo.export import export_model, model_card
 from megadpo.files import write_durably, writing
-from megadpo.margin_check import margin_errors
 from megadpo.model_source import ModelSource, model_source, resolve_model
-from megadpo.models.conversion.side_files import SideFiles, read_side_files
+from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
+from megadpo.optimizer import Policy, gather_weights
 from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState
-from megadpo.progress import TrainingProgress
 from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference, ResidentReference
 from megadpo.reference_cache import build_cached_reference, check_starting_policy
-from megadpo.resume import StartingPoint, find_starting_point, keep_beginning
-from megadpo.session import open_session
-from megadpo.trackers import open_trackers
-from megadpo.train_step import StepResult, train_step
-from megadpo.trainer import Trainer
+from megadpo.resume import find_starting_point, keep_beginning
+from megadpo.run_lock import run_lock
+from megadpo.run_loop import RunLoop
+from megadpo.session import Session, open_session
+from megadpo.stopping import Launch, find_launch, forget_launch, note_launch
 
 logger = get_logger(__name__)
 
@@ -55,11 +51,14 @@ logger = get_logger(__name__)
 def run_training(config: Config) -> Path:
     """Trains as configured on all ranks of the launch; the run directory. The configuration has been validated.
 
-    Raises the same MegaDPOError on every rank where its cause is the same for all of them.
+    Raises the same MegaDPOError on every rank where its cause is the same for all of them: Stopped where the run was
+    told to stop, and has saved.
     """
     with open_session(config, begin) as session:
         run_dir = Path(str(session.config.train.run_dir))
-        _train(session.config, run_dir, session.state, session.device)
+        with ExitStack() as stack:
+            on_main(lambda: stack.enter_context(run_lock(run_dir)))
+            _train(session, run_dir, on_main(lambda: find_launch(run_dir)))
         return run_dir
 
 
@@ -79,7 +78,8 @@ def begin(config: Config) -> Config:
     return resolved
 
 
-def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) -> None:
+def _train(session: Session, run_dir: Path, launch: Launch) -> None:
+    config, state, device = session.config, session.state, session.device
     source = model_source(config.model)
     arch = read_architecture(source.hf_dir)
     announce(config, arch, device, trains=True)
@@ -89,35 +89,50 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
     warn_long_sequences(datasets, arch.max_position_embeddings)
     digests = datasets.digests
     check_all_agree("data or model configuration", f"{digests} {arch}")
+    start = find_starting_point(
+        config,
+        run_dir,
+        num_pairs=len(datasets.train),
+        data_digest=digests["train"],
+        vocab_size=arch.vocab_size,
+        reference=on_main(lambda: reference_fingerprint(config, source)),
+    )
     data = TrainingData(
         datasets.train,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         shuffle=config.train.shuffle,
         builder=build_batches(config, arch, state, datasets.pad_token_id),
+        start=start.cursor,
     )
-    total_steps = count_steps(config, len(datasets.train))
-    # Rank 0 decides for all: file systems may show other ranks another moment.
-    start, exported = on_main(
-        lambda: (
-            find_starting_point(
-                config,
-                run_dir,
-                num_pairs=len(datasets.train),
-                data_digest=digests["train"],
-                vocab_size=arch.vocab_size,
-            ),
-            (run_dir / "hf").is_dir(),
-        )
-    )
+    total_steps = count_steps(config, len(datasets.train), start.cursor)
+    exported = on_main(lambda: (run_dir / "hf").is_dir())
     if start.step >= total_steps and exported:
         logger.info("%s is finished: step %d of %d. Nothing to do.", run_dir, start.step, total_steps)
         return
     policy, reference = _build_models(config, source, arch, state, device, datasets, data.builder, start.checkpoint)
-    on_main(lambda: _write_beginning(config, run_dir, datasets, goes_on=start.step < total_steps))
-    metrics = _run_loop(
-        config, run_dir, state, device, policy, reference, data, datasets, start, total_steps, side_files
+    on_main(lambda: _write_beginning(config, run_dir, datasets, launch, goes_on=start.step < total_steps))
+    loop = RunLoop(
+        session,
+        run_dir,
+        policy=policy,
+        reference=reference,
+        synced=_synced(config, reference),
+        data=data,
+        datasets=datasets,
+        start=start,
+        total_steps=total_steps,
+        side_files=side_files,
+        began=launch.began,
     )
+    try:
+        end = loop.run()
+    except TrainingError:  # on every rank; torchrun's next attempt would only come to the same
+        on_main(lambda: note_launch(run_dir, replace(launch, stopped="a check of its numbers", wrong=True)))
+        raise
+    if end.stopped is not None:
+        on_main(lambda: note_launch(run_dir, replace(launch, stopped=end.stopped)))
+        raise Stopped(f"stopped by {end.stopped}: {run_dir} goes on with train.resume=auto")
     gather_weights(policy.chunks)
     export_model(
         policy.modules,
@@ -131,9 +146,12 @@ def _train(config: Config, run_dir: Path, state: ParallelState, device: Device) 
             loss=" + ".join(f"{weight:g} {name}" if weight != 1 else name for weight, name in build_loss(config).terms),
             steps=max(start.step, total_steps),
             settings_yaml=config_to_yaml(config),
-            metrics=metrics,
+            # Of a run that was killed before its export, what is left to do finds none.
+            metrics=end.metrics or start.state.metrics,
+            health=end.health,
         ),
     )
+    on_main(lambda: forget_launch(run_dir))
     logger.info("exported the model to %s", run_dir / "hf")
 
 
@@ -172,10 +190,13 @@ def _synced(config: Config, reference: Reference) -> ResidentReference | None:
     return reference
 
 
-def count_steps(config: Config, num_pairs: int) -> int:
-    """Updates of a run; ConfigError for a warm-up that it never ends. Says which intervals it is too short for."""
-    total_steps = config.train.max_steps or config.train.epochs * steps_per_epoch(
-        num_pairs, config.train.global_batch_size
+def count_steps(config: Config, num_pairs: int, start: Cursor = START) -> int:
+    """Updates of a run, with those before `start`; ConfigError for a warm-up that it never ends.
+
+    Says which intervals it is too short for.
+    """
+    total_steps = config.train.max_steps or start.steps_of(
+        config.train.epochs, num_pairs=num_pairs, global_batch_size=config.train.global_batch_size
     )
     if config.optimizer.warmup_steps >= total_steps:
         raise ConfigError(
@@ -188,85 +209,12 @@ def count_steps(config: Config, num_pairs: int) -> int:
     return total_steps
 
 
-def _write_beginning(config: Config, run_dir: Path, datasets: Datasets, *, goes_on: bool) -> None:
+def _write_beginning(config: Config, run_dir: Path, datasets: Datasets, launch: Launch, *, goes_on: bool) -> None:
     """Writes down what is trained on what, and takes away the result of an earlier, shorter run; on one rank."""
     write_durably(run_dir / "config.yaml", config_to_yaml(config))
     write_durably(run_dir / "data.json", json.dumps(datasets.report(), indent=1) + "\n")
+    note_launch(run_dir, launch)
     exported = run_dir / "hf"
     if goes_on and exported.is_dir():
         with writing(exported):
             shutil.rmtree(exported)
-
-
-def _run_loop(
-    config: Config,
-    run_dir: Path,
-    state: ParallelState,
-    device: Device,
-    policy: Policy,
-    reference: Reference,
-    data: TrainingData,
-    datasets: Datasets,
-    start: StartingPoint,
-    total_steps: int,
-    side_files: SideFiles,
-) -> dict[str, float]:
-    """Trains from the starting point to the last step; the last metrics of each kind."""
-    loss = build_loss(config)
-    synced = _synced(config, reference)
-
-    def update(batch: GlobalBatch, lr: float) -> StepResult:
-        set_hyperparameters(
-            policy.optimizer,
-            lr=lr,
-            weight_decay=config.optimizer.weight_decay,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        )
-        return train_step(policy.chunks, policy.optimizer, reference, loss, batch, device=device)
-
-    def sync_reference() -> None:
-        assert synced is not None
-        gather_weights(policy.chunks)
-        synced.mix_in(policy.modules, config.reference.sync_mix)
-
-    def check_margins() -> dict[str, float]:
-        batch = data.builder.build(data.pairs[: config.precision.fp8_check_pairs])
-        return margin_errors(policy.chunks, reference, loss, batch, state=state, device=device.torch_device)
-
-    def save(step: int) -> None:
-        with nullcontext() if synced is None else synced.weights():
-            path = save_checkpoint(
-                run_dir / "checkpoints",
-                policy.chunks,
-                policy.optimizer,
-                replace(start.state, step=step),
-                side_files=side_files,
-                dtype=torch_dtype(config),
-                keep_last=config.checkpoint.keep_last,
-                reference=[] if synced is None else synced.chunks,
-            )
-        logger.info("saved %s", path)
-
-    with ExitStack() as stack:
-        names = [str(tracker) for tracker in config.trackers] if state.is_main else []
-        trackers = stack.enter_context(
-            open_trackers(names, run_dir, resume_step=start.step, settings=config_to_dict(config))
-        )
-        progress = stack.enter_context(TrainingProgress(start.step, total_steps, visible=state.is_main))
-        trainer = Trainer(
-            update=update,
-            evaluate=partial(evaluate, policy.chunks, reference, loss, device=device.torch_device),
-            sync_reference=sync_reference,
-            check_margins=check_margins,
-            save=save,
-            on_step=progress.report,
-            reference=reference,
-            data=data,
-            validation=datasets.validation,
-            state=state,
-            device=device,
-            settings=loop_settings(config, loss, total_steps, device),
-            trackers=trackers,
-        )
-        return trainer.run(start.step)

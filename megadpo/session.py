@@ -12,11 +12,12 @@ from megadpo.config.schema import Config
 from megadpo.device import Device, megatron_device, select_device
 from megadpo.parallel.collectives import check_all_agree, on_main
 from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
+from megadpo.program import described_program
 from megadpo.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-# How long a rank waits in a collective for peers that may be tokenizing, loading or writing.
+# How long a rank of a tool without a configuration waits in a collective for peers that may be loading or writing.
 _TIMEOUT_S = 1800.0
 
 
@@ -34,11 +35,12 @@ def open_session(config: Config, resolve: Callable[[Config], Config]) -> Iterato
     """Device and groups of a validated configuration for the duration of the context, on all ranks of the launch.
 
     `resolve` fills in on rank 0, for all, what depends on clock and disk; which layers models are made of is settled
-    there too, by what rank 0's machine has. ConfigError on every rank where one was started with another configuration;
-    what `resolve` raises is raised on every rank too.
+    there too, by what rank 0's machine has. ConfigError on every rank where one runs another program, or was started
+    with another configuration; what `resolve` raises is raised on every rank too.
     """
     device = select_device(str(config.device.kind))
-    with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
+    with megatron_device(device), distributed(device, timeout_s=_group_timeout_s(config)):
+        check_all_agree("program (megadpo's files, or versions of what it stands on)", described_program())
         check_all_agree("configuration", config_to_yaml(config))
         config = config_from_yaml(on_main(lambda: config_to_yaml(settle_backend(resolve(config), device))))
         yield Session(config, _build_state(config, device), device)
@@ -57,13 +59,18 @@ def build_pipeline(stages: int) -> ParallelState:
     return build_parallel_state(tensor=1, pipeline=stages, virtual_pipeline=None, seed=0, timeout_s=_TIMEOUT_S)
 
 
+def _group_timeout_s(config: Config) -> float:
+    """Longer than a rank may stand still: who ends a run that hangs must be the one that can say where it hangs."""
+    return 1.25 * config.parallel.timeout_s + 60.0
+
+
 def _build_state(config: Config, device: Device) -> ParallelState:
     state = build_parallel_state(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         virtual_pipeline=config.parallel.virtual_pipeline,
         seed=config.train.seed,
-        timeout_s=_TIMEOUT_S,
+        timeout_s=_group_timeout_s(config),
     )
     virtual = f" x {state.virtual_pipeline_size} chunks" if state.virtual_pipeline_size > 1 else ""
     logger.info(

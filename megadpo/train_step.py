@@ -8,20 +8,23 @@ over pairs, by the global batch's mean length, which every rank knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.device import Device, Mark
+from megadpo.device import Device, Mark, Span
 from megadpo.forward_step import preference_statistics, run_schedule
+from megadpo.guarded_update import guarded_update
 from megadpo.logprobs import TokenScores
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
+from megadpo.models.fp8_emulation import kept_scales
 from megadpo.reference import Reference
 
 
@@ -29,12 +32,19 @@ from megadpo.reference import Reference
 class StepResult:
     """What a step leaves behind on this rank: sums over its pairs (last stage only), and the step's own numbers.
 
-    `grad_norm` is of the whole model before clipping; `reference_span` marks the reference pass in time.
+    `grad_norm` is of the whole model before clipping; `reference_span` marks the reference pass in time,
+    `busy_span` all from there until this rank's gradients are ready to be exchanged. `votes` are the largest of all
+    ranks'. `skipped` says why no weight was changed, the same on every rank, and is empty where the update was
+    made. `pair_numbers` are PAIR_NUMBERS of each microbatch's pairs, [B, 5] (last stage only).
     """
 
     sums: dict[str, torch.Tensor]
     grad_norm: float
-    reference_span: tuple[Mark, Mark]
+    reference_span: Span
+    busy_span: Span
+    votes: tuple[float, ...] = ()
+    skipped: tuple[str, ...] = ()
+    pair_numbers: tuple[torch.Tensor, ...] = ()
 
 
 def train_step(
@@ -45,27 +55,65 @@ def train_step(
     batch: GlobalBatch,
     *,
     device: Device,
+    votes: Callable[[], Sequence[float]] = tuple,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Runs one update on the global batch; the parameter groups' hyperparameters are already set."""
+    """Runs one update on the global batch; the parameter groups' hyperparameters are already set.
+
+    Where the loss or a gradient is not finite on any rank, no rank changes anything, see `guarded_update`; FP8's amax
+    histories, where they are emulated, are set back too. `votes` gives finite numbers, as many on every
+    rank, when the step is all but done. `before_update` is
+    called when gradients are reduced and every rank has the weights that they were computed with.
+    """
     reference_started = device.mark()
     reference_logps = reference.log_probs(batch)
     reference_span = (reference_started, device.mark())
 
     def closure(
         index: int, microbatch: PreferenceBatch, scores: TokenScores
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        loss_sum, sums = preference_statistics(
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        loss_sum, sums, numbers_B5 = preference_statistics(
             loss, microbatch, scores, reference_logps[index], mean_chosen_tokens=batch.mean_chosen_tokens
         )
-        return loss_sum.float(), torch.full((), microbatch.num_pairs, dtype=torch.int, device=loss_sum.device), sums
+        pairs = torch.full((), microbatch.num_pairs, dtype=torch.int, device=loss_sum.device)
+        return loss_sum.float(), pairs, (sums, numbers_B5)
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    set_scales_back = kept_scales(chunks)
+    ready = _mark_ready_gradients(chunks, device)
     per_microbatch = run_schedule(chunks, batch, closure, device=device.torch_device, forward_only=False)
-    # Megatron reads the norm here in order to clip, and the number of pairs before: a step's only waits for the device.
-    _, grad_norm, _ = optimizer.step()
+    if before_update is not None:
+        before_update()
     total: dict[str, torch.Tensor] = {}
-    for sums in per_microbatch:
+    for sums, _ in per_microbatch:
         add_sums(total, sums)
-    return StepResult(sums=total, grad_norm=float(grad_norm), reference_span=reference_span)
+    # Megatron reads the norm in here, and has read the number of pairs before: a step's only waits for the device.
+    update = guarded_update(
+        optimizer, loss_sums=[total["loss"]] if total else [], votes=votes, device=device.torch_device
+    )
+    if update.skipped:
+        set_scales_back()
+    return StepResult(
+        sums=total,
+        grad_norm=update.grad_norm,
+        reference_span=reference_span,
+        busy_span=(reference_started, ready[0]),
+        votes=update.votes,
+        skipped=update.skipped,
+        pair_numbers=tuple(numbers_B5 for _, numbers_B5 in per_microbatch),
+    )
+
+
+def _mark_ready_gradients(chunks: Sequence[DistributedDataParallel], device: Device) -> list[Mark]:
+    """Filled, in the schedule that follows, with the moment at which the backward is done and the exchange begins."""
+    marks: list[Mark] = []
+
+    def finalize(*args: Any, **options: Any) -> None:
+        marks.append(device.mark())
+        finalize_model_grads(*args, **options)
+
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize
+    return marks

@@ -21,6 +21,15 @@ class Truncation(Choice):
     error = "error"  # the run stops at the first one
 
 
+class ResumeChange(Choice):
+    """What a continuation may change of a run once it is said that it is meant."""
+
+    data = "data"  # other pairs, tokenizer or template: they are begun with their first epoch
+    batch_size = "batch_size"  # train.global_batch_size; the run goes on behind the last pair it has seen
+    loss = "loss"  # keys of loss.
+    reference = "reference"  # its weights, where they do not follow the policy, or whether there is one
+
+
 class OnError(Choice):
     """What happens to a row of the data that cannot be used."""
 

@@ -30,6 +30,8 @@ from megadpo.errors import ConfigError
 from megadpo.loss_table import NOT_OFFERED
 
 _MISSING_IN_YAML = "???"
+# Levels of a value on the command line: OmegaConf recurses through them many times a level.
+_DEEPEST = 16
 
 
 def compose_config(
@@ -155,11 +157,26 @@ def _read_overrides(overrides: Sequence[str], conf: Path) -> _Overrides:
             continue
         try:
             override = parser.parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError, RecursionError):  # Python's, of endless digits and brackets
             result.problems.append(f"{text}: must be key=value or +group=file; quote special characters: key='\"a,b\"'")
+            continue
+        if _depth(override.value()) > _DEEPEST:
+            result.problems.append(
+                f"{override.key_or_group}=...: nested too deeply: no key takes more than {_DEEPEST} levels"
+            )
             continue
         _sort_override(text, override, conf, result)
     return result
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and mappings, counted up to one more than any key takes."""
+    level, found = [value], 0
+    while level and found <= _DEEPEST:
+        inner = [item for item in level if isinstance(item, (list, Mapping))]
+        level = [part for item in inner for part in (item.values() if isinstance(item, Mapping) else item)]
+        found += bool(inner)
+    return found
 
 
 def _sort_override(text: str, override: Override, conf: Path, result: _Overrides) -> None:
@@ -261,7 +278,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, found: _Findings, mi
     hints = get_type_hints(cls)
     problems = found.problems
     values: dict[str, Any] = {}
-    for name in (str(name) for name in tree if name not in hints):
+    for name in (name for name in tree if name not in hints):  # which may be a number: {1: 2}
         problems.extend(_unknown(f"{prefix}{name}", tree[name]))
     for item in fields(cls):
         key, hint = f"{prefix}{item.name}", hints[item.name]
@@ -372,7 +389,10 @@ def _convert(value: Any, hint: Any) -> Any:
     elif issubclass(hint, Enum):
         return hint(value)
     elif hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # beyond 1e308
+            raise ValueError from None
     elif type(value) is hint and value != "":
         return value
     raise ValueError

@@ -27,6 +27,7 @@ from megadpo.config.choices import (
     RecomputeMethod,
     RecomputeModule,
     ReferenceMode,
+    ResumeChange,
     Schedule,
     Tracker,
     Truncation,
@@ -164,6 +165,13 @@ class ParallelConfig:
     def uses_sequence_parallelism(self) -> bool:
         """Whether it is on, by its key or by its default."""
         return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    timeout_s: float = 1800.0
+    """Seconds that all ranks may stand still, > 0; then the run ends, and tells where all are.
+
+    More than an update, or the copy of what a checkpoint holds to the host, takes. A save may take longer while its
+    files grow; what the machine has not put on disk by their ends must be there within these seconds.
+    """
 
 
 @dataclass(kw_only=True, slots=True)
@@ -344,6 +352,19 @@ class TrainConfig:
     save_every: int | None = None
     """Updates between checkpoints, >= 1. Null: at the end only."""
 
+    max_bad_steps: int = 3
+    """Skipped updates in a row at which the run saves and stops, >= 1. What is not finite in loss or gradient skips."""
+
+    check_ranks_every: int | None = 100
+    """Updates between comparisons of the weights that ranks hold in common, >= 1; before saving too. Null: never."""
+
+    max_hours: float | None = None
+    """Hours, > 0, after which a launch saves and ends with status 75, to be gone on with. Null: no limit.
+
+    They count from the start of torchrun on rank 0's machine, over restarts of its ranks; a round as long as the
+    longest so far and a save still fit in.
+    """
+
     run_dir: str | None = None
     """Directory of everything the run writes. Null: outputs/DATE_TIME-MODEL, chosen when the run starts."""
 
@@ -353,13 +374,28 @@ class TrainConfig:
     resume: str = "never"
     """auto: newest valid checkpoint of run_dir, or a fresh start; never: run_dir must be empty; or a directory."""
 
+    resume_changes: list[ResumeChange] = field(default_factory=list)
+    """What is meant to differ from the run that is continued; any other such difference is refused."""
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """Checkpoints of a run."""
 
     keep_last: int = 2
-    """Checkpoints kept, >= 1. Two, so that one is whole while the other is found to be damaged."""
+    """Newest checkpoints kept, >= 1. Two, so that one is whole while the other is found to be damaged."""
+
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept as well, >= 1. Null: none."""
+
+    keep_best: str | None = None
+    """Metric of evaluations, as eval/loss or eval/rewards/accuracies: the best one's checkpoint is kept as well.
+
+    A checkpoint that a stop has made is judged where an evaluation was due, once the run that goes on has made it.
+    """
+
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy in the host's memory. False: wait for it."""
 
 
 @dataclass(kw_only=True, slots=True)

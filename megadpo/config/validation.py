@@ -7,12 +7,12 @@ no effect is a violation like any other.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 
+from megadpo.config.checkpoint_rules import check_checkpoints
 from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, Schedule, Tracker
 from megadpo.config.cluster_rules import check_cluster
 from megadpo.config.data_rules import check_data, demo_remedy
@@ -22,6 +22,7 @@ from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.reference_rules import check_reference_keys
 from megadpo.config.schema import Config, show
 from megadpo.errors import ConfigError
+from megadpo.redaction import redact, secret_variables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,7 @@ _RANGES = {
     "parallel.virtual_pipeline": _Range(low=2),
     "parallel.num_layers_in_first_pipeline_stage": _Range(low=1),
     "parallel.num_layers_in_last_pipeline_stage": _Range(low=1),
+    "parallel.timeout_s": _Range(low=0, above=True),
     "parallel.bucket_size": _Range(low=1),
     "loss.beta": _Range(low=0, above=True),
     "loss.label_smoothing": _Range(low=0, high=0.5),
@@ -94,7 +96,11 @@ _RANGES = {
     "train.log_every": _Range(low=1),
     "train.eval_every": _Range(low=1),
     "train.save_every": _Range(low=1),
+    "train.max_hours": _Range(low=0, above=True),
+    "train.max_bad_steps": _Range(low=1),
+    "train.check_ranks_every": _Range(low=1),
     "checkpoint.keep_last": _Range(low=1),
+    "checkpoint.keep_every": _Range(low=1),
     "cluster.gpus": _Range(low=1),
     "cluster.gpus_per_node": _Range(low=1),
     "cluster.memory_gib": _Range(low=0, above=True),
@@ -132,12 +138,13 @@ def validate(
         *check_reference_keys(config),
         *_check_optimizer(config),
         *_check_run(config),
+        *check_checkpoints(config),
         *_check_device(config),
         *check_cluster(config, planning=planning),
         *_check_secrets(config),
     ]
     if violations:
-        raise ConfigError([_CREDENTIALS.sub(r"\1***@", text) for text in violations])
+        raise ConfigError(violations)
 
 
 def check_run_dir_is_fresh(config: Config) -> None:
@@ -148,8 +155,8 @@ def check_run_dir_is_fresh(config: Config) -> None:
     run_dir, resume = config.train.run_dir, config.train.resume
     if run_dir is None or not Path(run_dir).is_dir():
         return
-    # What a refused start may have left behind is of use to the next one.
-    if {path.name for path in Path(run_dir).iterdir()} <= {"tokens", "reference"}:
+    # What a start that was refused, or killed before it had begun, may have left behind is of use to the next one.
+    if {path.name for path in Path(run_dir).iterdir()} <= {"tokens", "reference", ".lock", ".config.yaml"}:
         return
     if resume == "auto":
         if not (Path(run_dir) / "config.yaml").is_file():
@@ -313,6 +320,11 @@ def _check_run(config: Config) -> list[str]:
             "train.resume=auto: needs train.run_dir: a directory named by the clock is always new: "
             "give train.run_dir=DIR"
         )
+    if train.resume == "never" and train.resume_changes:
+        violations.append(
+            f"train.resume_changes={show(train.resume_changes)}: has no effect with train.resume=never: drop it, or "
+            "continue a run"
+        )
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         violations.append(
             f"train.resume={train.resume}: must be auto, never or an existing checkpoint directory: check the path"
@@ -343,17 +355,21 @@ def _check_device(config: Config) -> list[str]:
     return violations
 
 
-# User name, password or token of a URL.
-_CREDENTIALS = re.compile(r"(?<=:/)(/?)[^/\s]+@")
-
-
 def _check_secrets(config: Config) -> list[str]:
-    return [
-        f"{key}={text}: must not hold the credentials of a URL, since the configuration is copied into the run "
-        "directory and the model card: leave them to ~/.netrc or the environment, or give a local path"
-        for key, text in _texts(config, "")
-        if _CREDENTIALS.search(text)
-    ]
+    copied = "since the configuration is copied into the run directory and the model card"
+    violations = []
+    for key, text in _texts(config, ""):
+        if variables := secret_variables(text):
+            violations.append(
+                f"{key}={text}: must not hold what {variables[0]} of the environment holds, {copied}: drop it, what "
+                f"needs it reads the variable; if it is no secret, start with another name than {variables[0]} for it"
+            )
+        elif redact(text) != text:
+            violations.append(
+                f"{key}={text}: must not hold the credentials of a URL, nor others, {copied}: leave them to ~/.netrc "
+                "or HF_TOKEN, or give a local path"
+            )
+    return violations
 
 
 def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """From retained pairs and a step number to this rank's microbatches.
 
-The position in the data is a function of the number of finished steps, so there is no cursor to save or to lose.
+The position in the data is a function of the number of finished steps, and of the place that the run went on from.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class GlobalBatch:
     `logical_tokens` counts prompt + chosen + prompt + rejected of every pair; `computed_tokens` what all ranks put
     through the model, `padding_tokens` of them padding and fillers. `stream_tokens` is the length of the longest
     microbatch: all have it under a pipeline, otherwise each keeps its own. `flops` are those of the policy's forward
-    pass over all pairs, `reference_flops` the reference's. `pair_indices` are the pairs' rows in the source, in order.
-    `mean_chosen_tokens` is the mean length of the chosen responses of all pairs that the loss is a mean over.
+    pass over all pairs, `own_flops` of it over this rank's streams, with their padding; `reference_flops` are the
+    reference's. `pair_indices` are the pairs' rows in the source, in order. `mean_chosen_tokens` is the mean length of
+    the chosen responses of all pairs that the loss is a mean over.
     """
 
     microbatches: tuple[PreferenceBatch, ...]
@@ -35,6 +36,7 @@ class GlobalBatch:
     stream_tokens: int
     flops: int
     reference_flops: int
+    own_flops: int
     mean_chosen_tokens: float
 
 
@@ -112,6 +114,10 @@ class BatchBuilder:
             stream_tokens=max(map(max, widths)),
             flops=sum(flops),
             reference_flops=self._reference_flops(pairs),
+            own_flops=sum(
+                sum(flops[i] for i in members) + self.flop_rates.per_token * (width - sum(lengths[i] for i in members))
+                for members, width in zip(own_bins, widths[shape.data_rank], strict=True)
+            ),
             mean_chosen_tokens=mean_chosen_tokens or mean_chosen_length(pairs),
         )
 
@@ -157,12 +163,52 @@ def steps_per_epoch(num_pairs: int, global_batch_size: int) -> int:
     return -(-num_pairs // global_batch_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the training pairs: `steps` updates have taken `pairs` of them, those of every epoch counted."""
+
+    steps: int = 0
+    pairs: int = 0
+
+    def after(self, steps_done: int, *, num_pairs: int, global_batch_size: int) -> Cursor:
+        """The place after `steps_done` updates, this one's included: an epoch's last batch is smaller."""
+        steps = steps_done - self.steps
+        epoch, offset = divmod(self.pairs, num_pairs)
+        steps_left = steps_per_epoch(num_pairs - offset, global_batch_size)
+        if steps < steps_left:
+            return Cursor(steps_done, self.pairs + steps * global_batch_size)
+        epochs, step = divmod(steps - steps_left, steps_per_epoch(num_pairs, global_batch_size))
+        return Cursor(steps_done, (epoch + 1 + epochs) * num_pairs + step * global_batch_size)
+
+    def steps_of(self, epochs: int, *, num_pairs: int, global_batch_size: int) -> int:
+        """Updates that have been made once the pairs have been gone through so many times."""
+        epoch, offset = divmod(self.pairs, num_pairs)
+        if epoch >= epochs:
+            return self.steps
+        rest = steps_per_epoch(num_pairs - offset, global_batch_size)
+        return self.steps + rest + (epochs - epoch - 1) * steps_per_epoch(num_pairs, global_batch_size)
+
+
+START = Cursor()
+
+
 class TrainingData:
-    """The training pairs in the order of (seed, epoch), cut into global batches, an epoch's last one smaller."""
+    """The training pairs in the order of (seed, epoch), cut into global batches, an epoch's last one smaller.
+
+    They are gone on with from `start`.
+    """
 
     def __init__(
-        self, pairs: Sequence[TokenizedPair], *, global_batch_size: int, seed: int, shuffle: bool, builder: BatchBuilder
+        self,
+        pairs: Sequence[TokenizedPair],
+        *,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool,
+        builder: BatchBuilder,
+        start: Cursor = START,
     ) -> None:
+        self.start = start
         self.pairs = pairs
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -170,20 +216,14 @@ class TrainingData:
         self.builder = builder
         self._order = (-1, np.empty(0, np.int64))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps that one pass over the pairs takes."""
-        return steps_per_epoch(len(self.pairs), self.global_batch_size)
-
     def batches(self, *, steps_done: int, total_steps: int) -> Iterator[GlobalBatch]:
         """The global batches of the steps that are left."""
         return map(self.batch_after, range(steps_done, total_steps))
 
     def batch_after(self, steps_done: int) -> GlobalBatch:
         """The global batch of the step that follows `steps_done` finished ones."""
-        epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
+        epoch, start = divmod(self.pairs_after(steps_done), len(self.pairs))
         order = self._order_of(epoch)
-        start = step_in_epoch * self.global_batch_size
         return self.builder.build([self.pairs[int(i)] for i in order[start : start + self.global_batch_size]])
 
     def _order_of(self, epoch: int) -> np.ndarray:
@@ -195,8 +235,12 @@ class TrainingData:
 
     def epochs_after(self, steps_done: int) -> float:
         """Passes over the data that `steps_done` finished steps have made."""
-        epoch, step_in_epoch = divmod(steps_done, self.steps_per_epoch)
-        return epoch + step_in_epoch * self.global_batch_size / len(self.pairs)
+        return self.pairs_after(steps_done) / len(self.pairs)
+
+    def pairs_after(self, steps_done: int) -> int:
+        """Pairs that `steps_done` finished steps have taken, those of every epoch counted."""
+        sizes = {"num_pairs": len(self.pairs), "global_batch_size": self.global_batch_size}
+        return self.start.after(steps_done, **sizes).pairs
 
 
 def evaluation_batches(

@@ -8,6 +8,7 @@ Legend: T rows of the stream, K input and N output features of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +155,18 @@ class EmulatedLinear:
         if recipe not in BLOCK_SIZES:
             return along_n, along_n
         return along_n, rounded(grad_TN, dtype, recipe, contracted=0)
+
+
+def kept_scales(chunks: Sequence[torch.nn.Module]) -> Callable[[], None]:
+    """What sets the amax histories of all emulated layers back to what they are now."""
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, EmulatedLinear)]
+    kept = [(history, history.amaxes) for layer in layers for history in layer.histories.values()]
+
+    def set_back() -> None:
+        for history, amaxes in kept:
+            history.amaxes = amaxes
+
+    return set_back
 
 
 class EmulatedColumnParallelLinear(EmulatedLinear, ColumnParallelLinear):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megadpo.device import planning_device
-from megadpo.models.builder import build_model
+from megadpo.models.builder import build_model, is_split
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
@@ -83,10 +83,5 @@ def _model_parameters(chunks: Sequence[PolicyModel], arch: Architecture, layout:
             is_copy = name == "output_layer.weight" and arch.tied_embeddings and not chunk.pre_process
             if is_copy:
                 continue
-            total += weight.numel() * (layout.tensor if _is_split(weight) else 1) - padding * is_table
+            total += weight.numel() * (layout.tensor if is_split(weight) else 1) - padding * is_table
     return total
-
-
-def _is_split(weight: torch.nn.Parameter) -> bool:
-    """Whether the tensor ranks hold a part of it each; Megatron marks those that they do, and some that they don't."""
-    return hasattr(weight, "tensor_model_parallel") and bool(weight.tensor_model_parallel)

@@ -145,12 +145,22 @@ class _FileHashes:
 
 def _identity(path: Path) -> str:
     about = path.stat()
-    pieces = 0
+    return json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, _pieces(path)])
+
+
+def _pieces(path: Path) -> int:
+    """A checksum of pieces of a file, spread over it."""
+    pieces, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for piece in range(_PIECES):
-            file.seek(max(0, about.st_size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            file.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
             pieces = zlib.crc32(file.read(_PIECE_BYTES), pieces)
-    return json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, pieces])
+    return pieces
+
+
+def sampled_fingerprint(weight_files: Iterable[Path]) -> str:
+    """What tells weight files from others at a glance, wherever they lie: names, sizes, and checksums of pieces."""
+    return _hash({path.name: [path.stat().st_size, _pieces(path)] for path in weight_files})
 
 
 def _checksum(text: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,10 @@ def test_evaluation_and_export_agree_with_transformers(run: tuple[Path, Path, Pa
         "rewards/margins": sum(margins) / len(pairs),
         "rewards/accuracies": sum(m > 0 for m in margins) / len(pairs),
         "logps/accuracies": sum(p[0] > p[1] for p in policy.values()) / len(pairs),
+        "lengths/chosen": sum(len(pair.chosen) for pair in pairs) / len(pairs),
+        "rewards/length_correlation": float(
+            np.corrcoef([len(pair.chosen) - len(pair.rejected) for pair in pairs], margins)[0, 1]
+        ),
         "pairs": count,
     }
     for key, value in expected.items():
@@ -124,12 +129,13 @@ def test_side_files_are_the_source_s_own(run: tuple[Path, Path, Path]) -> None:
     card = (run_dir / "hf" / "README.md").read_text()
     assert f"beta: {BETA}" in card
     assert "rewards/accuracies" in card
+    assert "Health of the run: not judged: 4 updates on 16 pairs are too few" in card
     assert load_hf(run_dir / "hf").config.architectures == ["Qwen3ForCausalLM"]
 
 
 def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]) -> None:
     run_dir = run[2]
-    names = {"config.yaml", "data.json", "tokens", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
+    names = {"config.yaml", "data.json", "health.json", "tokens", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
     assert {p.name for p in run_dir.iterdir()} == names
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_00000004"
     assert any("tfevents" in name for name in os.listdir(run_dir / "tensorboard"))
@@ -137,6 +143,7 @@ def test_run_directory_holds_what_the_contract_says(run: tuple[Path, Path, Path]
     assert keys >= {
         *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected", "logps/accuracies", "grad_norm", "lr", "epoch", "pairs", "tokens"),
+        *("rewards/length_correlation", "lengths/chosen", "lengths/rejected"),
         *("tokens/computed", "tokens/padding", "time/step_s", "time/reference_s", "time/data_s"),
         *("throughput/pairs_per_s", "throughput/tokens_per_s", "throughput/tflops_per_rank", "memory/peak_gib"),
     }

@@ -91,7 +91,7 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
         ("import_hf", changed("head", lm_head__weight=head), "set tie_word_embeddings to false"),
         ("import_hf", changed("missing", **{norm: None}), "layers.3.input_layernorm.weight is missing"),
         ("import_hf", changed("quantized", **{norm: torch.zeros(64, dtype=torch.int8)}), "dequantize them first"),
-        ("export_hf", torn, "torn can't be loaded"),
+        ("export_hf", torn, "torn is damaged"),
         ("export_hf", renamed, r"_norm_weight has shape [4, 64], the configuration asks for [3, 64]"),
     ]
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -86,43 +86,66 @@ def test_a_run_by_hand_is_preempted_and_goes_on_under_slurm_bit_equal(tmp_path: 
     assert_bit_equal(tmp_path / "whole", run_dir)
 
 
+# srun whose ranks save ($SAVES is the checkpoint) and end when they are told to, or don't listen for longer than
+# SAVE_WITHIN_S is there. Whoever reads of them in $STUB_LOG may signal them.
+_LISTENS = """#!/bin/sh
+trap 'mkdir -p "$RUN_DIR/checkpoints"; echo "$SAVES" > "$RUN_DIR/checkpoints/latest"; kill "$!"; exit 75' USR1
+echo "srun $*" >> "$STUB_LOG"
+sleep 60 & wait
+"""
+_IS_DEAF = """#!/bin/sh
+trap '' USR1
+echo "srun $*" >> "$STUB_LOG"
+sleep 6
+exit 3
+"""
+
+
 def time_limit(job: dict[str, str], calls: Path) -> tuple[int, str]:
     """Exit status and output of the script when its job is told about its time limit."""
+    calls.unlink(missing_ok=True)
     with subprocess.Popen(
         [SBATCH, "+model=hf"], env=job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as script:
         while not (calls.exists() and "srun" in calls.read_text()):
             assert script.poll() is None
             time.sleep(0.02)
-        checkpoints = Path(job["RUN_DIR"]) / "checkpoints"
-        if "SAVES" in job:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            (checkpoints / "latest").write_text(job["SAVES"])
         script.send_signal(signal.SIGUSR1)
-        output, _ = script.communicate(timeout=30)
+        output, _ = script.communicate(timeout=60)
         return script.returncode, output
 
 
-def test_the_slurm_script_requeues_a_job_that_gets_on_and_passes_the_exit_status(tmp_path: Path) -> None:
+def test_the_slurm_script_saves_and_requeues_at_the_time_limit(tmp_path: Path) -> None:
     stubs, calls = write_slurm(tmp_path / "bin"), tmp_path / "calls"
-    (stubs / "srun").write_text('#!/bin/sh\necho "srun $*" >> "$STUB_LOG"\nsleep 1\nexit 3\n')
-    job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "run"))
+    (stubs / "srun").write_text(_LISTENS)
+    job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "run"), SAVES="none")
     job |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
 
     status, output = time_limit(job, calls)
-    assert status == 3
+    assert status == 75
     assert "time limit: not requeued, because this job has saved no checkpoint" in output
     assert "scontrol requeue" not in calls.read_text()
     # Without a container the program is the checkout from which the job was submitted.
     assert f"{os.getcwd()}/docker/launch.sh tools/train.py train.run_dir={tmp_path / 'run'}" in calls.read_text()
     assert "--container" not in calls.read_text()
 
-    calls.unlink()
     status, output = time_limit({**job, "SAVES": "step_00000050"}, calls)
-    assert status == 3
+    assert status == 75
+    assert "time limit: the ranks are told to save and to end" in output
     assert "time limit: requeued; goes on from step_00000050" in output
-    assert "scontrol requeue 7" in calls.read_text()
+    assert calls.read_text().count("scontrol requeue 7") == 1
 
+    (stubs / "srun").write_text(_IS_DEAF)
+    status, output = time_limit({**job, "SAVE_WITHIN_S": "1"}, calls)
+    assert status == 3
+    assert "time limit: the ranks have not ended within 1 s" in output
+    assert "not requeued, because this job has saved no checkpoint" in output, "nothing came after step_00000050"
+
+
+def test_the_slurm_script_refuses_what_it_sets_itself(tmp_path: Path) -> None:
+    stubs, calls = write_slurm(tmp_path / "bin"), tmp_path / "calls"
+    job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "run"))
+    job |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
     for words, variables, said in (
         (["train.resume=never"], {}, "train.resume=never: this script sets it"),
         ([], {"RUN_DIR": ""}, "RUN_DIR: set it to the directory of the run"),

@@ -15,11 +15,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 
 from megadpo import checkpoint, scoring
 from megadpo.checkpoint import load_weights
 from megadpo.checkpoint_files import find_checkpoint
+from megadpo.checkpoint_writer import METADATA
 from megadpo.config.choices import Dtype
 from megadpo.config.compose import compose_config
 from megadpo.convert import export_checkpoint, import_model
@@ -59,7 +60,8 @@ def import_by_building_the_model(hf_dir: Path, out: Path) -> None:
         state = build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
         options = ModelOptions(device=device, dtype=torch.bfloat16, sequence_parallel=False)
         chunks = load_model(arch, state, hf_dir, options)
-        checkpoint._write_content(out, checkpoint._model_state(chunks))
+        out.mkdir(parents=True)
+        dist_checkpointing.save(checkpoint.model_state(chunks), str(out), content_metadata=dict(METADATA))
 
 
 def differing_parameters(hf_dir: Path, imported: Path, layouts: Sequence[Mapping[str, int]]) -> list[str]:

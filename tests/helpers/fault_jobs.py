@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
+from megadpo.convert import export_checkpoint
 from megadpo.errors import MegaDPOError
 from megadpo.models.conversion.safetensors_io import SafetensorsReader
 from megadpo.run import run_training
@@ -78,12 +79,30 @@ def start_each(starts: Sequence[Start], places: MeetingPlaces | None = None) -> 
     return outcomes
 
 
+def export_each(checkpoints: Mapping[str, Path], out: Path, places: MeetingPlaces) -> dict[str, Outcome]:
+    """Has the conversion tool write every checkpoint to a directory under `out`; the outcomes as `export: NAME`."""
+    outcomes = {}
+    for name, checkpoint in checkpoints.items():
+        places.move(f"export: {name}")
+
+        def export(checkpoint: Path = checkpoint, name: str = name) -> None:
+            export_checkpoint(checkpoint, out / name.replace(" ", "_"), dtype=None, device_kind="cpu")
+
+        outcomes[f"export: {name}"] = _outcome(export, out)
+    return outcomes
+
+
 def _start(start: Start) -> Outcome:
-    refused, text, before = False, "", _names(start.run_dir)
+    words = [word.replace("RANK", os.environ["RANK"]) for word in start.words]
+    return _outcome(lambda: run_training(compose_config(words, check=check)), start.run_dir)
+
+
+def _outcome(action: Callable[[], object], directory: Path) -> Outcome:
+    """How an action ended that makes its own process group and writes into `directory`."""
+    refused, text, before = False, "", _names(directory)
     with _counted_reads() as reads, captured_log() as log:
         try:
-            words = [word.replace("RANK", os.environ["RANK"]) for word in start.words]
-            run_training(compose_config(words, check=check))
+            action()
         except MegaDPOError as error:
             refused, text = True, str(error)
         except BaseException:
@@ -92,7 +111,7 @@ def _start(start: Start) -> Outcome:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
-    return Outcome(refused, text, len(reads), _names(start.run_dir) - before, "\n".join(log))
+    return Outcome(refused, text, len(reads), _names(directory) - before, "\n".join(log))
 
 
 def _names(directory: Path) -> set[str]:

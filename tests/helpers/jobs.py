@@ -16,7 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 import megadpo.assembly
-import megadpo.run
+import megadpo.run_loop
 from megadpo.assembly import batch_shape
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
@@ -52,7 +52,7 @@ def train_while_a_directory_vanishes(overrides: list[str], directory: Path) -> s
         shutil.rmtree(directory, ignore_errors=True)
         return train_step(*args, **options)
 
-    with mock.patch.object(megadpo.run, "train_step", update):
+    with mock.patch.object(megadpo.run_loop, "train_step", update):
         return train(overrides)
 
 
@@ -61,9 +61,9 @@ def host_reads_of_a_step(overrides: list[str], silent_step: int) -> tuple[list[s
     silent, logged = HostReads(), HostReads()
     one_step, log_interval = Trainer._one_step, Trainer._log_interval
 
-    def watched_step(self: Trainer, step: int, *args: Any) -> None:
+    def watched_step(self: Trainer, step: int, *args: Any) -> tuple[float, ...]:
         with silent if step == silent_step else nullcontext():
-            one_step(self, step, *args)
+            return one_step(self, step, *args)
 
     def watched_log(self: Trainer, *args: Any) -> None:
         with logged:

@@ -7,17 +7,19 @@ import multiprocessing as mp
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-_CONTEXT = mp.get_context("forkserver")
+CONTEXT = mp.get_context("forkserver")
 # The server imports and computes nothing: its children start with warm modules and no threads of their own.
-_CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
+CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
 
 
 def launch(
@@ -35,30 +37,57 @@ def launch(
     handles that die with the rank), numpy arrays do. A rank that raises ends the others; its traceback is the error.
     Ranks that are about to run out of time print where they are.
     """
+    ranks = start_ranks(world_size, function, *args, late_s=0.95 * timeout_s, packages=packages)
+    try:
+        return _collect([rank.outcome for rank in ranks], time.monotonic() + timeout_s)
+    finally:
+        for rank in ranks:
+            rank.process.join(timeout=5)
+            if rank.process.is_alive():
+                rank.process.kill()
+                rank.process.join()
+
+
+# Starting a process, multiprocessing reads the status of every other one; one that two threads read at once is lost.
+_STATUS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's process, and where what it returned arrives: (True, value) or (False, traceback)."""
+
+    process: Any
+    outcome: Connection
+
+    def exit_code(self, timeout_s: float) -> int | None:
+        """The status that it ended with; None where it runs after `timeout_s`. Several threads may have ranks."""
+        wait([self.process.sentinel], timeout_s)
+        with _STATUS:
+            return self.process.exitcode
+
+
+def start_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    late_s: float = 240.0,
+    packages: Path | None = None,
+) -> list[Rank]:
+    """The ranks of a world that `launch` would wait for, started; those that last `late_s` print where they are."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes, pipes = [], []
-    context: Any = _CONTEXT if packages is None else mp.get_context("spawn")
+    ranks = []
+    context: Any = CONTEXT if packages is None else mp.get_context("spawn")
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main, args=(theirs, rank, world_size, port, 0.95 * timeout_s, function, args)
-        )
+        process = context.Process(target=_rank_main, args=(theirs, rank, world_size, port, late_s, function, args))
         # A spawned interpreter takes over the path of the one that starts it.
-        with mock.patch.object(sys, "path", [*([] if packages is None else [str(packages)]), *sys.path]):
+        with _STATUS, mock.patch.object(sys, "path", [*([] if packages is None else [str(packages)]), *sys.path]):
             process.start()
         theirs.close()
-        processes.append(process)
-        pipes.append(mine)
-    try:
-        return _collect(pipes, time.monotonic() + timeout_s)
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        ranks.append(Rank(process, mine))
+    return ranks
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:

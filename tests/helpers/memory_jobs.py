@@ -18,6 +18,8 @@ import megadpo.checkpoint
 import megadpo.compute
 import megadpo.optimizer
 import megadpo.run
+import megadpo.train_step
+from megadpo.checkpoint_saver import CheckpointSaver
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.device import Device, megatron_device, select_device
@@ -98,14 +100,14 @@ def train_watching_exchanges(overrides: list[str]) -> Counter[str]:
         for owner, name, watched in (
             (group, "start_grad_sync", counted("reduced", group.start_grad_sync)),
             (group, "start_param_sync", counted("gathered", group.start_param_sync)),
-            (megadpo.optimizer, "finalize_model_grads", during("finalizing", megadpo.optimizer.finalize_model_grads)),
+            (megadpo.train_step, "finalize_model_grads", during("finalizing", megadpo.train_step.finalize_model_grads)),
             (DistributedOptimizer, "step", during("updating", DistributedOptimizer.step)),
             (
                 DistributedOptimizer,
                 "step_with_ready_grads",
                 during("updating", DistributedOptimizer.step_with_ready_grads),
             ),
-            (megadpo.run, "save_checkpoint", during("saving", megadpo.run.save_checkpoint)),
+            (CheckpointSaver, "save", during("saving", CheckpointSaver.save)),
             (megadpo.run, "gather_weights", during("saving", megadpo.run.gather_weights)),
         ):
             stack.enter_context(mock.patch.object(owner, name, watched))

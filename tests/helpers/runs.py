@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -35,8 +36,9 @@ def exported_weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
 
 
 def assert_bit_equal(expected: Path, actual: Path) -> None:
-    """Fails unless two runs have the same metrics, weights, and last checkpoint, moments and main weights included."""
+    """Fails unless two runs have the same metrics, hints, weights and last checkpoint, moments and main weights too."""
     assert numbers(actual) == numbers(expected)
+    assert (actual / "health.json").read_text() == (expected / "health.json").read_text()
     before, after = exported_weights(expected), exported_weights(actual)
     assert all(torch.equal(before[name], after[name]) for name in before)
     last = (expected / "checkpoints" / "latest").read_text().strip()
@@ -63,9 +65,12 @@ def assert_same_trajectory(expected: str | Path, actual: str | Path, *, lr: floa
         assert abs(a["loss"] - b["loss"]) <= 1e-5, where
         for key in ("grad_norm", "logps/chosen", "logps/rejected"):
             assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]), f"{where}: {key} {a[key]} {b[key]}"
-        for key in ("lr", "epoch", "pairs", "tokens", "rewards/accuracies", "logps/accuracies"):
+        for key in ("lr", "epoch", "pairs", "tokens", "lengths/chosen", "rewards/accuracies", "logps/accuracies"):
             is_tie = ties and a["step"] == 1 and key == "rewards/accuracies"
             assert is_tie or a[key] == b[key], f"{where}: {key}"
+        if a["step"] > 1:  # before, margins are 0 but for rounding
+            correlations = [line.get("rewards/length_correlation") for line in (a, b)]
+            assert correlations[0] == pytest.approx(correlations[1], abs=1e-3), where
     assert_close_weights(exported_weights(expected), exported_weights(actual), largest=lr / 5)
 
 

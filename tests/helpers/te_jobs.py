@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,21 +14,28 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megadpo.assembly import batch_shape
-from megadpo.checkpoint import _model_state, load_weights
+from megadpo.checkpoint import load_checkpoint, load_reference, load_weights, model_state
+from megadpo.checkpoint_files import TRAINED
+from megadpo.checkpoint_writer import METADATA
 from megadpo.data.loader import BatchBuilder
 from megadpo.device import megatron_device, select_device
 from megadpo.errors import ConfigError
 from megadpo.forward_step import score
+from megadpo.manifest import write_manifest
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.fp8 import Fp8
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
+from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised, without_fp8
+from megadpo.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
 from megadpo.parallel.state import build_parallel_state, distributed
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, captured_log, start_each
+from tests.helpers.hostile import Program
 from tests.helpers.jobs import score_and_export
 from tests.helpers.tokenized import tokenized_pairs
 
@@ -62,6 +72,18 @@ class Fp8Passes:
 
 
 @dataclass(frozen=True)
+class Delayed:
+    """What models in delayed FP8 take from checkpoints, and leave there."""
+
+    kept: list[str]
+    """entries of their own state besides weights and biases"""
+    ran: dict[str, bool]
+    """whether a program in place of a history has run, by what loaded the checkpoint"""
+    log: list[str]
+    """lines said meanwhile"""
+
+
+@dataclass(frozen=True)
 class Served:
     """What one rank saw of Transformer Engine's layers."""
 
@@ -71,10 +93,8 @@ class Served:
     """what `score_and_export` tells"""
     attention_calls: list[list[int]]
     """queries, keys and sequences of each call while scoring"""
-    histories: list[str]
-    """entries of a checkpoint of delayed scaling besides weights"""
-    filling_log: list[str]
-    """lines said when such a model was filled from a checkpoint without them"""
+    delayed: Delayed
+    """models in delayed scaling, on each rank alone"""
     fp8: Fp8Passes
     """on each rank alone"""
 
@@ -85,13 +105,13 @@ def start_and_score(
     """The starts, log-probs and exports of all models, and the last model filled from the checkpoint."""
     places = MeetingPlaces()
     with served_on_cpu():
-        histories, log = _fill_delayed(models[-1], checkpoint)
+        delayed = _fill_delayed(models[-1], checkpoint)
         fp8 = _fp8_passes(models[-1], data)
         outcomes = start_each(starts, places)
         places.move("scores")
         with _counted_attention() as calls:
             scores = score_and_export(models, data, layout, kernels=KERNELS)
-    return Served(outcomes, scores, calls, histories, log, fp8)
+    return Served(outcomes, scores, calls, delayed, fp8)
 
 
 @contextmanager
@@ -158,16 +178,18 @@ def _fp8_passes(model: str, data: str) -> Fp8Passes:
     return Fp8Passes(counted, {name: sorted(set(seen)) for name, seen in layers.items()}, logps, refused)
 
 
-def _fill_delayed(model: str, checkpoint: Path) -> tuple[list[str], list[str]]:
-    """Loads a checkpoint's weights into a model in delayed FP8, on each rank alone."""
+def _fill_delayed(model: str, checkpoint: Path) -> Delayed:
+    """Loads a checkpoint whose histories are programs into a model in delayed FP8 in every way, on each rank alone."""
     device = select_device("cpu")
     alone = {name: value for name, value in os.environ.items() if name != "RANK"}
     with (
+        tempfile.TemporaryDirectory() as directory,
         mock.patch.dict(os.environ, alone, clear=True),
         megatron_device(device),
         distributed(device, timeout_s=60),
         captured_log() as log,
     ):
+        root = Path(directory)
         state = build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=60)
         arch = read_architecture(model)
         options = ModelOptions(device=device, dtype=torch.float32, sequence_parallel=False, **KERNELS)
@@ -175,6 +197,50 @@ def _fill_delayed(model: str, checkpoint: Path) -> tuple[list[str], list[str]]:
         chunk.config.fp8, chunk.config.fp8_recipe = "hybrid", "delayed"
         load_weights(checkpoint, [chunk], vocab_size=arch.vocab_size)
         assert all(parameter.isfinite().all() for parameter in chunk.parameters())
-        names = {entry.key for entry in _model_state([chunk])["model0"].values()}
+        wrapped = wrap_data_parallel([chunk])
+        optimizer = build_optimizer(
+            wrapped, dtype=torch.float32, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip_grad=1.0
+        )
+        for member in distributed_optimizers(optimizer):
+            member.init_state_fn(member.optimizer, member.config)
+            for group in member.optimizer.param_groups:
+                group["step"] = 0
+        content = {
+            **_with_programs("", chunk, root / "mark"),
+            **_with_programs("reference.", chunk, root / "mark"),
+            "optimizer": optimizer.sharded_state_dict(model_state([chunk]), metadata=dict(METADATA)),
+        }
+        hostile = root / "hostile"
+        hostile.mkdir()
+        dist_checkpointing.save(content, str(hostile), content_metadata=dict(METADATA))
+        shutil.copy(checkpoint / TRAINED, hostile)
+        write_manifest(hostile, {})
+        ran = {}
+        for name, load in {
+            "weights": lambda: load_weights(hostile, [chunk], vocab_size=arch.vocab_size),
+            "reference": lambda: load_reference(hostile, [chunk]),
+            "checkpoint": lambda: load_checkpoint(hostile, wrapped, optimizer),
+            "what Transformer Engine does by itself": lambda: chunk.load_state_dict(
+                {"decoder.layers.0.mlp.linear_fc1._extra_state": _program(root / "mark")}, strict=False
+            ),
+        }.items():
+            load()
+            ran[name] = (root / "mark").exists()
+        kept = [name for name in model_state([chunk])["model0"] if not name.endswith(("weight", "bias"))]
         parallel_state.destroy_model_parallel()
-    return sorted(name for name in names if name.endswith("_extra_state")), log
+    return Delayed(kept, ran, log)
+
+
+def _program(mark: Path) -> torch.Tensor:
+    """A history of Transformer Engine's format that makes a directory."""
+    return torch.frombuffer(bytearray(pickle.dumps(Program(mark))), dtype=torch.uint8)
+
+
+def _with_programs(prefix: str, chunk: PolicyModel, mark: Path) -> dict[str, Any]:
+    """The chunk's whole sharded state, each history of which is a program."""
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    with mock.patch.object(TransformerEngineBaseModule, "get_extra_state", return_value=_program(mark)):
+        state = {f"{prefix}model": chunk.sharded_state_dict(metadata=dict(METADATA))}
+    add_prefix_for_sharding(state, prefix)
+    return state

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint_files import TrainingState, step_directory
+from megadpo.checkpoint_files import step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.model_source import resolve_model
 from megadpo.resume import keep_beginning
+from tests.helpers.training_states import training_state
 
 
 def configure(*words: str) -> Config:
@@ -33,7 +34,7 @@ def run_dir(tmp_path: Path) -> Path:
 def checkpoint(root: Path, step: int, settings: dict[str, str]) -> None:
     directory = step_directory(root, step)
     directory.mkdir(parents=True)
-    state = TrainingState(step=step, num_pairs=1, data_digest="", vocab_size=401, settings=settings)
+    state = training_state(step=step, settings=settings)
     (directory / "training.json").write_text(json.dumps(asdict(state)))
 
 

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megadpo.checkpoint_files import (
     ImportedModel,
-    TrainingState,
+    Retention,
     find_checkpoint,
+    keep_evaluation,
     list_checkpoints,
+    metrics_of,
+    name_latest,
+    step_directory,
     stored_dtype,
     stored_vocab_size,
     trained_setting,
 )
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
+from megadpo.manifest import find_damage, write_manifest
 from megadpo.model_source import model_source, resolve_model
+from tests.helpers.training_states import training_state
 
 
-def trained(directory: Path, *, dtype: str = "bf16") -> Path:
+def trained(directory: Path, *, dtype: str = "bf16", **fields: Any) -> Path:
     directory.mkdir(parents=True)
-    state = TrainingState(step=1, num_pairs=2, data_digest="", vocab_size=401, settings={"precision.dtype": dtype})
+    state = training_state(settings={"precision.dtype": dtype}, **fields)
     (directory / "training.json").write_text(json.dumps(asdict(state)))
     return directory
 
@@ -137,3 +144,77 @@ def test_a_run_keeps_the_full_path_of_its_checkpoint(run_dir: Path, monkeypatch:
     yaml = "{model: {name: hf, checkpoint: checkpoints}, data: {train_path: x}}"
     resolved = resolve_model(config_from_yaml(yaml))
     assert resolved.model.checkpoint == str(run_dir / "checkpoints" / "step_00000001")
+
+
+def test_a_description_that_cannot_be_read_stops_no_retention(tmp_path: Path) -> None:
+    for step, loss in ((1, 0.5), (2, 0.1), (3, 0.4)):
+        trained(step_directory(tmp_path, step), metrics={"eval/loss": loss})
+    retention = Retention(last=1, best="eval/loss")
+    assert retention.dropped(tmp_path) == [step_directory(tmp_path, 1)]
+    (step_directory(tmp_path, 2) / "training.json").write_bytes(b"{")
+    assert retention.dropped(tmp_path) == [step_directory(tmp_path, 1), step_directory(tmp_path, 2)]
+
+
+NAN = float("nan")
+LOSSES = {2: 0.7, 3: 0.3, 4: NAN, 5: 0.4, 6: None, 7: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(last=1), {7}),
+        (Retention(last=2), {6, 7}),
+        (Retention(last=9), {2, 3, 4, 5, 6, 7}),
+        (Retention(last=1, every=2), {2, 4, 6, 7}),
+        (Retention(last=1, every=5), {5, 7}),
+        (Retention(last=1, every=100), {7}),
+        (Retention(last=1, best="eval/loss"), {3, 7}),
+        (Retention(last=1, best="eval/rewards/accuracies"), {2, 7}),
+        (Retention(last=1, best="eval/rewards/margins"), {7}),  # which no evaluation has
+        (Retention(last=1, every=5, best="eval/loss"), {3, 5, 7}),
+        (Retention(last=5, every=4, best="eval/loss"), {3, 4, 5, 6, 7}),
+    ],
+    ids=str,
+)
+def test_which_checkpoints_stay(retention: Retention, kept: set[int], tmp_path: Path) -> None:
+    """A loss that is not a number, or was never looked at, is not the best one."""
+    for step, loss in LOSSES.items():
+        metrics = {} if loss is None else {"eval/loss": loss, "eval/rewards/accuracies": loss}
+        trained(step_directory(tmp_path, step), metrics=metrics)
+    assert retention.dropped(tmp_path) == [step_directory(tmp_path, step) for step in LOSSES if step not in kept]
+
+
+def test_an_evaluation_that_came_later_judges_a_checkpoint_and_is_no_damage(tmp_path: Path) -> None:
+    for step, metrics in ((1, {"eval/loss": 0.5}), (2, {}), (3, {"eval/loss": 0.4})):
+        trained(step_directory(tmp_path, step), metrics=metrics)
+        write_manifest(step_directory(tmp_path, step), {})
+    first, late, _ = list_checkpoints(tmp_path)
+    retention = Retention(last=1, best="eval/loss")
+    assert metrics_of(late) == {}
+    assert retention.dropped(tmp_path) == [first, late]
+    keep_evaluation(late, {"eval/loss": 0.1})
+    assert metrics_of(late) == {"eval/loss": 0.1}
+    assert retention.dropped(tmp_path) == [first]
+    assert find_damage(late) == []
+    keep_evaluation(first, {"eval/loss": 0.0})
+    assert metrics_of(first) == {"eval/loss": 0.5}, "what the manifest holds counts first"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"eval/loss": null}', b'{"eval/loss": "low"}'])
+def test_a_later_evaluation_that_cannot_be_read_counts_as_none(content: bytes, tmp_path: Path) -> None:
+    checkpoint = trained(step_directory(tmp_path, 1))
+    (checkpoint / "evaluation.json").write_bytes(content)
+    assert metrics_of(checkpoint) == {}
+    assert Retention(last=1, best="eval/loss").dropped(tmp_path) == []
+
+
+def test_latest_is_written_where_it_names_another(run_dir: Path) -> None:
+    latest, newest = run_dir / "checkpoints" / "latest", run_dir / "checkpoints" / "step_00000002"
+    name_latest(newest)
+    assert find_checkpoint(run_dir) == newest
+    written = latest.stat().st_mtime_ns
+    name_latest(newest)
+    assert latest.stat().st_mtime_ns == written
+    latest.unlink()
+    name_latest(newest)
+    assert latest.read_text() == "step_00000002\n"

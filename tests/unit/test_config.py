@@ -11,6 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from megadpo.command_line import check
 from megadpo.config import validation
 from megadpo.config.choices import Dtype, LossName
 from megadpo.config.compose import (
@@ -69,6 +70,7 @@ KEYS = {
     "parallel.overlap_param_gather": ("true", True, "1", "must be true or false"),
     "parallel.bucket_size": ("1000", 1000, "0", "must be a finite number >= 1"),
     "parallel.grad_reduce_in_fp32": ("false", False, "1", "must be true or false"),
+    "parallel.timeout_s": ("60", 60.0, "0", "must be a finite number > 0"),
     "loss.name": ("[ipo,sft]", ["ipo", "sft"], "dpo", "must be one of sigmoid, robust, ipo, hinge, sigmoid_norm, "),
     "loss.weights": ("[1,0.5]", [1.0, 0.5], "[1,heavy]", "must be a number, or a list of that or null"),
     "loss.beta": ("0.3", 0.3, "0", "must be a finite number > 0"),
@@ -118,10 +120,22 @@ KEYS = {
     "train.log_token_statistics": ("true", True, "1", "must be true or false"),
     "train.eval_every": ("10", 10, "0", "must be a finite number >= 1"),
     "train.save_every": ("10", 10, "true", "must be a whole number or null"),
+    "train.max_bad_steps": ("5", 5, "0", "must be a finite number >= 1"),
+    "train.check_ranks_every": ("10", 10, "0", "must be a finite number >= 1"),
+    "train.max_hours": ("0.5", 0.5, "0", "must be a finite number > 0"),
     "train.run_dir": ("out/run", "out/run", "5", "must be text or null"),
     "train.dry_run": ("true", True, "1", "must be true or false"),
     "train.resume": ("auto", "auto", "null", "must be text, as in train.resume=never"),
+    "train.resume_changes": (
+        "[data,loss]",
+        ["data", "loss"],
+        "order",
+        "must be one of data, batch_size, loss, reference",
+    ),
     "checkpoint.keep_last": ("1", 1, "0", "must be a finite number >= 1"),
+    "checkpoint.keep_every": ("20", 20, "0", "must be a finite number >= 1"),
+    "checkpoint.keep_best": ("eval/loss", "eval/loss", "5", "must be text or null"),
+    "checkpoint.async_save": ("false", False, "0", "must be true or false"),
     "trackers": ("[jsonl,wandb]", ["jsonl", "wandb"], "mlflow", "must be one of jsonl, tensorboard, wandb"),
     "device.kind": ("cpu", "cpu", "tpu", "must be one of auto, cuda, cpu"),
     "device.attention": ("sdpa", "sdpa", "flash", "must be one of auto, sdpa, varlen, transformer_engine"),
@@ -219,6 +233,8 @@ def test_every_number_has_a_range() -> None:
         "reference.sync_every",
         "precision.fp8_check_every",
         "train.eval_every",
+        "train.max_hours",
+        "checkpoint.keep_every",
         "data.workers",
         "cluster.gpus",
         "cluster.gpus_per_node",
@@ -270,6 +286,7 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "overlap_param_gather": False,
             "bucket_size": None,
             "grad_reduce_in_fp32": True,
+            "timeout_s": 1800.0,
         },
         "loss": {
             "name": ["sigmoid"],
@@ -329,11 +346,15 @@ def test_defaults_are_the_documented_ones(files: dict[str, str]) -> None:
             "log_token_statistics": False,
             "eval_every": None,
             "save_every": None,
+            "max_bad_steps": 3,
+            "check_ranks_every": 100,
+            "max_hours": None,
             "run_dir": None,
             "dry_run": False,
             "resume": "never",
+            "resume_changes": [],
         },
-        "checkpoint": {"keep_last": 2},
+        "checkpoint": {"keep_last": 2, "keep_every": None, "keep_best": None, "async_save": True},
         "trackers": ["jsonl", "tensorboard"],
         "device": {"kind": "auto", "attention": "auto"},
         "cluster": {
@@ -765,6 +786,46 @@ def test_a_checkpoint_inside_an_interval_of_metrics_is_refused(files: dict[str, 
     (text,) = violations(files, "train.log_every=3", "train.save_every=4")
     assert text.startswith("train.save_every=4: must be a multiple of train.log_every=3")
     validate(build(files, "train.log_every=3", "train.save_every=6"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["checkpoint.keep_every=5", "train.save_every=3"],
+            "checkpoint.keep_every=5: must be a multiple of train.save",
+        ),
+        (["checkpoint.keep_every=5"], "checkpoint.keep_every=5: must be a multiple of train.save_every=null"),
+        (["checkpoint.keep_best=eval/loss"], "checkpoint.keep_best=eval/loss: needs a validation set"),
+        (
+            ["checkpoint.keep_best=loss", *(judged := ["data.validation_fraction=0.1", "train.eval_every=2"])],
+            "checkpoint.keep_best=loss: must be one of eval/loss, eval/rewards/accuracies, eval/rewards/margins",
+        ),
+        (
+            ["checkpoint.keep_best=eval/loss", "train.save_every=3", *judged],
+            "checkpoint.keep_best=eval/loss: needs an evaluation of every checkpoint",
+        ),
+        (["train.resume_changes=[loss]"], "train.resume_changes=[loss]: has no effect with train.resume=never"),
+    ],
+)
+def test_what_is_kept_and_changed_can_be_decided(words: list[str], said: str, files: dict[str, str]) -> None:
+    assert any(text.startswith(said) for text in violations(files, *words))
+
+
+def test_a_checkpoint_may_be_kept_by_what_every_one_is_judged_by(files: dict[str, str]) -> None:
+    judged = ["data.validation_fraction=0.1", "train.eval_every=2", "train.save_every=4", "checkpoint.keep_every=8"]
+    validate(build(files, "checkpoint.keep_best=eval/rewards/margins", *judged), world_size=1)
+
+
+def test_restarts_must_go_on(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError) as caught:
+        check(build(files))
+    said = "torchrun --max-restarts=3, train.resume=never: a run that is started again must go on from its newest"
+    assert any(text.startswith(said) for text in caught.value.violations)
+    with pytest.raises(ConfigError) as caught:  # for the model, which is none
+        check(build(files, "train.resume=auto", "train.run_dir=out/run"))
+    assert not any("max-restarts" in text for text in caught.value.violations)
 
 
 def test_a_reference_must_fit_the_layout_and_share_the_vocabulary(files: dict[str, str]) -> None:

@@ -11,7 +11,8 @@ SETTINGS = "loss:\n  beta: 0.1\ntrain:\n  global_batch_size: 4\n"
 
 
 def card(metrics: dict[str, float]) -> str:
-    return model_card(name="llama70b", loss="ipo", steps=12, settings_yaml=SETTINGS, metrics=metrics)
+    health = "1 hint in 12 updates on 48 pairs: kl_drift (since step 9)"
+    return model_card(name="llama70b", loss="ipo", steps=12, settings_yaml=SETTINGS, metrics=metrics, health=health)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -34,6 +35,10 @@ def test_says_what_was_trained() -> None:
     text = card({})
     assert "# llama70b, aligned to preferences\n" in text
     assert f"Trained for 12 steps on preference pairs with the ipo loss, by megadpo {__version__}." in text
+
+
+def test_says_how_healthy_the_run_was() -> None:
+    assert "\nHealth of the run: 1 hint in 12 updates on 48 pairs: kl_drift (since step 9).\n" in card({})
 
 
 def test_settings_can_be_read_back() -> None:

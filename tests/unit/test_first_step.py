@@ -12,7 +12,7 @@ from megadpo.assembly import build_loss, loop_settings
 from megadpo.config.compose import compose_config
 from megadpo.device import select_device
 from megadpo.errors import TrainingError
-from megadpo.trainer import NoPreference, _check_no_preference
+from megadpo.first_step import NoPreference, check_no_preference
 
 
 def expected(*words: str) -> NoPreference | None:
@@ -76,7 +76,7 @@ def test_a_first_step_that_is_off_is_told(
     value: float | None, right: dict[str, float], wrong: dict[str, float], said: str
 ) -> None:
     expected = NoPreference(value, 1e-6, "live", "Look")
-    _check_no_preference(right, expected)
+    check_no_preference(1, right, expected)
     with pytest.raises(TrainingError) as caught:
-        _check_no_preference(wrong, expected)
+        check_no_preference(1, wrong, expected)
     assert re.search(said, str(caught.value)), str(caught.value)

@@ -39,7 +39,7 @@ def test_reads_are_found(read: Callable[[torch.Tensor], object]) -> None:
 
 
 def test_a_step_that_does_not_log_reads_nothing_of_ours(tmp_path: Path) -> None:
-    """Megatron reads the gradient norm; the logged step after it reads our sums."""
+    """Megatron reads the gradient norm, and right behind it what was queued before; the logged step reads our sums."""
     words = [
         "+model=hf",
         f"model.hf_path={write_tiny_model(tmp_path / 'model', 'llama', num_layers=2)}",
@@ -49,6 +49,7 @@ def test_a_step_that_does_not_log_reads_nothing_of_ours(tmp_path: Path) -> None:
         *("train.max_steps=3", "train.log_every=3", "train.global_batch_size=4", "data.tokens_per_microbatch=600"),
     ]
     ((silent, logged),) = launch(1, host_reads_of_a_step, words, 2)
-    assert [file for file in silent if "/megadpo/" in file] == []
-    assert any("clip_grads.py" in file for file in silent)
+    (norm,) = (place for place, file in enumerate(silent) if "clip_grads.py" in file)
+    assert "/megadpo/guarded_update.py:" in silent[norm + 1]  # queued before the norm, so that nobody waits for it
+    assert [file for file in silent if "/megadpo/" in file] == [silent[norm + 1]]
     assert any("/megadpo/metrics.py" in file for file in logged)

@@ -25,7 +25,9 @@ def torchrun(tmp_path: Path) -> Path:
     write_command(
         tmp_path / "torchrun",
         "import os, sys\n"
-        "print(*(f'{n}={os.environ[n]}' for n in ('CUDA_DEVICE_MAX_CONNECTIONS', 'NCCL_DEBUG')), sep='\\n')\n"
+        "names = ('CUDA_DEVICE_MAX_CONNECTIONS', 'NCCL_DEBUG', 'PET_SIGNALS_TO_HANDLE')\n"
+        "names = (*names, 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT')\n"
+        "print(*(f'{n}={os.environ[n]}' for n in names), sep='\\n')\n"
         "print(*sys.argv[1:], sep='\\n')",
     )
     return tmp_path
@@ -47,14 +49,19 @@ def test_the_node_script_hands_torchrun_what_it_was_told(torchrun: Path) -> None
     said = by_hand(torchrun, "tools/score.py", "+model=hf", "output=a b", **meeting, NODE_RANK="2")
     assert said == [
         *("CUDA_DEVICE_MAX_CONNECTIONS=1", "NCCL_DEBUG=WARN"),
-        *("--nnodes", "4", "--nproc-per-node", "gpu", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29400"),
+        *("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"),
+        *("--nnodes", "4", "--nproc-per-node", "gpu", "--max-restarts", "0"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29400"),
         *("--rdzv-id", "megadpo", "--rdzv-conf", "is_host=false,join_timeout=900,read_timeout=900"),
         *(f"{ROOT}/tools/score.py", "+model=hf", "output=a b"),
     ]
     told = {"RUN_ID": "x", "RANKS_PER_NODE": "2", "NODE_ADDRESS": "10.0.0.1", "JOIN_TIMEOUT_S": "5"}
+    told |= {"MAX_RESTARTS": "7", "SAVE_WITHIN_S": "90"}
     said = by_hand(torchrun, "tools/train.py", **meeting, **told, SLURM_NODEID="0", NCCL_DEBUG="INFO")
     assert {"is_host=true,join_timeout=5,read_timeout=5", "2", "x", "10.0.0.1", "NCCL_DEBUG=INFO"} <= set(said)
     assert said[said.index("--local-addr") + 1] == "10.0.0.1"
+    assert said[said.index("--max-restarts") + 1] == "7"
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90" in said
 
     everything = {**meeting, "NODE_RANK": "0"}
     for name in everything:
@@ -78,6 +85,8 @@ def test_kubernetes_starts_what_a_hand_would_start(torchrun: Path) -> None:
     assert container["name"] == "pytorch"  # the operator looks for it, and for the port's name
     assert [port["name"] for port in container["ports"]] == ["pytorchjob-port"]
     assert not container["image"].endswith(":latest")
+    # Longer than launch.sh lets ranks save.
+    assert master["template"]["spec"]["terminationGracePeriodSeconds"] > 600
 
     # Kubernetes fills in $(NAME) from the container's environment, to which the operator adds these.
     port = str(container["ports"][0]["containerPort"])
@@ -126,5 +135,6 @@ def test_slurm_reads_its_options(tmp_path: Path) -> None:
     assert all(lines.index(option) < first_command for option in options)
     assert all(re.fullmatch(r"#SBATCH --[\w-]+(=\S+)?", option) for option in options)
     assert {"#SBATCH --requeue", "#SBATCH --ntasks-per-node=1", "#SBATCH --open-mode=append"} <= set(options)
-    assert "#SBATCH --signal=B:USR1@120" in options
+    assert "#SBATCH --signal=B:USR1@600" in options
+    assert any("SAVE_WITHIN_S:-480" in line for line in lines), "the signal comes before what ranks may take"
     assert "trap at_time_limit USR1" in lines

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadpo.data.loader import BatchBuilder, BatchShape, GlobalBatch, TrainingData, epoch_order, evaluation_batches
+from megadpo.data.loader import (
+    START,
+    BatchBuilder,
+    BatchShape,
+    Cursor,
+    GlobalBatch,
+    TrainingData,
+    epoch_order,
+    evaluation_batches,
+    steps_per_epoch,
+)
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.flops import FlopRates, pair_flops
 
@@ -54,9 +64,17 @@ def stream_length(pair: TokenizedPair) -> int:
 
 
 def training_data(
-    pairs: list[TokenizedPair], *, batch: int = 4, seed: int = 0, shuffle: bool = True, **layout: int
+    pairs: list[TokenizedPair],
+    *,
+    batch: int = 4,
+    seed: int = 0,
+    shuffle: bool = True,
+    start: Cursor = START,
+    **layout: int,
 ) -> TrainingData:
-    return TrainingData(pairs, global_batch_size=batch, seed=seed, shuffle=shuffle, builder=builder(**layout))
+    return TrainingData(
+        pairs, global_batch_size=batch, seed=seed, shuffle=shuffle, builder=builder(**layout), start=start
+    )
 
 
 def widths(batch: GlobalBatch) -> list[int]:
@@ -89,7 +107,6 @@ def test_without_shuffling_every_epoch_is_in_file_order() -> None:
 def test_an_epoch_visits_every_pair_once_in_its_order() -> None:
     pairs = make_pairs(10)
     data = training_data(pairs, batch=4)
-    assert data.steps_per_epoch == 3
     for epoch in (0, 1):
         batches = [data.batch_after(3 * epoch + step) for step in range(3)]
         assert [len(batch.pair_indices) for batch in batches] == [4, 4, 2]
@@ -99,7 +116,32 @@ def test_an_epoch_visits_every_pair_once_in_its_order() -> None:
 
 @pytest.mark.parametrize(("pairs", "batch", "steps"), [(10, 4, 3), (8, 4, 2), (3, 4, 1), (4, 1, 4)])
 def test_steps_per_epoch(pairs: int, batch: int, steps: int) -> None:
-    assert training_data(make_pairs(pairs), batch=batch).steps_per_epoch == steps
+    assert steps_per_epoch(pairs, batch) == steps
+    sizes = {"num_pairs": pairs, "global_batch_size": batch}
+    assert Cursor().steps_of(2, **sizes) == 2 * steps
+    assert Cursor().after(2 * steps, **sizes) == Cursor(2 * steps, 2 * pairs)
+
+
+@pytest.mark.parametrize("stopped", range(8))
+def test_the_same_pairs_follow_wherever_a_run_goes_on(stopped: int) -> None:
+    pairs = make_pairs(10)
+    whole = training_data(pairs, batch=4)
+    resumed = training_data(pairs, batch=4, start=Cursor(stopped, whole.pairs_after(stopped)))
+    for done in range(stopped, 9):
+        assert resumed.batch_after(done).pair_indices == whole.batch_after(done).pair_indices
+        assert resumed.epochs_after(done) == whole.epochs_after(done)
+    assert resumed.start.steps_of(3, num_pairs=10, global_batch_size=4) == 9
+
+
+def test_another_batch_size_goes_on_behind_the_last_pair() -> None:
+    """Seven of the epoch's ten pairs are taken: three are left of it, then the next begins, cut anew."""
+    data = training_data(make_pairs(10), batch=2, start=Cursor(steps=3, pairs=17))
+    seen = [data.batch_after(done).pair_indices for done in range(3, 3 + 2 + 5)]
+    orders = [[100 + int(i) for i in epoch_order(10, seed=0, epoch=epoch, shuffle=True)] for epoch in (1, 2)]
+    assert [len(batch) for batch in seen] == [2, 1, 2, 2, 2, 2, 2]
+    assert [index for batch in seen for index in batch] == orders[0][7:] + orders[1]
+    assert data.start.steps_of(2, num_pairs=10, global_batch_size=2) == 5
+    assert data.start.steps_of(1, num_pairs=10, global_batch_size=2) == 3, "they were gone through already"
 
 
 def test_epochs_after() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +134,10 @@ def measure(case: PeakCase) -> dict[str, int]:
         )
         imported = device.peak_memory_bytes()
         with LiveBytes() as meter:
-            _train(case, state, device, meter)
+            training = Training(case, state, device)
+            meter.reset_peak()
+            for _ in range(_STEPS):
+                training.step()
         return {
             "stage": state.pipeline_rank,
             "tensor_bytes": meter.peak,
@@ -140,19 +145,48 @@ def measure(case: PeakCase) -> dict[str, int]:
         }
 
 
-def _train(case: PeakCase, state: ParallelState, device: Device, meter: LiveBytes) -> None:
-    batch = _batch(case, state)
-    reference = ResidentReference(_model(case, state, device, Recompute()), device=device.torch_device)
-    chunks = wrap_data_parallel(
-        _model(case, state, device, case.job().knobs.recompute),
-        DataParallelOptions(grad_reduce_in_fp32=case.grad_reduce_in_fp32),
+def case_of_sizes(name: str, *, hidden: int, layers: int, vocab: int) -> PeakCase:
+    """A model of these sizes with heads of 64, and two short pairs a step."""
+    heads = hidden // 64
+    return PeakCase(
+        name=name,
+        hidden=hidden,
+        ffn=4 * hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        vocab=vocab,
+        pairs=2,
+        longest=64,
     )
-    optimizer = build_optimizer(
-        chunks, dtype=case.torch_dtype, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_grad=1.0
-    )
-    meter.reset_peak()
-    for _ in range(_STEPS):
-        train_step(chunks, optimizer, reference, PreferenceLoss("sigmoid", beta=0.1), batch, device=device)
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+class Training:
+    """A rank's policy, reference and batch of a case."""
+
+    def __init__(self, case: PeakCase, state: ParallelState, device: Device) -> None:
+        self.batch = _batch(case, state)
+        self.device = device
+        self.reference = ResidentReference(_model(case, state, device, Recompute()), device=device.torch_device)
+        self.chunks = wrap_data_parallel(
+            _model(case, state, device, case.job().knobs.recompute),
+            DataParallelOptions(grad_reduce_in_fp32=case.grad_reduce_in_fp32),
+        )
+        self.optimizer = build_optimizer(
+            self.chunks, dtype=case.torch_dtype, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_grad=1.0
+        )
+
+    def step(self) -> None:
+        """Makes one update."""
+        loss = PreferenceLoss("sigmoid", beta=0.1)
+        train_step(self.chunks, self.optimizer, self.reference, loss, self.batch, device=self.device)
 
 
 def _batch(case: PeakCase, state: ParallelState) -> GlobalBatch:

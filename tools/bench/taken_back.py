@@ -15,7 +15,7 @@ from bench.ablations import Ablation
 from megadpo.assembly import build_reference
 from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.batch import PreferenceBatch
-from megadpo.data.loader import GlobalBatch, TrainingData
+from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.forward_step import SequenceLogProbs
 from megadpo.logprobs import TokenScores
@@ -129,7 +129,7 @@ class ReferenceTap:
         if not self.cached:
             return live
         assert self._data is not None
-        for step in range(self._data.steps_per_epoch):
+        for step in range(steps_per_epoch(len(self._data.pairs), self._data.global_batch_size)):
             live.log_probs(self._data.batch_after(step))
         self.write_down()
         rows = np.array(list(self.values.values()), np.float64)
