@@ -11,6 +11,8 @@
 #   RANKS_PER_NODE  ranks on this machine (gpu: one for each GPU)
 #   NODE_ADDRESS    address of this machine for the others, where its host name is not one
 #   JOIN_TIMEOUT_S  seconds to wait for the other machines (900)
+#   MAX_RESTARTS    how often all ranks are started again when one has failed (0); needs train.resume=auto
+#   SAVE_WITHIN_S   seconds that ranks have to save when torchrun is told to stop, before they are killed (600)
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,9 +32,18 @@ if [[ "$node_rank" == 0 ]]; then is_host=true; fi
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # NCCL names its version and what goes wrong, nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# torchrun keeps its store over a restart, and the new ranks would look for the old ones at the addresses in there. With
+# this rank 0 keeps a new one each time.
+restarts="${MAX_RESTARTS:-${PET_MAX_RESTARTS:-0}}"
+if [[ "$restarts" != 0 ]]; then export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; fi
+
+# Torchrun passes these on to the ranks, which save and end. Older ones know neither: they pass SIGTERM on, and kill
+# after 30 seconds.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SAVE_WITHIN_S:-600}"
 
 # exec: signals reach torchrun itself.
-exec torchrun --nnodes "$nodes" --nproc-per-node "${RANKS_PER_NODE:-gpu}" \
+exec torchrun --nnodes "$nodes" --nproc-per-node "${RANKS_PER_NODE:-gpu}" --max-restarts "$restarts" \
   --rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "${RUN_ID:-megadpo}" \
   --rdzv-conf "is_host=$is_host,join_timeout=$wait_s,read_timeout=$wait_s" \
   ${NODE_ADDRESS:+--local-addr "$NODE_ADDRESS"} \
