@@ -17,14 +17,15 @@ from typing import Any
 
 import pytest
 
-from tests.faults import data_cases, model_cases, settings_cases
+from tests.faults import data_cases, hostile_cases, model_cases, settings_cases
 from tests.faults.accepted_cases import ACCEPTED, OTHER_ROWS, SAME_ROWS, skipping
 from tests.faults.cases import Base, Case, row
 from tests.helpers.fault_jobs import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.tiny_models import write_tiny_model
 
-CASES = {case.name: case for case in [*data_cases.CASES, *model_cases.CASES, *settings_cases.CASES]}
+_ALL = [*data_cases.CASES, *model_cases.CASES, *hostile_cases.CASES, *settings_cases.CASES]
+CASES = {case.name: case for case in _ALL}
 SKIPPABLE = [case for case in CASES.values() if case.skippable]
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 
@@ -95,7 +96,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def test_the_names_of_the_table_are_its_own() -> None:
-    names = Counter(case.name for case in [*data_cases.CASES, *model_cases.CASES, *settings_cases.CASES])
+    names = Counter(case.name for case in _ALL)
     assert set(names.values()) == {1}
 
 
