@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-te lint format image-ngc image-cpu clean
+.PHONY: help venv demo test test-fast test-te soak lint format image-ngc image-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ test-fast: lint  ## lint, types and the unit tests
 test-te:  ## signatures and FP8 recipes of a real Transformer Engine; needs Python 3.12 and a CUDA toolkit, no GPU
 	sh tests/te/install.sh .venv-te
 	.venv-te/bin/python -m pytest tests/te
+
+soak: $(STAMP)  ## kill a tiny training 200 times, resume it, compare; SOAK='--cycles 20 --seed 1' for others
+	$(BIN)/python -m tests.soak $(SOAK)
 
 lint: $(STAMP)  ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
