@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
 from megadpo.manifest import find_damage, write_manifest
 from megadpo.model_source import model_source, resolve_model
+from megadpo.run_loop import RunLoop
 from tests.helpers.training_states import training_state
 
 
@@ -198,6 +200,29 @@ def test_an_evaluation_that_came_later_judges_a_checkpoint_and_is_no_damage(tmp_
     assert find_damage(late) == []
     keep_evaluation(first, {"eval/loss": 0.0})
     assert metrics_of(first) == {"eval/loss": 0.5}, "what the manifest holds counts first"
+
+
+def test_a_later_evaluation_is_kept_by_rank_0_of_the_run_and_ends_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it can't be written, as in a directory that is gone, that is a warning."""
+    there, elsewhere = (trained(step_directory(tmp_path / name / "checkpoints", 1)) for name in ("run", "other"))
+    gone = step_directory(there.parent, 2)
+
+    def keep(checkpoint: Path | None, *, is_main: bool = True) -> None:
+        start, state = SimpleNamespace(checkpoint=checkpoint), SimpleNamespace(is_main=is_main)
+        loop: Any = SimpleNamespace(run_dir=tmp_path / "run", start=start, state=state)
+        RunLoop.keep_evaluation(loop, {"eval/loss": 0.5})
+
+    keep(there, is_main=False)
+    keep(elsewhere)
+    keep(None)
+    assert metrics_of(there) == metrics_of(elsewhere) == {}
+    keep(there)
+    assert metrics_of(there) == {"eval/loss": 0.5}
+    assert not caplog.records
+    keep(gone)
+    assert f"{gone}" in caplog.text and "checkpoint.keep_best can't judge it" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"eval/loss": null}', b'{"eval/loss": "low"}'])

@@ -40,14 +40,18 @@ def test_each_directory_is_removed_once(
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(16, "Device or resource busy"), "Device or resource busy"), (RecursionError("too deep"), "too deep")],
+)
 def test_what_can_t_be_removed_is_said_and_does_not_keep_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     remove = shutil.rmtree
 
     def refuse(directory: Path) -> None:
         if directory.name == "one":
-            raise OSError(16, "Device or resource busy")
+            raise error
         remove(directory)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
@@ -58,4 +62,4 @@ def test_what_can_t_be_removed_is_said_and_does_not_keep_the_others(
             removals.begin(tmp_path / name)
         assert removals.left_after(60.0) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    assert "one can't be removed yet (Device or resource busy): the next save tries again" in caplog.text
+    assert f"one can't be removed yet ({told}): the next save tries again" in caplog.text
