@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from megadpo.config.choices import Dtype
 from megadpo.errors import CheckpointError
 from megadpo.files import write_durably
 
@@ -24,6 +23,8 @@ EVALUATED = "evaluation.json"
 IMPORTED = "imported.json"
 HF_DIRECTORY = "hf"
 LATEST = "latest"
+# Formats that a checkpoint's weights can have.
+WEIGHT_FORMATS = ("bf16", "fp32")
 _STEP_DIRECTORY = re.compile(r"^step_(\d{8})$")
 
 _ANOTHER = "name another checkpoint, or copy this one again"
@@ -211,15 +212,17 @@ def read_imported(directory: Path) -> ImportedModel:
     return _read(directory / IMPORTED, ImportedModel)
 
 
-def stored_dtype(directory: Path) -> Dtype:
-    """Format of a checkpoint's weights."""
+def stored_dtype(directory: Path) -> str:
+    """Format of a checkpoint's weights, one of WEIGHT_FORMATS."""
     if is_trained(directory):
         path, said = directory / TRAINED, trained_setting(directory, "precision.dtype")
     else:
         path, said = directory / IMPORTED, read_imported(directory).dtype
-    if said not in list(Dtype):
-        raise CheckpointError(f"{path}: the weights' format is {said!r}, it must be {' or '.join(Dtype)}: {_ANOTHER}")
-    return Dtype(said)
+    if said not in WEIGHT_FORMATS:
+        raise CheckpointError(
+            f"{path}: the weights' format is {said!r}, it must be {' or '.join(WEIGHT_FORMATS)}: {_ANOTHER}"
+        )
+    return str(said)
 
 
 def stored_vocab_size(directory: Path) -> int:

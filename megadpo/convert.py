@@ -81,7 +81,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: Dtype | None, devic
 
     On all ranks of the launch. `out` must not exist, or be empty.
     """
-    source, stored = checkpoint / HF_DIRECTORY, stored_dtype(checkpoint)
+    source, stored = checkpoint / HF_DIRECTORY, Dtype(stored_dtype(checkpoint))
     arch = read_architecture(source)
     dtype = dtype or stored
     with open_world(device_kind):

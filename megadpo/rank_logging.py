@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import TextIO
 
-from megadpo.redaction import redact, visible
+from megadpo.errors import redact, visible
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 

@@ -160,7 +160,7 @@ class Judge:
     def __init__(self, config: Config, source: ModelSource) -> None:
         self._config = config
         self._source = source
-        self._bounds = noise_bounds(config.precision)
+        self._bounds = noise_bounds(str(config.precision.dtype), fp8=config.precision.fp8 is not None)
         self._limit = self._bounds.usual
 
     def hold(self, name: str, attempt: Callable[[float], Disagreement | None]) -> None:

@@ -56,7 +56,7 @@ def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs
     """
     arch = read_architecture(checkpoint / HF_DIRECTORY)
     _check_same_model(arch, read_architecture(hf_dir), hf_dir, checkpoint)
-    stored = stored_dtype(checkpoint)
+    stored = Dtype(stored_dtype(checkpoint))
     pairs = [] if pairs_file is None else _read_pairs(pairs_file, max_pairs, hf_dir, arch)
     num_stages = stages(arch) if pairs else 1
     with open_world(device_kind) as device:

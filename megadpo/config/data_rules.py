@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from megadpo.config.schema import Config, show
-from megadpo.config.source_spec import check_source
+from megadpo.data.source_spec import check_source
 
 _SET_NAME = re.compile(r"[\w.-]+")
 

@@ -21,8 +21,7 @@ from megadpo.config.loss_rules import check_loss
 from megadpo.config.memory_rules import check_memory_keys, check_pipeline_split
 from megadpo.config.reference_rules import check_reference_keys
 from megadpo.config.schema import Config, show
-from megadpo.errors import ConfigError
-from megadpo.redaction import redact, secret_variables
+from megadpo.errors import ConfigError, redact, secret_variables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

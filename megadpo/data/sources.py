@@ -16,8 +16,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadpo.config.source_spec import SourceKind, SourceSpec, check_source, parse_source
 from megadpo.data.json_rows import LONGEST_ROW, Row, RowProblem, json_rows
+from megadpo.data.source_spec import SourceKind, SourceSpec, check_source, parse_source
 from megadpo.errors import DataError
 
 if TYPE_CHECKING:

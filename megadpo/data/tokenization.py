@@ -22,9 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils as templates
 
 from megadpo.data.dataset import Message, RawPair
-from megadpo.errors import ConfigError, DataError
+from megadpo.errors import ConfigError, DataError, visible
 from megadpo.rank_logging import get_logger
-from megadpo.redaction import visible
 
 logger = get_logger(__name__)
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megadpo.config.choices import Dtype
-from megadpo.config.schema import PrecisionConfig
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.reference.store import LogProbs
 
@@ -25,13 +23,13 @@ class Bounds:
 # other weights move the tokens of a response in one direction. They grow with the logits: sixteen random layers whose
 # logits have a standard deviation of 6 differ between tensor=2 and one rank by 0.16 in bf16 and 0.65 in emulated mxfp8,
 # a small model with flat logits by 0.004 and 0.02. Other models are off by some nats.
-_BOUNDS = {Dtype.fp32: Bounds(1e-4, 1e-2), Dtype.bf16: Bounds(0.05, 0.5)}
+_BOUNDS = {"fp32": Bounds(1e-4, 1e-2), "bf16": Bounds(0.05, 0.5)}
 _IN_FP8 = Bounds(0.1, 1.0)
 
 
-def noise_bounds(precision: PrecisionConfig) -> Bounds:
+def noise_bounds(dtype: str, *, fp8: bool) -> Bounds:
     """How far log-probs of the same weights may be apart in this precision."""
-    return _BOUNDS[precision.dtype] if precision.fp8 is None else _IN_FP8
+    return _IN_FP8 if fp8 else _BOUNDS[dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,8 @@ import pytest
 
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
-from megadpo.errors import ConfigError, DataError
+from megadpo.errors import ConfigError, DataError, redact
 from megadpo.rank_logging import configure_logging, get_logger
-from megadpo.redaction import redact
 from tests.helpers.pairs import read_pairs
 
 TOKEN = "hf_SENTINELabcdefghijklmnopqrstuvwxyzab"

@@ -291,7 +291,9 @@ def usual(precision: PrecisionConfig, tokens: int, per_token: float, *, biased: 
     pairs: Any = [SimpleNamespace(chosen=range(tokens), rejected=range(tokens), index=i) for i in range(8)]
     one = draw.normal(-4.0 * tokens, 10.0, (8, 4))
     off = per_token * tokens if biased else draw.normal(0.0, per_token, (8, 4, tokens)).sum(axis=2)
-    return compare(pairs, one, one + off).noise <= noise_bounds(precision).usual
+    return (
+        compare(pairs, one, one + off).noise <= noise_bounds(str(precision.dtype), fp8=precision.fp8 is not None).usual
+    )
 
 
 @pytest.mark.parametrize("tokens", [20, 400])

@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megadpo.config.source_spec import SourceKind, SourceSpec, check_source, parse_source
 from megadpo.data import json_rows
 from megadpo.data.json_rows import RowProblem
+from megadpo.data.source_spec import SourceKind, SourceSpec, check_source, parse_source
 from megadpo.data.sources import open_source
 from megadpo.errors import DataError
 from tests.helpers.pairs import read_pairs

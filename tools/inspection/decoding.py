@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.redaction import visible
+from megadpo.errors import visible
 
 
 @dataclass(frozen=True, slots=True)
