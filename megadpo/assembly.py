@@ -14,7 +14,6 @@ from megadpo.config.choices import Dtype, ReferenceMode
 from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.first_step import NoPreference
 from megadpo.fp8_recipes import token_multiple
@@ -28,11 +27,12 @@ from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised
 from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_parallel
-from megadpo.parallel.collectives import gather_rows, on_every
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
 from megadpo.reference import NoReference, OffloadedReference, Reference, ResidentReference
 from megadpo.reference.key import CacheKey, cache_key, sampled_fingerprint
+from megadpo.runtime.collectives import gather_rows, on_every
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.trainer import LoopSettings
 
 logger = get_logger(__name__)

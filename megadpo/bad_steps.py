@@ -12,10 +12,10 @@ import torch
 
 from megadpo.data.loader import GlobalBatch
 from megadpo.errors import MegaDPOError
-from megadpo.files import write_durably, writing
 from megadpo.forward_step import PAIR_NUMBERS, gather_pairs
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.files import write_durably, writing
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.train_step import StepResult
 
 logger = get_logger(__name__)

@@ -25,9 +25,9 @@ from megadpo.errors import CheckpointError, MegaDPOError, listing
 from megadpo.host_optimizer import HostOptimizer
 from megadpo.manifest import find_damage
 from megadpo.optimizer import distributed_optimizers
-from megadpo.parallel.collectives import on_main
-from megadpo.pickles import only_data
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.pickles import only_data
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

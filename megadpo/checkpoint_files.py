@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from megadpo.errors import CheckpointError
-from megadpo.files import write_durably
+from megadpo.runtime.files import write_durably
 
 TRAINED = "training.json"
 EVALUATED = "evaluation.json"

@@ -38,13 +38,13 @@ from megadpo.checkpoint_files import (
 )
 from megadpo.checkpoint_writer import METADATA, CheckpointWriter, nothing_left, writable
 from megadpo.errors import CheckpointError
-from megadpo.files import flush_directory, write_durably, writing
 from megadpo.manifest import FileDigest, digest_files, write_manifest
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.optimizer import distributed_optimizers, gather_weights
-from megadpo.parallel.collectives import on_main
-from megadpo.rank_logging import get_logger, global_rank
 from megadpo.removals import Removals
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.files import flush_directory, write_durably, writing
+from megadpo.runtime.rank_logging import get_logger, global_rank
 
 logger = get_logger(__name__)
 

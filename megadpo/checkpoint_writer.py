@@ -30,11 +30,11 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.device import host_copy
 from megadpo.errors import CheckpointError, MegaDPOError
-from megadpo.files import writing
 from megadpo.manifest import FileDigest, digest_of
-from megadpo.parallel.collectives import on_every, on_main
+from megadpo.runtime.collectives import on_every, on_main
+from megadpo.runtime.device import host_copy
+from megadpo.runtime.files import writing
 
 # A file of the plan: its path, its name, and what goes into it (bytes, then tensors).
 Bucket: TypeAlias = tuple[str, str, tuple[list[Any], list[Any]]]

@@ -13,7 +13,7 @@ from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import CheckpointError, ConfigError, ConversionError, MegaDPOError, Stopped
 from megadpo.model_source import model_source, resolve_model
-from megadpo.rank_logging import (
+from megadpo.runtime.rank_logging import (
     configure_logging,
     get_logger,
     global_rank,

@@ -10,7 +10,6 @@ import torch
 from megadpo import fp8_recipes
 from megadpo.config.choices import AttentionKernel, Backend, Dtype, Fp8Backend, MomentDtype
 from megadpo.config.schema import Config
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
 from megadpo.models.builder import fuses_weight_gradients
@@ -20,8 +19,9 @@ from megadpo.models.kernels import choose_attention
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.varlen import why_not_varlen
 from megadpo.optimizer import DataParallelOptions, OptimizerOptions, adam_package, why_not_fused_adam
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -30,7 +30,6 @@ from megadpo.checkpoint_files import (
 from megadpo.checkpoint_saver import save_imported
 from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
-from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
 from megadpo.export import conversion_card, write_model
 from megadpo.models.conversion.dcp import BoxReader
@@ -41,9 +40,10 @@ from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.conversion.stored import HFBlock, stored_problems
 from megadpo.models.conversion.streaming import Worker, for_each_stored_block, store_hf_weights
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.parallel.collectives import on_every, on_main
-from megadpo.progress import ByteProgress
-from megadpo.rank_logging import get_logger, global_rank
+from megadpo.runtime.collectives import on_every, on_main
+from megadpo.runtime.cpus import usable_cpus
+from megadpo.runtime.progress import ByteProgress
+from megadpo.runtime.rank_logging import get_logger, global_rank
 from megadpo.session import open_world
 
 logger = get_logger(__name__)

@@ -16,9 +16,9 @@ from megadpo.data.dataset import Keys, validation_rows
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
 from megadpo.data.tokenization import describe_pair, load_tokenizer
-from megadpo.parallel.collectives import on_main
-from megadpo.progress import ProgressBar
-from megadpo.rank_logging import get_logger, global_rank
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.progress import ProgressBar
+from megadpo.runtime.rank_logging import get_logger, global_rank
 
 logger = get_logger(__name__)
 

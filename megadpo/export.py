@@ -10,13 +10,13 @@ import torch
 
 from megadpo import __version__
 from megadpo.errors import ConversionError, MegaDPOError
-from megadpo.files import writing
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.models.hf_config import Architecture
-from megadpo.parallel.collectives import on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import global_rank
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.files import writing
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import global_rank
 
 _CARD_METRICS = (
     "loss",

@@ -25,8 +25,8 @@ from megadpo.losses import (
     length_statistics,
     pair_statistics,
 )
-from megadpo.parallel.collectives import gather_rows
-from megadpo.parallel.state import ParallelState
+from megadpo.runtime.collectives import gather_rows
+from megadpo.runtime.parallel_state import ParallelState
 
 # What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
 Closure = Callable[[int, PreferenceBatch, TokenScores], Any]

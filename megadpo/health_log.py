@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.errors import MegaDPOError
-from megadpo.files import write_durably
 from megadpo.health import Change, Health, Hint
 from megadpo.health_history import RunFacts
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.files import write_durably
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.trackers import lines_up_to
 
 logger = get_logger(__name__)

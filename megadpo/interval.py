@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.device import Span
 from megadpo.flops import step_flops
 from megadpo.metrics import add_sums
+from megadpo.runtime.device import Span
 from megadpo.train_step import StepResult
 
 

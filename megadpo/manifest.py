@@ -14,8 +14,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from megadpo.files import write_durably
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.files import write_durably
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -11,9 +11,9 @@ from megadpo.forward_step import SequenceLogProbs, pair_log_probs, score
 from megadpo.losses import PreferenceLoss
 from megadpo.metrics import Metric, Reduction, reduce_metrics
 from megadpo.models.quantised import without_fp8
-from megadpo.parallel.collectives import gather_rows
-from megadpo.parallel.state import ParallelState
 from megadpo.reference import Reference
+from megadpo.runtime.collectives import gather_rows
+from megadpo.runtime.parallel_state import ParallelState
 
 
 def margin_errors(

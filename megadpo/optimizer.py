@@ -21,8 +21,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.device import Device
 from megadpo.host_optimizer import HostOptimizer
+from megadpo.runtime.device import Device
 from megadpo.sliced_optimizer import SlicedOptimizer
 
 _WANTED_OF_FUSED_ADAM = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")

@@ -9,7 +9,6 @@ from itertools import islice
 
 import numpy as np
 
-from megadpo.cards import CARDS
 from megadpo.compute import optimizer_options, pipeline_split, recomputation, torch_dtype
 from megadpo.config.choices import AttentionKernel, Dtype, Fp8Backend
 from megadpo.config.schema import Config
@@ -21,6 +20,7 @@ from megadpo.model_source import model_source
 from megadpo.models.fp8 import unaligned_features, why_not_card
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
+from megadpo.runtime.gpus import CARDS
 
 # Steps of the data whose schedules are looked at.
 _STEPS = 50

@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Protocol
 
 from megadpo.errors import listing
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -25,19 +25,19 @@ from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.datasets import Datasets
-from megadpo.device import Device
 from megadpo.errors import CacheError
 from megadpo.forward_step import score_batch
 from megadpo.model_source import ModelSource
 from megadpo.models.hf_config import Architecture
-from megadpo.parallel.collectives import on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.progress import ProgressBar
-from megadpo.rank_logging import get_logger
 from megadpo.reference import CachedReference
 from megadpo.reference.agreement import Disagreement, compare, noise_bounds
 from megadpo.reference.key import INDEX, differing_parts
 from megadpo.reference.store import LogProbs, LogProbStore, open_store, other_keys
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.progress import ProgressBar
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

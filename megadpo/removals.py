@@ -7,7 +7,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from megadpo.errors import TrainingError, listing
 from megadpo.models.builder import is_split
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.collectives import gather_rows
-from megadpo.parallel.state import ParallelState
+from megadpo.runtime.collectives import gather_rows
+from megadpo.runtime.parallel_state import ParallelState
 
 # Words that are hashed together, at 8 bytes each for what is between: so many stay in a CPU's cache, which makes it
 # six times as fast as 2**20; on other devices few calls count.

@@ -26,22 +26,22 @@ from megadpo.config.schema import Config
 from megadpo.config.validation import check_run_dir_is_fresh
 from megadpo.data.loader import START, BatchBuilder, Cursor, TrainingData
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
-from megadpo.device import Device
 from megadpo.errors import ConfigError, Stopped, TrainingError
 from megadpo.export import export_model, model_card
-from megadpo.files import write_durably, writing
 from megadpo.model_source import ModelSource, model_source, resolve_model
 from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.optimizer import Policy, gather_weights
-from megadpo.parallel.collectives import check_all_agree, on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference, ResidentReference
 from megadpo.reference_cache import build_cached_reference, check_starting_policy
 from megadpo.resume import find_starting_point, keep_beginning
 from megadpo.run_lock import run_lock
 from megadpo.run_loop import RunLoop
+from megadpo.runtime.collectives import check_all_agree, on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.files import write_durably, writing
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.session import Session, open_session
 from megadpo.stopping import Launch, find_launch, forget_launch, note_launch
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TextIO
 
 from megadpo.errors import ConfigError
-from megadpo.files import writing
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.files import writing
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

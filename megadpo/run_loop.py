@@ -23,13 +23,13 @@ from megadpo.health_log import HealthLog
 from megadpo.margin_check import margin_errors
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
-from megadpo.parallel.collectives import own_store
-from megadpo.progress import TrainingProgress
-from megadpo.rank_logging import get_logger, global_rank
 from megadpo.rank_places import RankPlaces
 from megadpo.reference import Reference, ResidentReference
 from megadpo.replicas import check_finite, check_replicas
 from megadpo.resume import StartingPoint
+from megadpo.runtime.collectives import own_store
+from megadpo.runtime.progress import TrainingProgress
+from megadpo.runtime.rank_logging import get_logger, global_rank
 from megadpo.session import Session
 from megadpo.stopping import StopRequests
 from megadpo.trackers import open_trackers

@@ -9,7 +9,7 @@ from megadpo.checkpoint_files import TrainingState
 from megadpo.config.choices import ResumeChange
 from megadpo.config.schema import show
 from megadpo.errors import CheckpointError, listing
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

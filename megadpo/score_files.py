@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from megadpo.errors import ConfigError, MegaDPOError, listing
-from megadpo.files import Appender, write_durably, writing
+from megadpo.runtime.files import Appender, write_durably, writing
 
 # Written at a time where nothing is computed in between.
 _LINES_AT_ONCE = 10_000

@@ -32,18 +32,18 @@ from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
-from megadpo.device import Device
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import score_batch
 from megadpo.model_source import ModelSource, directory_name, model_source, resolve_model
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.parallel.collectives import check_all_agree, on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.progress import ProgressBar
-from megadpo.rank_logging import get_logger
 from megadpo.reference.agreement import Disagreement
 from megadpo.reference.store import LogProbs, LogProbStore
 from megadpo.reference_cache import PATIENCE_S, Judge, keep, open_reference_store
+from megadpo.runtime.collectives import check_all_agree, on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.progress import ProgressBar
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.session import open_session

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from megadpo.compute import settle_backend
 from megadpo.config.compose import config_from_yaml, config_to_yaml
 from megadpo.config.schema import Config
-from megadpo.device import Device, megatron_device, select_device
-from megadpo.parallel.collectives import check_all_agree, on_main
-from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
 from megadpo.program import described_program
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.collectives import check_all_agree, on_main
+from megadpo.runtime.device import Device, megatron_device, select_device
+from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 import psutil
 
 from megadpo.errors import Stopped, TrainingError
-from megadpo.files import write_durably
+from megadpo.runtime.files import write_durably
 
 # What schedulers send before they take the machines away: torchrun and Kubernetes, Slurm's --signal.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

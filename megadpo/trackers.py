@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megadpo.errors import ConfigError, MegaDPOError
-from megadpo.files import write_durably
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.files import write_durably
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

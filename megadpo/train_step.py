@@ -18,7 +18,6 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.device import Device, Mark, Span
 from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.guarded_update import guarded_update
 from megadpo.logprobs import TokenScores
@@ -26,6 +25,7 @@ from megadpo.losses import PreferenceLoss
 from megadpo.metrics import add_sums
 from megadpo.models.fp8_emulation import kept_scales
 from megadpo.reference import Reference
+from megadpo.runtime.device import Device, Mark, Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from megadpo.bad_steps import BadSteps
 from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
-from megadpo.device import Device, Span
 from megadpo.errors import TrainingError
 from megadpo.first_step import NoPreference, check_no_preference
 from megadpo.flops import achieved_flops
@@ -23,10 +22,11 @@ from megadpo.interval import Interval
 from megadpo.losses import SUMS
 from megadpo.metrics import Metric, Reduction, preference_means, reduce_metrics
 from megadpo.optimizer import LearningRate
-from megadpo.parallel.collectives import gather_rows
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
 from megadpo.reference import Reference
+from megadpo.runtime.collectives import gather_rows
+from megadpo.runtime.device import Device, Span
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 from megadpo.stragglers import Busy, StragglerWatch
 from megadpo.trackers import Tracker
 from megadpo.train_step import StepResult

@@ -23,7 +23,6 @@ from megadpo.convert import at_work, open_weights
 from megadpo.data.dataset import Keys, iter_rows, parse_row
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
-from megadpo.device import Device
 from megadpo.errors import ConfigError, ConversionError, listing
 from megadpo.forward_step import score_batch
 from megadpo.models.builder import build_model
@@ -33,10 +32,11 @@ from megadpo.models.conversion.side_files import different_side_files, read_side
 from megadpo.models.hf_config import Architecture, differences, read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.collectives import on_every, on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.progress import ProgressBar
-from megadpo.rank_logging import get_logger, global_rank, launched_world_size
+from megadpo.runtime.collectives import on_every, on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.progress import ProgressBar
+from megadpo.runtime.rank_logging import get_logger, global_rank, launched_world_size
 from megadpo.session import build_pipeline, open_world
 
 logger = get_logger(__name__)

@@ -23,8 +23,8 @@ from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import validate
 from megadpo.errors import ConfigError
-from megadpo.files import writing
 from megadpo.model_source import model_source, resolve_model
+from megadpo.runtime.files import writing
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _DEFAULT_PAIRS = 4

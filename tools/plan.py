@@ -5,7 +5,7 @@
 
 Needs no GPU, no weights and no data. --suggest plans every layout of the model on these cards and ranks those that fit.
 The exit status is 2 where the layout does not fit. Keys are those of training (megadpo/config/schema.py), and:
-    cluster.gpus=N cluster.gpu=NAME        how many cards of which kind (megadpo/cards.py lists them)
+    cluster.gpus=N cluster.gpu=NAME        how many cards of which kind (megadpo/runtime/gpus.py lists them)
     cluster.memory_gib=GIB                 memory of a card, if it is another, or not all of it is to be used
     plan.prompt_tokens=N plan.response_tokens=N     what pairs are assumed to be like; data.train_path=F reads real ones
 """
@@ -78,7 +78,7 @@ def show(config: Config, console: Console, *, suggesting: bool) -> None:
     from megadpo.planner.report import print_plan, print_ranking
     from megadpo.planner.suggest import RECOMPUTES, suggest
     from megadpo.planning import planned_job
-    from megadpo.progress import ProgressBar
+    from megadpo.runtime.progress import ProgressBar
 
     job = planned_job(config)
     if not suggesting:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from operator import attrgetter
 
-from megadpo.cards import CARDS
 from megadpo.config.schema import Config, show
+from megadpo.runtime.gpus import CARDS
 
 
 def check_cluster(config: Config, *, planning: bool) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import to_device
+from megadpo.runtime.device import to_device
 
 # Nobody reads what padding attends to, so it attends in short segments: over a long one it would cost a square.
 _PADDING_SEGMENT = 64

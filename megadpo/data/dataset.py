@@ -21,7 +21,7 @@ from megadpo.data.layouts import CONTEXT_COLUMNS, Keys, convert, ignored_columns
 from megadpo.data.messages import Message
 from megadpo.data.sources import open_source
 from megadpo.errors import ConfigError, DataError
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 __all__ = ["Keys", "Message", "RawPair", "RawRow", "iter_rows", "parse_row", "validation_rows"]
 

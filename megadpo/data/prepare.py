@@ -23,7 +23,6 @@ from threading import Thread
 
 import numpy as np
 
-from megadpo.cpus import usable_cpus
 from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row, text_size
 from megadpo.data.sources import Source, open_source
 from megadpo.data.store import (
@@ -38,7 +37,8 @@ from megadpo.data.store import (
 )
 from megadpo.data.tokenization import TokenIds, Tokenization, Tokenizer, load_tokenizer, tokenize_pair
 from megadpo.errors import DataError, MegaDPOError
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.cpus import usable_cpus
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -23,7 +23,7 @@ from transformers.utils import chat_template_utils as templates
 
 from megadpo.data.dataset import Message, RawPair
 from megadpo.errors import ConfigError, DataError, visible
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

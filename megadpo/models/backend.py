@@ -8,9 +8,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from megadpo.device import Device
 from megadpo.errors import ConfigError
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.device import Device
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

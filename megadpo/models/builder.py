@@ -24,7 +24,7 @@ from megadpo.models.kernels import prepare_with
 from megadpo.models.layer_specs import native_block_spec, transformer_engine_block_spec
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.state import ParallelState
+from megadpo.runtime.parallel_state import ParallelState
 
 
 def transformer_config(arch: Architecture, state: ParallelState, options: ModelOptions) -> TransformerConfig:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from megadpo.device import Device
 from megadpo.fp8_recipes import feature_multiple
 from megadpo.models.backend import why_not_transformer_engine
+from megadpo.runtime.device import Device
 
 if TYPE_CHECKING:
     from megadpo.models.hf_config import Architecture

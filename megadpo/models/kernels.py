@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models.sdpa import PrepareAttention, sdpa_attend
 from megadpo.models.te_attention import dot_product_attention, te_attend, why_not_te_attention
 from megadpo.models.varlen import varlen_attend, why_not_varlen
+from megadpo.runtime.device import Device
 
 
 def choose_attention(wanted: str, *, device: Device, dtype: torch.dtype, head_dim: int) -> str:

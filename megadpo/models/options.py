@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megadpo.device import Device
 from megadpo.models.fp8 import Fp8
+from megadpo.runtime.device import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

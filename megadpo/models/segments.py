@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megadpo.attention_plan import AttentionPlan, Range
-from megadpo.device import to_device
+from megadpo.runtime.device import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megadpo.attention_plan import AttentionPlan
-from megadpo.device import Device
 from megadpo.models.backend import why_not_transformer_engine
 from megadpo.models.sdpa import Attend
 from megadpo.models.segments import Segments
+from megadpo.runtime.device import Device
 
 _MASK = "padding_causal_bottom_right"
 _MAX_HEAD_DIM = 256

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from megadpo.attention_plan import AttentionPlan
-from megadpo.device import Device
 from megadpo.models.sdpa import Attend
 from megadpo.models.segments import Segments
+from megadpo.runtime.device import Device
 
 _MAX_HEAD_DIM = 256
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megadpo.cards import Card
 from megadpo.data.batch import stream_tokens
 from megadpo.data.loader import BatchShape
 from megadpo.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer import OptimizerOptions
+from megadpo.runtime.gpus import Card
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

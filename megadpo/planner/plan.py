@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megadpo.device import megatron_device, planning_device
 from megadpo.planner.cost import Floor, StepLoad, Traffic, step_floor, step_load, step_traffic
 from megadpo.planner.job import Job, PairLengths
 from megadpo.planner.memory import StageMemory, stage_memory
 from megadpo.planner.rehearsal import Rehearsals, Stream
 from megadpo.planner.shards import Shard, build_shard
+from megadpo.runtime.device import megatron_device, planning_device
 
 _GIB = 2**30
 

@@ -19,10 +19,10 @@ from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer import wrap_data_parallel
-from megadpo.parallel.state import imagined_parallel_state
 from megadpo.planner.job import Job, PairLengths
 from megadpo.planner.meter import LiveBytes
 from megadpo.planner.shards import model_options
+from megadpo.runtime.parallel_state import imagined_parallel_state
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.device import to_device
 from megadpo.losses import SequenceLogProbs
 from megadpo.reference.store import LogProbs
+from megadpo.runtime.device import to_device
 
 
 class CachedReference:

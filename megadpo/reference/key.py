@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from megadpo.data.prepare import tokenizer_files
 from megadpo.errors import CacheError
-from megadpo.files import Appender, writing
+from megadpo.runtime.files import Appender, writing
 
 # To be raised with every change after which the same weights and tokens give other log-probs, but for rounding;
 # tests/distributed/test_numerics_version.py notices such a change.

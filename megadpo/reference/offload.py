@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from megadpo.device import SideStream, host_copy
 from megadpo.reference.resident import ResidentReference
+from megadpo.runtime.device import SideStream, host_copy
 
 
 class OffloadedReference(ResidentReference):

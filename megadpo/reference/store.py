@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.errors import CacheError
-from megadpo.files import Appender, writing
-from megadpo.rank_logging import get_logger
 from megadpo.reference.key import CacheKey, differing_parts, read_key, write_key
+from megadpo.runtime.files import Appender, writing
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

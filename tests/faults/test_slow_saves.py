@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megadpo.checkpoint_files import list_checkpoints
-from megadpo.device import host_copy
 from megadpo.manifest import find_damage
 from megadpo.rank_places import STUCK
+from megadpo.runtime.device import host_copy
 from tests.helpers.launch import launch, start_ranks
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megadpo.attention_plan import AttentionPlan, Segment
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models.kernels import choose_attention, prepare_with
 from megadpo.models.sdpa import Attend
+from megadpo.runtime.device import Device
 from tests.helpers.plans import packed, shared_prompt, side_by_side
 
 GPU = torch.device("cuda", 0)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.device import Device
 from megadpo.fp8_recipes import default_format
 from megadpo.models.backend import why_not_transformer_engine
 from megadpo.models.fp8 import Fp8, why_not_fp8
+from megadpo.runtime.device import Device
 from tests.helpers.device_checks import check_command, check_resuming, check_scores, check_training, fp8_words
 from tests.helpers.runs import metrics
 

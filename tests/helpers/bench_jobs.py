@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.job import Finished, Job, Link
 
-from megadpo.device import select_device
+from megadpo.runtime.device import select_device
 
 
 class ListLink(Link):

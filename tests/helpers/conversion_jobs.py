@@ -24,7 +24,6 @@ from megadpo.checkpoint_writer import METADATA
 from megadpo.config.choices import Dtype
 from megadpo.config.compose import compose_config
 from megadpo.convert import export_checkpoint, import_model
-from megadpo.device import megatron_device, select_device
 from megadpo.errors import MegaDPOError
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion import stored
@@ -32,7 +31,8 @@ from megadpo.models.conversion.load_save import global_parameters
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.state import build_parallel_state, distributed
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.score_files import ScoreWriter
 from megadpo.score_summary import Buckets
 from megadpo.scoring import run_scoring

@@ -17,7 +17,6 @@ from megadpo.compute import model_options
 from megadpo.config.choices import ReferenceMode
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import Device, megatron_device, select_device
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.fp8_recipes import default_format
@@ -30,8 +29,9 @@ from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised, without_fp8
 from megadpo.optimizer import build_optimizer, set_hyperparameters, wrap_data_parallel
-from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
 from megadpo.reference import ResidentReference
+from megadpo.runtime.device import Device, megatron_device, select_device
+from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
 from megadpo.train_step import train_step
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train

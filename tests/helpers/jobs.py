@@ -23,15 +23,15 @@ from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import load_tokenizer
-from megadpo.device import megatron_device, select_device
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.models.builder import load_model
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
-from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import ResidentReference
 from megadpo.run import run_training
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.train_step import StepResult, train_step
 from megadpo.trainer import Trainer
 from tests.helpers.host_reads import HostReads

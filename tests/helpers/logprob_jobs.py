@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from megadpo import logprobs
-from megadpo.device import Device
 from megadpo.logprobs import TokenScores, response_log_probs
-from megadpo.parallel.state import distributed
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import distributed
 from tests.helpers.jobs import train
 
 # More than any test's logits take.

@@ -10,7 +10,6 @@ import torch
 
 from megadpo.assembly import batch_shape
 from megadpo.data.loader import BatchBuilder, evaluation_batches, mean_chosen_length
-from megadpo.device import megatron_device, select_device
 from megadpo.evaluation import evaluate
 from megadpo.losses import PreferenceLoss
 from megadpo.models.builder import load_model
@@ -18,9 +17,10 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.optimizer import build_optimizer, set_hyperparameters, wrap_data_parallel
-from megadpo.parallel.collectives import gather_rows
-from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference import NoReference, Reference, ResidentReference
+from megadpo.runtime.collectives import gather_rows
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.train_step import train_step
 from tests.helpers.loss_cases import CASES, random_pairs
 

@@ -22,13 +22,13 @@ import megadpo.train_step
 from megadpo.checkpoint_saver import CheckpointSaver
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import Device, megatron_device, select_device
 from megadpo.forward_step import sum_log_probs
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions, Recompute
 from megadpo.optimizer import wrap_data_parallel
-from megadpo.parallel.state import build_parallel_state, distributed
+from megadpo.runtime.device import Device, megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fused_adam_installed import fused_adam_installed
 from tests.helpers.host_memory import host_memory_apart
 from tests.helpers.jobs import train

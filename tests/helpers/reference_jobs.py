@@ -18,12 +18,12 @@ from megatron.core import dist_checkpointing
 import megadpo.reference_cache
 import megadpo.run
 from megadpo.assembly import build_policy, load_reference_model
-from megadpo.device import megatron_device, select_device
 from megadpo.forward_step import score_batch
 from megadpo.models.policy import PolicyModel
-from megadpo.parallel.state import build_parallel_state, distributed
 from megadpo.reference.key import CacheKey
 from megadpo.reference.store import LogProbs, LogProbStore, open_store
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 

@@ -22,13 +22,13 @@ from megadpo import checkpoint_writer
 from megadpo.checkpoint import damage_of, load_checkpoint
 from megadpo.checkpoint_files import Retention, list_checkpoints, step_directories, step_of
 from megadpo.checkpoint_saver import CheckpointSaver
-from megadpo.device import Device, megatron_device, select_device
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import parse_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.optimizer import Policy, build_optimizer, distributed_optimizers, wrap_data_parallel
-from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
-from megadpo.rank_logging import silence_libraries
+from megadpo.runtime.device import Device, megatron_device, select_device
+from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
+from megadpo.runtime.rank_logging import silence_libraries
 from tests.helpers.training_states import training_state
 
 KEPT = 2

@@ -22,7 +22,6 @@ from megadpo.checkpoint import load_checkpoint, load_reference, load_weights, mo
 from megadpo.checkpoint_files import TRAINED
 from megadpo.checkpoint_writer import METADATA
 from megadpo.data.loader import BatchBuilder
-from megadpo.device import megatron_device, select_device
 from megadpo.errors import ConfigError
 from megadpo.forward_step import score
 from megadpo.manifest import write_manifest
@@ -33,7 +32,8 @@ from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised, without_fp8
 from megadpo.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
-from megadpo.parallel.state import build_parallel_state, distributed
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, captured_log, start_each
 from tests.helpers.hostile import Program
 from tests.helpers.jobs import score_and_export
@@ -48,7 +48,7 @@ def served_on_cpu() -> Iterator[None]:
     """Takes away, for the stand-in alone, the checks that keep Transformer Engine and its Adam from a CPU."""
     with ExitStack() as stack:
         for name, answer in {
-            "megadpo.device._check_torch_optimizer": None,
+            "megadpo.runtime.device._check_torch_optimizer": None,
             "megadpo.models.backend.why_not_transformer_engine": None,
             "megadpo.models.kernels.why_not_te_attention": None,
             "megadpo.config.validation._check_device": [],

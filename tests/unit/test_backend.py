@@ -14,10 +14,10 @@ import megadpo.compute
 from megadpo.compute import log_backend, settle_backend
 from megadpo.config.choices import Backend, Dtype
 from megadpo.config.schema import Config, DataConfig, ModelConfig, PrecisionConfig
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models import backend
 from megadpo.models.backend import choose_backend, transformer_engine_version
+from megadpo.runtime.device import Device
 
 CPU, CUDA = Device("cpu", torch.device("cpu")), Device("cuda", torch.device("cuda", 0))
 VERSION, CAPABILITY = "megadpo.models.backend.transformer_engine_version", "torch.cuda.get_device_capability"

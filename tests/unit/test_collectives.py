@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.metrics import Metric, Reduction, reduce_metrics
-from megadpo.parallel.collectives import broadcast_from_main, check_all_agree, gather_rows, on_main
-from megadpo.parallel.state import distributed
+from megadpo.runtime.collectives import broadcast_from_main, check_all_agree, gather_rows, on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import distributed
 from tests.helpers.launch import launch
 
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from megadpo.models.conversion.mapping import (
 )
 from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.parallel.state import ParallelState
+from megadpo.runtime.parallel_state import ParallelState
 from tests.helpers.no_room import largest_file
 from tests.helpers.safetensors_files import write_safetensors
 from tests.helpers.tiny_models import FAMILIES, write_tiny_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.cpus import usable_cpus
+from megadpo.runtime.cpus import usable_cpus
 
 
 @pytest.fixture(autouse=True)

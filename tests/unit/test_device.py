@@ -12,8 +12,8 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as megatron_random
 
-from megadpo.device import Device, megatron_device, select_device
 from megadpo.errors import ConfigError
+from megadpo.runtime.device import Device, megatron_device, select_device
 
 CPU = Device("cpu", torch.device("cpu"))
 PATCHED = (torch, torch.cuda, torch.Tensor, megatron_random, layers, mappings, param_and_grad_buffer)
@@ -206,7 +206,7 @@ def test_more_ranks_than_cards_is_a_config_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("local_ranks", "threads_each"), [(1, 6), (2, 3), (4, 1), (12, 1)])
 def test_local_ranks_share_the_cores(local_ranks: int, threads_each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megadpo.device.usable_cpus", lambda: 6)
+    monkeypatch.setattr("megadpo.runtime.device.usable_cpus", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     select_device("cpu")
     assert torch.get_num_threads() == threads_each
@@ -214,7 +214,7 @@ def test_local_ranks_share_the_cores(local_ranks: int, threads_each: int, monkey
 
 @pytest.mark.usefixtures("threads")
 def test_without_a_launcher_the_users_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megadpo.device.usable_cpus", lambda: 6)
+    monkeypatch.setattr("megadpo.runtime.device.usable_cpus", lambda: 6)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)

@@ -16,7 +16,6 @@ from megadpo import compute
 from megadpo.config.compose import compose_config, config_from_yaml
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.fp8_recipes import default_format, feature_multiple, token_multiple
 from megadpo.models import fp8 as fp8_module
@@ -24,6 +23,7 @@ from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
 from megadpo.models.fp8_emulation import AmaxHistory, rounded
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
+from megadpo.runtime.device import Device
 from tests.helpers.device_checks import fp8_words, run_words
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.tensor_parallel import layers, mappings
 
-from megadpo.device import Device, megatron_device
-from megadpo.gloo import all_gather, reduce_scatter
-from megadpo.parallel.state import distributed
+from megadpo.runtime.device import Device, megatron_device
+from megadpo.runtime.gloo import all_gather, reduce_scatter
+from megadpo.runtime.parallel_state import distributed
 from tests.helpers.launch import launch
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megadpo import logprobs
-from megadpo.device import Device
 from megadpo.logprobs import TokenScores, chunk_rows, response_log_probs, sequence_sums
-from megadpo.parallel.state import distributed
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import distributed
 from tests.helpers.launch import launch
 from tests.helpers.logprob_jobs import (
     ROOMY,

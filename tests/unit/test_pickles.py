@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.dcp import BoxReader
-from megadpo.pickles import _NAMES, only_data
+from megadpo.runtime.pickles import _NAMES, only_data
 from tests.helpers.hostile import HOSTILE, edit_metadata, in_common, in_metadata
 
 STATE = {"layers.w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}

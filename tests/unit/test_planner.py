@@ -14,12 +14,10 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megadpo.cards import CARDS, find_card
 from megadpo.command_line import check_plan
 from megadpo.config.compose import compose_config
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import megatron_device, planning_device
 from megadpo.errors import ConfigError
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import PipelineSplit, Recompute
@@ -33,6 +31,8 @@ from megadpo.planner.rehearsal import Footprint, Place, Rehearsals, Stream
 from megadpo.planner.report import overrides
 from megadpo.planner.shards import Shard, build_shard
 from megadpo.planner.suggest import layouts_of, suggest
+from megadpo.runtime.device import megatron_device, planning_device
+from megadpo.runtime.gpus import CARDS, find_card
 from tests.helpers.planning_jobs import end_left_world
 from tests.helpers.published import PUBLISHED
 from tools import plan as plan_tool

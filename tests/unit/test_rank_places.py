@@ -14,7 +14,7 @@ from megadpo.rank_places import STUCK, Place, RankPlaces, silent_ranks, tell_pla
 
 PROGRAM = """
 import sys, threading, time
-from megadpo.rank_logging import configure_logging
+from megadpo.runtime.rank_logging import configure_logging
 from megadpo.rank_places import RankPlaces
 from tests.unit.test_rank_places import Shelf, tell_as
 

@@ -11,7 +11,7 @@ import pytest
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.errors import ConfigError, DataError, redact
-from megadpo.rank_logging import configure_logging, get_logger
+from megadpo.runtime.rank_logging import configure_logging, get_logger
 from tests.helpers.pairs import read_pairs
 
 TOKEN = "hf_SENTINELabcdefghijklmnopqrstuvwxyzab"

@@ -18,10 +18,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.models.kernels import choose_attention
 from megadpo.models.te_attention import dot_product_attention, te_attend
+from megadpo.runtime.device import Device
 from tests.helpers.plans import PLANS, assert_dense_under_plan, random_streams
 
 CPU, D = torch.device("cpu"), 16

@@ -22,7 +22,6 @@ from megadpo.assembly import load_starting_model
 from megadpo.compute import log_attention
 from megadpo.config.choices import AttentionKernel, Dtype
 from megadpo.config.schema import Config, DataConfig, DeviceConfig, ModelConfig, PrecisionConfig
-from megadpo.device import Device
 from megadpo.errors import ConfigError
 from megadpo.model_source import model_source
 from megadpo.models.builder import load_model
@@ -30,7 +29,8 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.models.kernels import choose_attention
 from megadpo.models.segments import Segments
 from megadpo.models.varlen import varlen_attend, why_not_varlen
-from megadpo.parallel.state import ParallelState
+from megadpo.runtime.device import Device
+from megadpo.runtime.parallel_state import ParallelState
 from tests.helpers.attention_jobs import outputs_of_kernels
 from tests.helpers.launch import launch
 from tests.helpers.plans import PLANS, assert_dense_under_plan, dense_under_plan, random_streams

@@ -21,7 +21,7 @@ from typing import Any
 from bench.job import Job
 from bench.proc import cpu_seconds, high_water_bytes
 from megadpo.errors import MegaDPOError
-from megadpo.progress import ProgressBar
+from megadpo.runtime.progress import ProgressBar
 
 _TOOLS = Path(__file__).resolve().parents[1]
 _SAID_LAST = 2000

@@ -29,8 +29,8 @@ from rich.table import Table
 from megadpo.models.conversion.mapping import hf_shapes
 from megadpo.models.conversion.safetensors_writer import BlockWriter, finish_files, lay_out, new_files
 from megadpo.models.hf_config import read_architecture
-from megadpo.progress import ByteProgress
-from megadpo.rank_logging import configure_logging, silence_libraries
+from megadpo.runtime.progress import ByteProgress
+from megadpo.runtime.rank_logging import configure_logging, silence_libraries
 
 _CONVERT = Path(__file__).resolve().parents[1] / "convert.py"
 _MIB = 2**20

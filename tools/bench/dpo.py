@@ -39,7 +39,7 @@ from bench.workload import (
 from megadpo.data.dataset import RawPair
 from megadpo.errors import MegaDPOError
 from megadpo.models.hf_config import read_architecture
-from megadpo.rank_logging import configure_logging, silence_libraries
+from megadpo.runtime.rank_logging import configure_logging, silence_libraries
 
 REFUSED = 2
 

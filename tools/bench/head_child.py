@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from bench.job import DTYPES, Finished, Link, leave
-from megadpo.device import megatron_device, select_device
 from megadpo.logprobs import chunk_rows, response_log_probs
-from megadpo.parallel.state import build_parallel_state, distributed
+from megadpo.runtime.device import megatron_device, select_device
+from megadpo.runtime.parallel_state import build_parallel_state, distributed
 
 # Untimed and unmeasured: libraries load and start their threads.
 _WARMUP_TOKENS = 64

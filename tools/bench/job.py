@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megadpo.device import Device, select_device
+from megadpo.runtime.device import Device, select_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

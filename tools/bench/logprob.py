@@ -32,7 +32,7 @@ from bench.head_child import NAIVE, SELF, VARIANTS, HeadJob
 from bench.proc import high_water_bytes, resident_bytes
 from bench.report import Gate
 from megadpo.errors import MegaDPOError
-from megadpo.progress import ProgressBar
+from megadpo.runtime.progress import ProgressBar
 
 _TOOLS = Path(__file__).resolve().parents[1]
 _MIB = 2**20

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.job import DTYPES, Job, Link, play_on_device
-from megadpo.device import Device
 from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.runtime.device import Device
 
 # Rows of one product: a few sequences on CPU, where more gain nothing, and a full microbatch on a GPU.
 _ROWS = {"cpu": 1500, "cuda": 8192}

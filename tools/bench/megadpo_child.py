@@ -19,10 +19,10 @@ from bench.job import Job, Link, play
 from bench.taken_back import ReferenceTap, patches
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
-from megadpo.device import Device, Mark
 from megadpo.planner.meter import LiveBytes
-from megadpo.rank_logging import configure_logging, global_rank, silence_libraries
 from megadpo.run import run_training
+from megadpo.runtime.device import Device, Mark
+from megadpo.runtime.rank_logging import configure_logging, global_rank, silence_libraries
 from megadpo.train_step import train_step
 
 _FOREVER = 1_000_000

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.job import DTYPES, Job, Link, play_on_device
-from megadpo.device import Device
+from megadpo.runtime.device import Device
 
 Pair = Sequence[Sequence[int]]
 

@@ -16,17 +16,17 @@ import torch
 
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.device import Device, megatron_device, select_device
 from megadpo.losses import PreferenceLoss
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
 from megadpo.optimizer import DataParallelOptions, build_optimizer, wrap_data_parallel
-from megadpo.parallel.state import ParallelState, build_parallel_state, distributed
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 from megadpo.planner.meter import LiveBytes
 from megadpo.reference import ResidentReference
+from megadpo.runtime.device import Device, megatron_device, select_device
+from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
 from megadpo.train_step import train_step
 
 _TIMEOUT_S = 600.0

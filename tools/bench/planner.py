@@ -29,7 +29,7 @@ from bench.peak_child import PeakCase
 from bench.report import Gate
 from megadpo.errors import MegaDPOError
 from megadpo.planner import Plan, make_plan
-from megadpo.progress import ProgressBar
+from megadpo.runtime.progress import ProgressBar
 
 _TOOLS = Path(__file__).resolve().parents[1]
 _MIB = 2**20

@@ -24,8 +24,8 @@ from megadpo.data.dataset import Keys
 from megadpo.data.loader import epoch_order
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import select_pairs
-from megadpo.progress import ProgressBar
-from megadpo.rank_logging import configure_logging, silence_libraries
+from megadpo.runtime.progress import ProgressBar
+from megadpo.runtime.rank_logging import configure_logging, silence_libraries
 
 _MIB = 2**20
 

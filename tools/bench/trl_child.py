@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from bench.job import DTYPES, Job, Link, play_on_device
-from megadpo.device import Device, Mark
+from megadpo.runtime.device import Device, Mark
 
 _FOREVER = 1_000_000
 

@@ -33,10 +33,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megadpo.errors import CheckpointError
-from megadpo.files import writing
 from megadpo.models.conversion.stored import Box
 from megadpo.models.conversion.work import in_threads, shares
-from megadpo.pickles import only_data
+from megadpo.runtime.files import writing
+from megadpo.runtime.pickles import only_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,9 +28,9 @@ from megadpo.models.conversion.mapping import (
 from megadpo.models.conversion.safetensors_io import FLOAT_DTYPES, SafetensorsReader, TensorHeader
 from megadpo.models.conversion.safetensors_writer import BlockWriter, finish_files, lay_out, new_files
 from megadpo.models.hf_config import Architecture
-from megadpo.parallel.collectives import on_main
-from megadpo.parallel.state import ParallelState
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.collectives import on_main
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
 
 _log = get_logger(__name__)
 

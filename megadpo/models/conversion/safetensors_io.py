@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megadpo.errors import ConversionError, listing
-from megadpo.files import is_file_name
+from megadpo.runtime.files import is_file_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

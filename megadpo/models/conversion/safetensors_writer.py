@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from megadpo.errors import ConversionError
-from megadpo.files import writing
 from megadpo.models.conversion.safetensors_io import FLOAT_DTYPES, INDEX_FILE, METADATA, SINGLE_FILE, as_bytes
+from megadpo.runtime.files import writing
 
 _PARTIAL_DIR = ".export.partial"
 

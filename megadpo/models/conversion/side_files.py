@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megadpo.errors import ConversionError
-from megadpo.files import writing
+from megadpo.runtime.files import writing
 
 _CONFIG = "config.json"
 _NAMES = (

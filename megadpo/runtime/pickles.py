@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megadpo.errors import CheckpointError
-from megadpo.files import is_file_name
+from megadpo.runtime.files import is_file_name
 
 # Of a class that is made at run time, and can be changed (Py_TPFLAGS_HEAPTYPE).
 _HEAP_TYPE = 1 << 9

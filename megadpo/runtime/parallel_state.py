@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megadpo.device import Device
+from megadpo.runtime.device import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,11 @@ from unittest import mock
 
 import torch
 
-from megadpo.cards import CARDS, find_card
-from megadpo.cpus import usable_cpus
 from megadpo.errors import ConfigError
-from megadpo.gloo import megatron_over_gloo
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.cpus import usable_cpus
+from megadpo.runtime.gloo import megatron_over_gloo
+from megadpo.runtime.gpus import CARDS, find_card
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megadpo.rank_logging import get_logger
+from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
