@@ -18,7 +18,7 @@ from megadpo.errors import ConfigError
 from megadpo.first_step import NoPreference
 from megadpo.fp8_recipes import token_multiple
 from megadpo.health_history import RunFacts
-from megadpo.losses import LOSSES, PreferenceLoss
+from megadpo.loss.preference import LOSSES, PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights

@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.logprobs import TokenScores, sequence_sums
-from megadpo.losses import (
+from megadpo.loss.logprobs import TokenScores, sequence_sums
+from megadpo.loss.preference import (
     TOKEN_STATISTICS,
     PairLogProbs,
     PreferenceLoss,

@@ -9,7 +9,7 @@ from enum import Enum
 
 import torch
 
-from megadpo.losses import LENGTHS, STATISTICS, TOKEN_STATISTICS
+from megadpo.loss.preference import LENGTHS, STATISTICS, TOKEN_STATISTICS
 
 
 class Reduction(Enum):

@@ -20,8 +20,8 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.guarded_update import guarded_update
-from megadpo.logprobs import TokenScores
-from megadpo.losses import PreferenceLoss
+from megadpo.loss.logprobs import TokenScores
+from megadpo.loss.preference import PreferenceLoss
 from megadpo.metrics import add_sums
 from megadpo.models.fp8_emulation import kept_scales
 from megadpo.reference import Reference

@@ -19,7 +19,7 @@ from megadpo.errors import TrainingError
 from megadpo.first_step import NoPreference, check_no_preference
 from megadpo.flops import achieved_flops
 from megadpo.interval import Interval
-from megadpo.losses import SUMS
+from megadpo.loss.preference import SUMS
 from megadpo.metrics import Metric, Reduction, preference_means, reduce_metrics
 from megadpo.optimizer import LearningRate
 from megadpo.reference import Reference

@@ -27,7 +27,7 @@ from yaml import YAMLError
 from megadpo.config.choices import RecomputeGranularity, RecomputeMethod, RecomputeModule, ReferenceMode
 from megadpo.config.schema import Config, ModelConfig, show
 from megadpo.errors import ConfigError
-from megadpo.loss_table import NOT_OFFERED
+from megadpo.loss.table import NOT_OFFERED
 
 _MISSING_IN_YAML = "???"
 # Levels of a value on the command line: OmegaConf recurses through them many times a level.

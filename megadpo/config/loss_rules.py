@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from megadpo.config.choices import FDivergence, LossName
 from megadpo.config.schema import LossConfig, show
-from megadpo.loss_table import LOSSES
+from megadpo.loss.table import LOSSES
 
 
 def check_loss(loss: LossConfig) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.loss_rules import names_of
 from megadpo.config.schema import Config, ReferenceConfig, show
-from megadpo.loss_table import REFERENCE_FREE, needs_reference
+from megadpo.loss.table import REFERENCE_FREE, needs_reference
 
 LIVE = (ReferenceMode.resident, ReferenceMode.offload)
 

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadpo.attention_plan import AttentionPlan
-from megadpo.logprobs import TokenScores, response_log_probs
+from megadpo.loss.logprobs import TokenScores, response_log_probs
 from megadpo.models.attention import MicrobatchAttention
 from megadpo.models.hf_config import Architecture
 from megadpo.models.rotary import RotaryTable

@@ -10,7 +10,7 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.losses import SequenceLogProbs
+from megadpo.loss.preference import SequenceLogProbs
 from megadpo.reference.store import LogProbs
 from megadpo.runtime.device import to_device
 

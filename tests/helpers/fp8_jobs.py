@@ -20,7 +20,7 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.fp8_recipes import default_format
-from megadpo.losses import PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss
 from megadpo.margin_check import margin_errors
 from megadpo.models.builder import load_model
 from megadpo.models.fp8 import Fp8

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megadpo import logprobs
-from megadpo.logprobs import TokenScores, response_log_probs
+from megadpo.loss import logprobs
+from megadpo.loss.logprobs import TokenScores, response_log_probs
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import distributed
 from tests.helpers.jobs import train

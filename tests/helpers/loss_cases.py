@@ -9,7 +9,7 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch, build_batch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.losses import LOSSES, PreferenceLoss
+from megadpo.loss.preference import LOSSES, PreferenceLoss
 
 
 class LossCase(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from megadpo.assembly import batch_shape
 from megadpo.data.loader import BatchBuilder, evaluation_batches, mean_chosen_length
 from megadpo.evaluation import evaluate
-from megadpo.losses import PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions

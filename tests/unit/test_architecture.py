@@ -24,22 +24,19 @@ FLOORS = [
         "fp8_recipes",
         "health_history",
         "host_optimizer",
-        "logprobs",
-        "loss_formulas",
-        "loss_table",
+        "loss",
         "parallel",
         "program",
         "score_summary",
         "sliced_optimizer",
         "stragglers",
     },
-    {"first_step", "health_rules", "losses", "runtime"},
+    {"first_step", "health_rules", "metrics", "runtime"},
     {
         "checkpoint_files",
         "data",
         "health",
         "manifest",
-        "metrics",
         "models",
         "optimizer",
         "rank_places",
@@ -77,9 +74,7 @@ HOMES = {
     "torch.utils.tensorboard": ["megadpo.trackers"],
     "torch.cuda": ["megadpo.runtime.device"],
     "megatron": [
-        "megadpo.runtime.device",
-        "megadpo.runtime.gloo",
-        "megadpo.parallel",
+        "megadpo.runtime",
         "megadpo.models",
         "megadpo.optimizer",
         "megadpo.guarded_update",
@@ -102,9 +97,9 @@ PURE = [
     "megadpo.health",
     "megadpo.health_history",
     "megadpo.health_rules",
-    "megadpo.loss_formulas",
-    "megadpo.loss_table",
-    "megadpo.losses",
+    "megadpo.loss.formulas",
+    "megadpo.loss.table",
+    "megadpo.loss.preference",
     "megadpo.metrics",
     "megadpo.models.conversion.mapping",
     "megadpo.models.conversion.stored",
@@ -221,7 +216,7 @@ def test_pure_modules_import_torch_only() -> None:
         ),
         ("megadpo.data.batch", "import megadpo.models.policy", "megadpo.models.policy"),
         ("megadpo.trainer", "from tools.train import main", "tools.train.main"),
-        ("megadpo.losses", "def f():\n    from megadpo import trainer", "megadpo.trainer"),
+        ("megadpo.loss.preference", "def f():\n    from megadpo import trainer", "megadpo.trainer"),
     ],
 )
 def test_an_upward_import_is_found(module: str, text: str, offence: str) -> None:
@@ -231,8 +226,8 @@ def test_an_upward_import_is_found(module: str, text: str, offence: str) -> None
 @pytest.mark.parametrize(
     ("module", "text", "offence"),
     [
-        ("megadpo.losses", "import torch\nx = torch.cuda.is_available()", "torch.cuda"),
-        ("megadpo.losses", "from torch import cuda", "torch.cuda"),
+        ("megadpo.loss.preference", "import torch\nx = torch.cuda.is_available()", "torch.cuda"),
+        ("megadpo.loss.preference", "from torch import cuda", "torch.cuda"),
         ("megadpo.data.loader", "import megatron.core", "megatron.core"),
         ("megadpo.data.dataset", "from transformers import AutoTokenizer", "transformers.AutoTokenizer"),
         ("megadpo.config.schema", "import omegaconf", "omegaconf"),
@@ -249,11 +244,16 @@ def test_a_package_outside_its_room_is_found(module: str, text: str, offence: st
 
 
 def test_an_impurity_is_found() -> None:
-    assert list(impurities({"megadpo.losses": "import math\nimport rich"})) == ["megadpo.losses imports rich"]
+    assert list(impurities({"megadpo.loss.preference": "import math\nimport rich"})) == [
+        "megadpo.loss.preference imports rich"
+    ]
 
 
 def test_a_cycle_is_found() -> None:
-    modules = {"megadpo.losses": "from megadpo.metrics import x", "megadpo.metrics": "import megadpo.losses"}
+    modules = {
+        "megadpo.loss.preference": "from megadpo.metrics import x",
+        "megadpo.metrics": "import megadpo.loss.preference",
+    }
     assert set(cycle(modules)) == set(modules)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadpo import logprobs
-from megadpo.logprobs import TokenScores, chunk_rows, response_log_probs, sequence_sums
+from megadpo.loss import logprobs
+from megadpo.loss.logprobs import TokenScores, chunk_rows, response_log_probs, sequence_sums
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import distributed
 from tests.helpers.launch import launch

@@ -12,7 +12,7 @@ from megadpo.config.compose import compose_config
 from megadpo.config.loss_rules import check_loss
 from megadpo.config.schema import LossConfig
 from megadpo.errors import ConfigError
-from megadpo.loss_table import LOSSES, NOT_OFFERED
+from megadpo.loss.table import LOSSES, NOT_OFFERED
 
 # A value of each key beside its default; beta changes with every loss that has one.
 CHANGED: dict[str, Any] = {

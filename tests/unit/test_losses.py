@@ -13,9 +13,8 @@ import torch
 
 from megadpo.config.choices import FDivergence, LossName
 from megadpo.config.schema import LossConfig
-from megadpo.loss_formulas import FORMULAS, LossKnobs, divergence_score
-from megadpo.loss_table import LOSSES, NOT_OFFERED, REFERENCE_FREE, needs_reference
-from megadpo.losses import (
+from megadpo.loss.formulas import FORMULAS, LossKnobs, divergence_score
+from megadpo.loss.preference import (
     LENGTH_PRODUCTS,
     LENGTHS,
     STATISTICS,
@@ -25,6 +24,7 @@ from megadpo.losses import (
     length_statistics,
     pair_statistics,
 )
+from megadpo.loss.table import LOSSES, NOT_OFFERED, REFERENCE_FREE, needs_reference
 from tests.helpers.loss_cases import CASES, LossCase
 
 DOCS = Path(__file__).parents[2] / "docs" / "numerics.md"

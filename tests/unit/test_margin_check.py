@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megadpo import margin_check
-from megadpo.losses import PreferenceLoss, SequenceLogProbs
+from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
 
 CPU = torch.device("cpu")
 LENGTHS = torch.tensor([200, 10, 250, 40])  # of two chosen, then of two rejected responses

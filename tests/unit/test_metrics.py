@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadpo.losses import LENGTHS, STATISTICS, SUMS
+from megadpo.loss.preference import LENGTHS, STATISTICS, SUMS
 from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
 
 CPU = torch.device("cpu")

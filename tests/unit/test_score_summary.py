@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megadpo.losses import PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
+from megadpo.loss.preference import PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
 from megadpo.score_summary import Buckets, Scores, bucket_table, read_scores, summarise, with_reference
 
 BETA = 0.2

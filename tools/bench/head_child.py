@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from bench.job import DTYPES, Finished, Link, leave
-from megadpo.logprobs import chunk_rows, response_log_probs
+from megadpo.loss.logprobs import chunk_rows, response_log_probs
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 

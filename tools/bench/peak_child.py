@@ -16,7 +16,7 @@ import torch
 
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.losses import PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute

@@ -18,7 +18,7 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.forward_step import SequenceLogProbs
-from megadpo.logprobs import TokenScores
+from megadpo.loss.logprobs import TokenScores
 from megadpo.models.policy import ResponseHead
 from megadpo.reference import CachedReference, Reference
 

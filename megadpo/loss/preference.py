@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megadpo.loss_formulas import FORMULAS, LossKnobs, PairTerms, divergence_score
-from megadpo.loss_table import LOSSES, REFERENCE_FREE, LossSpec, needs_reference
+from megadpo.loss.formulas import FORMULAS, LossKnobs, PairTerms, divergence_score
+from megadpo.loss.table import LOSSES, REFERENCE_FREE, LossSpec, needs_reference
 
 __all__ = [
     "LENGTHS",
