@@ -11,7 +11,7 @@ from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import SequenceLogProbs, preference_statistics, run_schedule
 from megadpo.loss.logprobs import TokenScores
 from megadpo.loss.preference import PreferenceLoss
-from megadpo.metrics import add_sums
+from megadpo.metrics.reduction import add_sums
 from megadpo.reference import Reference
 
 

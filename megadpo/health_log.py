@@ -13,9 +13,9 @@ from typing import Any
 from megadpo.errors import MegaDPOError
 from megadpo.health import Change, Health, Hint
 from megadpo.health_history import RunFacts
+from megadpo.metrics.trackers import lines_up_to
 from megadpo.runtime.files import write_durably
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.trackers import lines_up_to
 
 logger = get_logger(__name__)
 

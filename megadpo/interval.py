@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.flops import step_flops
-from megadpo.metrics import add_sums
+from megadpo.metrics.flops import step_flops
+from megadpo.metrics.reduction import add_sums
 from megadpo.runtime.device import Span
 from megadpo.train_step import StepResult
 

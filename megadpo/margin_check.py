@@ -9,7 +9,7 @@ import torch
 from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import SequenceLogProbs, pair_log_probs, score
 from megadpo.loss.preference import PreferenceLoss
-from megadpo.metrics import Metric, Reduction, reduce_metrics
+from megadpo.metrics.reduction import Metric, Reduction, reduce_metrics
 from megadpo.models.quantised import without_fp8
 from megadpo.reference import Reference
 from megadpo.runtime.collectives import gather_rows

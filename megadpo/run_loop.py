@@ -21,6 +21,7 @@ from megadpo.errors import MegaDPOError, TrainingError
 from megadpo.evaluation import evaluate
 from megadpo.health_log import HealthLog
 from megadpo.margin_check import margin_errors
+from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
 from megadpo.rank_places import RankPlaces
@@ -32,7 +33,6 @@ from megadpo.runtime.progress import TrainingProgress
 from megadpo.runtime.rank_logging import get_logger, global_rank
 from megadpo.session import Session
 from megadpo.stopping import StopRequests
-from megadpo.trackers import open_trackers
 from megadpo.train_step import StepResult, train_step
 from megadpo.trainer import Trainer
 

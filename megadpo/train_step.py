@@ -22,7 +22,7 @@ from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.guarded_update import guarded_update
 from megadpo.loss.logprobs import TokenScores
 from megadpo.loss.preference import PreferenceLoss
-from megadpo.metrics import add_sums
+from megadpo.metrics.reduction import add_sums
 from megadpo.models.fp8_emulation import kept_scales
 from megadpo.reference import Reference
 from megadpo.runtime.device import Device, Mark, Span

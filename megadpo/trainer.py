@@ -17,10 +17,11 @@ from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.errors import TrainingError
 from megadpo.first_step import NoPreference, check_no_preference
-from megadpo.flops import achieved_flops
 from megadpo.interval import Interval
 from megadpo.loss.preference import SUMS
-from megadpo.metrics import Metric, Reduction, preference_means, reduce_metrics
+from megadpo.metrics.flops import achieved_flops
+from megadpo.metrics.reduction import Metric, Reduction, preference_means, reduce_metrics
+from megadpo.metrics.trackers import Tracker
 from megadpo.optimizer import LearningRate
 from megadpo.reference import Reference
 from megadpo.runtime.collectives import gather_rows
@@ -28,7 +29,6 @@ from megadpo.runtime.device import Device, Span
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
 from megadpo.stragglers import Busy, StragglerWatch
-from megadpo.trackers import Tracker
 from megadpo.train_step import StepResult
 
 logger = get_logger(__name__)

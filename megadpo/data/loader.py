@@ -13,7 +13,7 @@ import numpy as np
 from megadpo.data.batch import PreferenceBatch, build_batch, stream_length
 from megadpo.data.schedule import StepSchedule, schedule_step
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.flops import FlopRates, pair_flops
+from megadpo.metrics.flops import FlopRates, pair_flops
 
 
 @dataclass(frozen=True, slots=True)

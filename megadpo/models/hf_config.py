@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megadpo.errors import ConversionError
-from megadpo.flops import FlopRates, flop_rates
+from megadpo.metrics.flops import FlopRates, flop_rates
 
 
 @dataclass(frozen=True, kw_only=True)

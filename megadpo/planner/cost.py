@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from megadpo.data.loader import stream_widths
 from megadpo.data.schedule import schedule_step
-from megadpo.flops import FlopRates, pair_flops, step_flops
 from megadpo.loss.logprobs import chunk_rows
+from megadpo.metrics.flops import FlopRates, pair_flops, step_flops
 from megadpo.models.options import Recompute
 from megadpo.planner.job import Job, Layout, PairLengths
 from megadpo.planner.memory import StageMemory

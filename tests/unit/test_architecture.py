@@ -20,7 +20,6 @@ FLOORS = [
     {
         "attention_plan",
         "errors",
-        "flops",
         "fp8_recipes",
         "health_history",
         "host_optimizer",
@@ -31,24 +30,23 @@ FLOORS = [
         "sliced_optimizer",
         "stragglers",
     },
-    {"first_step", "health_rules", "metrics", "runtime"},
+    {"first_step", "health_rules", "runtime"},
     {
         "checkpoint_files",
-        "data",
         "health",
         "manifest",
-        "models",
+        "metrics",
         "optimizer",
         "rank_places",
         "removals",
         "run_lock",
         "score_files",
         "stopping",
-        "trackers",
     },
-    {"checkpoint_writer", "config", "export", "forward_step", "guarded_update", "health_log", "planner", "replicas"},
-    {"checkpoint", "compute", "datasets", "model_source", "reference", "same_run"},
-    {"checkpoint_saver", "command_line", "evaluation", "margin_check", "planning", "resume", "session", "train_step"},
+    {"checkpoint_writer", "data", "guarded_update", "health_log", "models"},
+    {"checkpoint", "config", "export", "forward_step", "planner", "replicas"},
+    {"checkpoint_saver", "compute", "datasets", "model_source", "reference", "same_run"},
+    {"command_line", "evaluation", "margin_check", "planning", "resume", "session", "train_step"},
     {"bad_steps", "convert", "interval"},
     {"trainer"},
     {"assembly"},
@@ -69,9 +67,9 @@ HOMES = {
     "psutil": ["megadpo.stopping"],
     "pyarrow": ["megadpo.data.sources"],
     "matplotlib": ["tools.inspection", "tools.bench"],
-    "wandb": ["megadpo.trackers"],
-    "tensorboard": ["megadpo.trackers"],
-    "torch.utils.tensorboard": ["megadpo.trackers"],
+    "wandb": ["megadpo.metrics.trackers"],
+    "tensorboard": ["megadpo.metrics.trackers"],
+    "torch.utils.tensorboard": ["megadpo.metrics.trackers"],
     "torch.cuda": ["megadpo.runtime.device"],
     "megatron": [
         "megadpo.runtime",
@@ -93,14 +91,14 @@ HOMES = {
 PURE = [
     "megadpo.attention_plan",
     "megadpo.data.schedule",
-    "megadpo.flops",
+    "megadpo.metrics.flops",
     "megadpo.health",
     "megadpo.health_history",
     "megadpo.health_rules",
     "megadpo.loss.formulas",
     "megadpo.loss.table",
     "megadpo.loss.preference",
-    "megadpo.metrics",
+    "megadpo.metrics.reduction",
     "megadpo.models.conversion.mapping",
     "megadpo.models.conversion.stored",
 ]
@@ -232,7 +230,7 @@ def test_an_upward_import_is_found(module: str, text: str, offence: str) -> None
         ("megadpo.data.dataset", "from transformers import AutoTokenizer", "transformers.AutoTokenizer"),
         ("megadpo.config.schema", "import omegaconf", "omegaconf"),
         (
-            "megadpo.metrics",
+            "megadpo.metrics.reduction",
             "from torch.utils.tensorboard import SummaryWriter",
             "torch.utils.tensorboard.SummaryWriter",
         ),
@@ -251,8 +249,8 @@ def test_an_impurity_is_found() -> None:
 
 def test_a_cycle_is_found() -> None:
     modules = {
-        "megadpo.loss.preference": "from megadpo.metrics import x",
-        "megadpo.metrics": "import megadpo.loss.preference",
+        "megadpo.loss.preference": "from megadpo.metrics.reduction import x",
+        "megadpo.metrics.reduction": "import megadpo.loss.preference",
     }
     assert set(cycle(modules)) == set(modules)
 

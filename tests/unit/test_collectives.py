@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo.errors import ConfigError
-from megadpo.metrics import Metric, Reduction, reduce_metrics
+from megadpo.metrics.reduction import Metric, Reduction, reduce_metrics
 from megadpo.runtime.collectives import broadcast_from_main, check_all_agree, gather_rows, on_main
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import distributed

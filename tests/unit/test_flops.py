@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from megadpo.flops import FlopRates, achieved_flops, pair_flops, step_flops
+from megadpo.metrics.flops import FlopRates, achieved_flops, pair_flops, step_flops
 from megadpo.models.hf_config import read_architecture
 from tests.helpers.tiny_models import write_tiny_model
 

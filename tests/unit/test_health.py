@@ -22,7 +22,7 @@ from megadpo.health_history import RunFacts
 from megadpo.health_log import HealthLog
 from megadpo.health_rules import RULES
 from megadpo.interval import Interval
-from megadpo.trackers import open_trackers
+from megadpo.metrics.trackers import open_trackers
 from megadpo.train_step import StepResult
 from megadpo.trainer import Trainer
 from tests.helpers.health_histories import FACTS, Course, good_course, training_lines

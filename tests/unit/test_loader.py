@@ -17,7 +17,7 @@ from megadpo.data.loader import (
     steps_per_epoch,
 )
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.flops import FlopRates, pair_flops
+from megadpo.metrics.flops import FlopRates, pair_flops
 
 RATES = FlopRates(per_token=10, per_key=1, per_response_token=5)
 REFERENCE_RATES = FlopRates(per_token=100, per_key=3, per_response_token=7)

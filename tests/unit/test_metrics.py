@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadpo.loss.preference import LENGTHS, STATISTICS, SUMS
-from megadpo.metrics import Metric, Reduction, add_sums, preference_means, reduce_metrics
+from megadpo.metrics.reduction import Metric, Reduction, add_sums, preference_means, reduce_metrics
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import BatchBuilder, BatchShape, evaluation_batches
 from megadpo.data.store import PairCounts, PairView, select_pairs
 from megadpo.errors import DataError
-from megadpo.flops import FlopRates
+from megadpo.metrics.flops import FlopRates
 from tests.helpers.tokenized import recipe
 from tests.helpers.tokenizers import CHATML_TEMPLATE, byte_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megadpo.trackers import GuardedTracker, JsonlTracker, TensorBoardTracker, WandbTracker, open_trackers
+from megadpo.metrics.trackers import GuardedTracker, JsonlTracker, TensorBoardTracker, WandbTracker, open_trackers
 from tests.helpers.no_room import largest_file
 from tests.helpers.wandb_files import wandb_runs
 

@@ -23,7 +23,7 @@ from megadpo.data.dataset import Keys, RawPair, iter_rows, parse_row
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.data.truncation import Outcome, cut_to_length
 from megadpo.errors import DataError
-from megadpo.flops import FlopRates, pair_flops, step_flops
+from megadpo.metrics.flops import FlopRates, pair_flops, step_flops
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
