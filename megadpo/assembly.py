@@ -16,13 +16,13 @@ from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.errors import ConfigError
 from megadpo.first_step import NoPreference
-from megadpo.fp8_recipes import token_multiple
 from megadpo.health_history import RunFacts
 from megadpo.loss.preference import LOSSES, PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.conversion.safetensors_io import hf_weight_files
+from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from megadpo import fp8_recipes
 from megadpo.config.choices import AttentionKernel, Backend, Dtype, Fp8Backend, MomentDtype
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
+from megadpo.models import fp8_recipes
 from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
 from megadpo.models.builder import fuses_weight_gradients
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8

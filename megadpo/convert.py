@@ -31,8 +31,8 @@ from megadpo.checkpoint_saver import save_imported
 from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.errors import ConfigError
-from megadpo.export import conversion_card, write_model
 from megadpo.models.conversion.dcp import BoxReader
+from megadpo.models.conversion.export import conversion_card, write_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.conversion.mapping import hf_shapes
 from megadpo.models.conversion.safetensors_writer import BlockWriter, FileLayout, finish_files, lay_out, new_files

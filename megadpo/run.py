@@ -27,8 +27,8 @@ from megadpo.config.validation import check_run_dir_is_fresh
 from megadpo.data.loader import START, BatchBuilder, Cursor, TrainingData
 from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.errors import ConfigError, Stopped, TrainingError
-from megadpo.export import export_model, model_card
 from megadpo.model_source import ModelSource, model_source, resolve_model
+from megadpo.models.conversion.export import export_model, model_card
 from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.optimizer import Policy, gather_weights

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from megadpo.config.choices import Backend, DeviceKind, Dtype, Fp8Backend, Fp8Recipe, ReferenceMode
 from megadpo.config.schema import Config, PrecisionConfig, show
-from megadpo.fp8_recipes import token_multiple
+from megadpo.models.fp8_recipes import token_multiple
 
 _DELAYED_ONLY = ("fp8_amax_history_len", "fp8_amax_compute_algo")
 _WITHOUT_FP8 = ("dtype", "backend", "fp8")

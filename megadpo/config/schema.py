@@ -417,7 +417,7 @@ class ClusterConfig:
     """Cards in all, >= 1; tools/plan.py needs it, a dry run has its own ranks."""
 
     gpu: str | None = None
-    """Kind of GPU: a name in megadpo/runtime/gpus.py, or another with memory_gib. Null: the one that a dry run is on."""
+    """Kind of GPU: a name in megadpo/runtime/gpus.py, or another with memory_gib. Null: the one a dry run is on."""
 
     gpus_per_node: int | None = None
     """Cards that NVLink joins, >= 1: those of one machine. Null: 8, in a dry run the ranks of rank 0's machine."""

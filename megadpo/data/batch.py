@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.tokenization import TokenizedPair
+from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.runtime.device import to_device
 
 # Nobody reads what padding attends to, so it attends in short segments: over a long one it would cost a square.

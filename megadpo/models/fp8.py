@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from megadpo.fp8_recipes import feature_multiple
 from megadpo.models.backend import why_not_transformer_engine
+from megadpo.models.fp8_recipes import feature_multiple
 from megadpo.runtime.device import Device
 
 if TYPE_CHECKING:

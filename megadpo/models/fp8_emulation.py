@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from megadpo.fp8_recipes import BLOCK_SIZES
 from megadpo.models.fp8 import Fp8
+from megadpo.models.fp8_recipes import BLOCK_SIZES
 
 _FORWARD = torch.float8_e4m3fn
 _BACKWARD = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}

@@ -18,9 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.attention_plan import AttentionPlan
 from megadpo.loss.logprobs import TokenScores, response_log_probs
 from megadpo.models.attention import MicrobatchAttention
+from megadpo.models.attention_plan import AttentionPlan
 from megadpo.models.hf_config import Architecture
 from megadpo.models.rotary import RotaryTable
 from megadpo.models.sdpa import PrepareAttention

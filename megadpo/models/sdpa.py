@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megadpo.attention_plan import AttentionPlan
+from megadpo.models.attention_plan import AttentionPlan
 from megadpo.models.segments import Segments
 
 # Attention output [T, A, D] of query [T, A, D], key and value [T, G, D] and the softmax scale (None: 1/√D).

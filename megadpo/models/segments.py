@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megadpo.attention_plan import AttentionPlan, Range
+from megadpo.models.attention_plan import AttentionPlan, Range
 from megadpo.runtime.device import to_device
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megadpo.attention_plan import AttentionPlan
+from megadpo.models.attention_plan import AttentionPlan
 from megadpo.models.backend import why_not_transformer_engine
 from megadpo.models.sdpa import Attend
 from megadpo.models.segments import Segments

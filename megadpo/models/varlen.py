@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megadpo.attention_plan import AttentionPlan
+from megadpo.models.attention_plan import AttentionPlan
 from megadpo.models.sdpa import Attend
 from megadpo.models.segments import Segments
 from megadpo.runtime.device import Device

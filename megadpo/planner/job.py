@@ -8,7 +8,7 @@ import torch
 
 from megadpo.data.batch import stream_tokens
 from megadpo.data.loader import BatchShape
-from megadpo.fp8_recipes import token_multiple
+from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer import OptimizerOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megadpo.fp8_recipes import token_multiple
 from megadpo.models.fp8 import unaligned_features
+from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import Recompute
 from megadpo.planner.job import Job, Layout

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.errors import ConfigError
+from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.kernels import choose_attention, prepare_with
 from megadpo.models.sdpa import Attend
 from megadpo.runtime.device import Device

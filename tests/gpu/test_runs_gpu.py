@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.fp8_recipes import default_format
 from megadpo.models.backend import why_not_transformer_engine
 from megadpo.models.fp8 import Fp8, why_not_fp8
+from megadpo.models.fp8_recipes import default_format
 from megadpo.runtime.device import Device
 from tests.helpers.device_checks import check_command, check_resuming, check_scores, check_training, fp8_words
 from tests.helpers.runs import metrics

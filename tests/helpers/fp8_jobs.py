@@ -19,11 +19,11 @@ from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import SequenceLogProbs, score
-from megadpo.fp8_recipes import default_format
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.margin_check import margin_errors
 from megadpo.models.builder import load_model
 from megadpo.models.fp8 import Fp8
+from megadpo.models.fp8_recipes import default_format
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel

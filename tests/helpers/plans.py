@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megadpo.attention_plan import AttentionPlan, Segment
+from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.sdpa import Attend
 
 

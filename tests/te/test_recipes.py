@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megadpo.fp8_recipes import default_format
 from megadpo.models.fp8 import Fp8
+from megadpo.models.fp8_recipes import default_format
 
 COMMON = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "use_cpu_initialization": True, "bf16": True}
 

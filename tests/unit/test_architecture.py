@@ -18,13 +18,10 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
     {
-        "attention_plan",
         "errors",
-        "fp8_recipes",
         "health_history",
         "host_optimizer",
         "loss",
-        "parallel",
         "program",
         "score_summary",
         "sliced_optimizer",
@@ -43,9 +40,10 @@ FLOORS = [
         "score_files",
         "stopping",
     },
-    {"checkpoint_writer", "data", "guarded_update", "health_log", "models"},
-    {"checkpoint", "config", "export", "forward_step", "planner", "replicas"},
-    {"checkpoint_saver", "compute", "datasets", "model_source", "reference", "same_run"},
+    {"checkpoint_writer", "guarded_update", "health_log", "models"},
+    {"checkpoint", "data", "replicas"},
+    {"checkpoint_saver", "config", "forward_step", "planner"},
+    {"compute", "datasets", "model_source", "reference", "same_run"},
     {"command_line", "evaluation", "margin_check", "planning", "resume", "session", "train_step"},
     {"bad_steps", "convert", "interval"},
     {"trainer"},
@@ -56,7 +54,9 @@ FLOORS = [
     {"tools"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+# data/ and models/ do not know each other, but for the description of a packed stream that one makes for the other.
 STRANGERS = [("data", "models"), ("models", "data")]
+SHARED = ["megadpo.models.attention_plan"]
 
 # Package -> modules that may import it, with everything under them.
 HOMES = {
@@ -89,7 +89,7 @@ HOMES = {
 }
 # Modules whose only third-party import is torch.
 PURE = [
-    "megadpo.attention_plan",
+    "megadpo.models.attention_plan",
     "megadpo.data.schedule",
     "megadpo.metrics.flops",
     "megadpo.health",
@@ -144,7 +144,8 @@ def upward_imports(modules: dict[str, str]) -> Iterator[str]:
             there = room(name)
             if name.split(".")[0] not in ("megadpo", "tools") or "megadpo" in (here, there) or there == "__version__":
                 continue
-            if FLOOR[there] > FLOOR[here] or (here, there) in STRANGERS:
+            stranger = (here, there) in STRANGERS and not any(within(name, shared) for shared in SHARED)
+            if FLOOR[there] > FLOOR[here] or stranger:
                 yield f"{module} imports {name}"
 
 
@@ -207,14 +208,11 @@ def test_pure_modules_import_torch_only() -> None:
 @pytest.mark.parametrize(
     ("module", "text", "offence"),
     [
-        (
-            "megadpo.runtime.device",
-            "from megadpo.runtime.parallel_state import build",
-            "megadpo.runtime.parallel_state.build",
-        ),
+        ("megadpo.runtime.device", "from megadpo.data.batch import join", "megadpo.data.batch.join"),
         ("megadpo.data.batch", "import megadpo.models.policy", "megadpo.models.policy"),
-        ("megadpo.trainer", "from tools.train import main", "tools.train.main"),
-        ("megadpo.loss.preference", "def f():\n    from megadpo import trainer", "megadpo.trainer"),
+        ("megadpo.models.policy", "import megadpo.data.batch", "megadpo.data.batch"),
+        ("megadpo.config.schema", "from tools.train import main", "tools.train.main"),
+        ("megadpo.loss.preference", "def f():\n    from megadpo import forward_step", "megadpo.forward_step"),
     ],
 )
 def test_an_upward_import_is_found(module: str, text: str, offence: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadpo.attention_plan import AttentionPlan
 from megadpo.models.attention import MicrobatchAttention, PlanAttention
+from megadpo.models.attention_plan import AttentionPlan
 from megadpo.models.rotary import RotaryTable, rotate
 from megadpo.models.sdpa import sdpa_attend
 from megadpo.models.segments import Segments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadpo.attention_plan import AttentionPlan, Segment
+from megadpo.models.attention_plan import AttentionPlan, Segment
 
 
 def num_keys(segment: Segment) -> int:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.batch import PreferenceBatch, build_batch, stream_length
 from megadpo.data.tokenization import TokenizedPair
+from megadpo.models.attention_plan import AttentionPlan, Segment
 from tests.helpers.plans import packed_plan
 
 

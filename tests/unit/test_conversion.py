@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from megadpo.errors import ConversionError
-from megadpo.export import export_model
+from megadpo.models.conversion.export import export_model
 from megadpo.models.conversion.load_save import (
     check_hf_weights,
     export_hf_weights,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from megadpo import __version__
-from megadpo.export import model_card
+from megadpo.models.conversion.export import model_card
 
 SETTINGS = "loss:\n  beta: 0.1\ntrain:\n  global_batch_size: 4\n"
 

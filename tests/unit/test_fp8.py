@@ -17,10 +17,10 @@ from megadpo.config.compose import compose_config, config_from_yaml
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import ConfigError
-from megadpo.fp8_recipes import default_format, feature_multiple, token_multiple
 from megadpo.models import fp8 as fp8_module
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
 from megadpo.models.fp8_emulation import AmaxHistory, rounded
+from megadpo.models.fp8_recipes import default_format, feature_multiple, token_multiple
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
 from megadpo.runtime.device import Device

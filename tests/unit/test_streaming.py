@@ -24,7 +24,7 @@ from megadpo.models.conversion.dcp import BoxReader, LazyBox, save_lazily
 from megadpo.models.conversion.mapping import cut_rows, fill_shard, shard_plans
 from megadpo.models.conversion.stored import Box, HFBlock, stored_parameters, stored_problems
 from megadpo.models.conversion.streaming import Worker, for_each_stored_block, store_hf_weights
-from megadpo.models.conversion.work import ByteBudget, in_threads, shares
+from megadpo.models.conversion.threads import ByteBudget, in_threads, shares
 from megadpo.models.hf_config import read_architecture
 from tests.helpers.no_room import largest_file
 from tests.helpers.safetensors_files import write_safetensors

@@ -13,12 +13,12 @@ import torch
 
 from bench.ablations import Ablation
 from megadpo.assembly import build_reference
-from megadpo.attention_plan import AttentionPlan, Segment
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.forward_step import SequenceLogProbs
 from megadpo.loss.logprobs import TokenScores
+from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.policy import ResponseHead
 from megadpo.reference import CachedReference, Reference
 

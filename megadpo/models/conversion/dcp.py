@@ -34,7 +34,7 @@ from torch.futures import Future
 
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.stored import Box
-from megadpo.models.conversion.work import in_threads, shares
+from megadpo.models.conversion.threads import in_threads, shares
 from megadpo.runtime.files import writing
 from megadpo.runtime.pickles import only_data
 

@@ -23,7 +23,7 @@ from megadpo.models.conversion.stored import (
     StoredParameter,
     stored_parameters,
 )
-from megadpo.models.conversion.work import ByteBudget, in_threads, shares
+from megadpo.models.conversion.threads import ByteBudget, in_threads, shares
 from megadpo.models.hf_config import Architecture
 
 # What a process's threads hold of a checkpoint's boxes together; a larger box is held alone.
