@@ -26,7 +26,8 @@ from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised
-from megadpo.optimizer import LearningRate, Policy, build_optimizer, wrap_data_parallel
+from megadpo.optimizer.build import Policy, build_optimizer, wrap_data_parallel
+from megadpo.optimizer.schedule import LearningRate
 from megadpo.reference import NoReference, OffloadedReference, Reference, ResidentReference
 from megadpo.reference.key import CacheKey, cache_key, sampled_fingerprint
 from megadpo.runtime.collectives import gather_rows, on_every

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint import CheckpointException
 from megadpo.checkpoint_files import HF_DIRECTORY, stored_vocab_size
 from megadpo.checkpoint_writer import METADATA, causes_of, raise_own
 from megadpo.errors import CheckpointError, MegaDPOError, listing
-from megadpo.host_optimizer import HostOptimizer
 from megadpo.manifest import find_damage
-from megadpo.optimizer import distributed_optimizers
+from megadpo.optimizer.build import distributed_optimizers
+from megadpo.optimizer.host_offload import HostOptimizer
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.pickles import only_data
 from megadpo.runtime.rank_logging import get_logger

@@ -40,7 +40,7 @@ from megadpo.checkpoint_writer import METADATA, CheckpointWriter, nothing_left, 
 from megadpo.errors import CheckpointError
 from megadpo.manifest import FileDigest, digest_files, write_manifest
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
-from megadpo.optimizer import distributed_optimizers, gather_weights
+from megadpo.optimizer.build import distributed_optimizers, gather_weights
 from megadpo.removals import Removals
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import flush_directory, write_durably, writing

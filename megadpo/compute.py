@@ -18,7 +18,7 @@ from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.kernels import choose_attention
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.varlen import why_not_varlen
-from megadpo.optimizer import DataParallelOptions, OptimizerOptions, adam_package, why_not_fused_adam
+from megadpo.optimizer.build import DataParallelOptions, OptimizerOptions, adam_package, why_not_fused_adam
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger

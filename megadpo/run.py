@@ -31,7 +31,7 @@ from megadpo.model_source import ModelSource, model_source, resolve_model
 from megadpo.models.conversion.export import export_model, model_card
 from megadpo.models.conversion.side_files import read_side_files
 from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.optimizer import Policy, gather_weights
+from megadpo.optimizer.build import Policy, gather_weights
 from megadpo.reference import Reference, ResidentReference
 from megadpo.reference_cache import build_cached_reference, check_starting_policy
 from megadpo.resume import find_starting_point, keep_beginning

@@ -23,7 +23,7 @@ from megadpo.health_log import HealthLog
 from megadpo.margin_check import margin_errors
 from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
-from megadpo.optimizer import Policy, gather_weights, set_hyperparameters
+from megadpo.optimizer.build import Policy, gather_weights, set_hyperparameters
 from megadpo.rank_places import RankPlaces
 from megadpo.reference import Reference, ResidentReference
 from megadpo.replicas import check_finite, check_replicas

@@ -19,11 +19,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
 from megadpo.forward_step import preference_statistics, run_schedule
-from megadpo.guarded_update import guarded_update
 from megadpo.loss.logprobs import TokenScores
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.metrics.reduction import add_sums
 from megadpo.models.fp8_emulation import kept_scales
+from megadpo.optimizer.guarded_update import guarded_update
 from megadpo.reference import Reference
 from megadpo.runtime.device import Device, Mark, Span
 

@@ -22,7 +22,7 @@ from megadpo.loss.preference import SUMS
 from megadpo.metrics.flops import achieved_flops
 from megadpo.metrics.reduction import Metric, Reduction, preference_means, reduce_metrics
 from megadpo.metrics.trackers import Tracker
-from megadpo.optimizer import LearningRate
+from megadpo.optimizer.schedule import LearningRate
 from megadpo.reference import Reference
 from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import Device, Span

@@ -11,7 +11,7 @@ from megadpo.data.loader import BatchShape
 from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
-from megadpo.optimizer import OptimizerOptions
+from megadpo.optimizer.build import OptimizerOptions
 from megadpo.runtime.gpus import Card
 
 

@@ -18,7 +18,7 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
-from megadpo.optimizer import wrap_data_parallel
+from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.planner.job import Job, PairLengths
 from megadpo.planner.meter import LiveBytes
 from megadpo.planner.shards import model_options

@@ -11,7 +11,7 @@ from megadpo.models.builder import build_model, is_split
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
-from megadpo.optimizer import wrap_data_parallel
+from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.planner.job import Job, Layout
 from megadpo.runtime.device import planning_device
 from megadpo.runtime.parallel_state import ParallelState, imagined_parallel_state

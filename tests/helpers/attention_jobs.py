@@ -14,7 +14,7 @@ from megadpo.forward_step import sum_log_probs
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
-from megadpo.optimizer import wrap_data_parallel
+from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.varlen_kernels import torch_2_12

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-import megadpo.optimizer
+import megadpo.optimizer.build
 import megadpo.run_loop
 import megadpo.session
 import megadpo.train_step
 from megadpo.errors import MegaDPOError
 from megadpo.models.fp8_emulation import EmulatedLinear
-from megadpo.optimizer import distributed_optimizers, gather_weights
+from megadpo.optimizer.build import distributed_optimizers, gather_weights
 from megadpo.train_step import StepResult, train_step
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train

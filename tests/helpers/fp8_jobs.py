@@ -28,7 +28,7 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised, without_fp8
-from megadpo.optimizer import build_optimizer, set_hyperparameters, wrap_data_parallel
+from megadpo.optimizer.build import build_optimizer, set_hyperparameters, wrap_data_parallel
 from megadpo.reference import ResidentReference
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed

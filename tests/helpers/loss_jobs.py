@@ -16,7 +16,7 @@ from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
-from megadpo.optimizer import build_optimizer, set_hyperparameters, wrap_data_parallel
+from megadpo.optimizer.build import build_optimizer, set_hyperparameters, wrap_data_parallel
 from megadpo.reference import NoReference, Reference, ResidentReference
 from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import megatron_device, select_device

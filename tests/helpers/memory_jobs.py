@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import megadpo.checkpoint
 import megadpo.compute
-import megadpo.optimizer
+import megadpo.optimizer.build
 import megadpo.run
 import megadpo.train_step
 from megadpo.checkpoint_saver import CheckpointSaver
@@ -26,7 +26,7 @@ from megadpo.forward_step import sum_log_probs
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions, Recompute
-from megadpo.optimizer import wrap_data_parallel
+from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fused_adam_installed import fused_adam_installed

@@ -25,7 +25,7 @@ from megadpo.checkpoint_saver import CheckpointSaver
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import parse_architecture
 from megadpo.models.options import ModelOptions
-from megadpo.optimizer import Policy, build_optimizer, distributed_optimizers, wrap_data_parallel
+from megadpo.optimizer.build import Policy, build_optimizer, distributed_optimizers, wrap_data_parallel
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
 from megadpo.runtime.rank_logging import silence_libraries

@@ -31,7 +31,7 @@ from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised, without_fp8
-from megadpo.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
+from megadpo.optimizer.build import build_optimizer, distributed_optimizers, wrap_data_parallel
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, captured_log, start_each

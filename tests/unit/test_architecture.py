@@ -17,16 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {
-        "errors",
-        "health_history",
-        "host_optimizer",
-        "loss",
-        "program",
-        "score_summary",
-        "sliced_optimizer",
-        "stragglers",
-    },
+    {"errors", "health_history", "loss", "program", "score_summary", "stragglers"},
     {"first_step", "health_rules", "runtime"},
     {
         "checkpoint_files",
@@ -40,7 +31,7 @@ FLOORS = [
         "score_files",
         "stopping",
     },
-    {"checkpoint_writer", "guarded_update", "health_log", "models"},
+    {"checkpoint_writer", "health_log", "models"},
     {"checkpoint", "data", "replicas"},
     {"checkpoint_saver", "config", "forward_step", "planner"},
     {"compute", "datasets", "model_source", "reference", "same_run"},
@@ -75,9 +66,6 @@ HOMES = {
         "megadpo.runtime",
         "megadpo.models",
         "megadpo.optimizer",
-        "megadpo.guarded_update",
-        "megadpo.host_optimizer",
-        "megadpo.sliced_optimizer",
         "megadpo.planner",
         "megadpo.forward_step",
         "megadpo.train_step",

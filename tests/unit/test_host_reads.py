@@ -50,6 +50,8 @@ def test_a_step_that_does_not_log_reads_nothing_of_ours(tmp_path: Path) -> None:
     ]
     ((silent, logged),) = launch(1, host_reads_of_a_step, words, 2)
     (norm,) = (place for place, file in enumerate(silent) if "clip_grads.py" in file)
-    assert "/megadpo/guarded_update.py:" in silent[norm + 1]  # queued before the norm, so that nobody waits for it
+    assert (
+        "/megadpo/optimizer/guarded_update.py:" in silent[norm + 1]
+    )  # queued before the norm, so that nobody waits for it
     assert [file for file in silent if "/megadpo/" in file] == [silent[norm + 1]]
     assert any("/megadpo/metrics/reduction.py" in file for file in logged)

@@ -16,7 +16,7 @@ from megadpo.config.compose import config_from_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import ConfigError
-from megadpo.optimizer import DataParallelOptions, OptimizerOptions
+from megadpo.optimizer.build import DataParallelOptions, OptimizerOptions
 from megadpo.runtime.device import Device
 from tests.helpers.fused_adam import FusedAdam
 

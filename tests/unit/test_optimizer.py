@@ -15,7 +15,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from megadpo.optimizer import LearningRate, set_hyperparameters
+from megadpo.optimizer.build import set_hyperparameters
+from megadpo.optimizer.schedule import LearningRate
 
 PEAK = 3e-4
 

@@ -21,7 +21,7 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import ConfigError
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import PipelineSplit, Recompute
-from megadpo.optimizer import OptimizerOptions
+from megadpo.optimizer.build import OptimizerOptions
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths, make_plan
 from megadpo.planner.cost import step_load, step_traffic
 from megadpo.planner.memory import stage_memory

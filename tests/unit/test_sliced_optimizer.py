@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megadpo.sliced_optimizer import _boxes, boxes_of_slice
+from megadpo.optimizer.sliced_state import _boxes, boxes_of_slice
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 

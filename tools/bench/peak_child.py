@@ -21,7 +21,7 @@ from megadpo.models.builder import build_model
 from megadpo.models.hf_config import Architecture, parse_architecture
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.policy import PolicyModel
-from megadpo.optimizer import DataParallelOptions, build_optimizer, wrap_data_parallel
+from megadpo.optimizer.build import DataParallelOptions, build_optimizer, wrap_data_parallel
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 from megadpo.planner.meter import LiveBytes
 from megadpo.reference import ResidentReference

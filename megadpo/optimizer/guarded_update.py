@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megadpo.optimizer import distributed_optimizers
+from megadpo.optimizer.build import distributed_optimizers
 from megadpo.runtime.collectives import largest_over_ranks
 from megadpo.runtime.device import to_device
 

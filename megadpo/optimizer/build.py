@@ -1,4 +1,4 @@
-"""Megatron's distributed AdamW over this rank's model chunks, and the learning-rate schedule."""
+"""Megatron's distributed AdamW over this rank's model chunks."""
 
 from __future__ import annotations
 
@@ -21,37 +21,11 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.host_optimizer import HostOptimizer
+from megadpo.optimizer.host_offload import HostOptimizer
+from megadpo.optimizer.sliced_state import SlicedOptimizer
 from megadpo.runtime.device import Device
-from megadpo.sliced_optimizer import SlicedOptimizer
 
 _WANTED_OF_FUSED_ADAM = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")
-
-
-@dataclass(frozen=True, slots=True)
-class LearningRate:
-    """The learning rate of every step, as a function of the number of updates done before it (TRL's convention)."""
-
-    peak: float
-    minimum: float
-    schedule: str
-    warmup_steps: int
-    total_steps: int
-
-    def after(self, steps_done: int) -> float:
-        """Learning rate of the update that follows `steps_done` others.
-
-        Linear warm-up from 0 over `warmup_steps`, then constant, linear or cosine decay to `minimum` at `total_steps`.
-        """
-        if steps_done < self.warmup_steps:
-            return self.peak * steps_done / self.warmup_steps
-        if self.schedule == "constant":
-            return self.peak
-        progress = (steps_done - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        remaining = 1.0 - min(1.0, progress)
-        if self.schedule == "cosine":
-            remaining = 0.5 * (1.0 + math.cos(math.pi * (1.0 - remaining)))
-        return self.minimum + (self.peak - self.minimum) * remaining
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
