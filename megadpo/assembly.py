@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megadpo.checkpoint import load_checkpoint, load_weights
-from megadpo.checkpoint_files import stored_dtype
+from megadpo.checkpoint.directory import stored_dtype
+from megadpo.checkpoint.state import load_checkpoint, load_weights
 from megadpo.compute import data_parallel_options, fp8_settings, model_options, optimizer_options, torch_dtype
 from megadpo.config.choices import Dtype, ReferenceMode
 from megadpo.config.reference_rules import LIVE

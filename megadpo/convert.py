@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.checkpoint import NOT_WEIGHTS, WEIGHTS_FROM, check_fitting, check_undamaged, check_vocabulary, readable
-from megadpo.checkpoint_files import (
+from megadpo.checkpoint.directory import (
     HF_DIRECTORY,
     ImportedModel,
     is_trained,
@@ -27,7 +26,15 @@ from megadpo.checkpoint_files import (
     stored_dtype,
     trained_setting,
 )
-from megadpo.checkpoint_saver import save_imported
+from megadpo.checkpoint.saver import save_imported
+from megadpo.checkpoint.state import (
+    NOT_WEIGHTS,
+    WEIGHTS_FROM,
+    check_fitting,
+    check_undamaged,
+    check_vocabulary,
+    readable,
+)
 from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megadpo.checkpoint_files import HF_DIRECTORY, find_checkpoint, is_trained, read_training_state
+from megadpo.checkpoint.directory import HF_DIRECTORY, find_checkpoint, is_trained, read_training_state
 from megadpo.config.schema import Config, ModelConfig
 
 # The name that conf/model/hf.yaml gives to every model.

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megadpo.checkpoint import check_undamaged, damage_of
-from megadpo.checkpoint_files import (
+from megadpo.checkpoint.directory import (
     HF_DIRECTORY,
     TrainingState,
     find_checkpoint,
@@ -23,12 +22,13 @@ from megadpo.checkpoint_files import (
     step_directories,
     step_directory,
 )
+from megadpo.checkpoint.manifest import OTHER_FORMAT
+from megadpo.checkpoint.state import check_undamaged, damage_of
 from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict
 from megadpo.config.schema import Config
 from megadpo.data.loader import Cursor
 from megadpo.errors import CheckpointError, listing
-from megadpo.manifest import OTHER_FORMAT
 from megadpo.program import package_versions
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import writing

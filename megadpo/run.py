@@ -18,7 +18,7 @@ from megadpo.assembly import (
     reference_fingerprint,
     refers_to_start,
 )
-from megadpo.checkpoint import load_reference
+from megadpo.checkpoint.state import load_reference
 from megadpo.compute import announce, torch_dtype
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import config_to_yaml, resolve_defaults

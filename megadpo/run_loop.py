@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megadpo.assembly import build_loss, health_facts, loop_settings
 from megadpo.bad_steps import BadSteps
-from megadpo.checkpoint_files import Retention, keep_evaluation
-from megadpo.checkpoint_saver import CheckpointSaver
+from megadpo.checkpoint.directory import Retention, keep_evaluation
+from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.compute import torch_dtype
 from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict

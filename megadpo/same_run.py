@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadpo.checkpoint_files import TrainingState
+from megadpo.checkpoint.directory import TrainingState
 from megadpo.config.choices import ResumeChange
 from megadpo.config.schema import show
 from megadpo.errors import CheckpointError, listing

@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from megadpo.assembly import batch_shape
-from megadpo.checkpoint import WEIGHTS_FROM, load_weights, readable
-from megadpo.checkpoint_files import HF_DIRECTORY, stored_dtype
+from megadpo.checkpoint.directory import HF_DIRECTORY, stored_dtype
+from megadpo.checkpoint.state import WEIGHTS_FROM, load_weights, readable
 from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.convert import at_work, open_weights

@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import tests.conftest  # noqa: F401 - one thread a process and no network, as in all tests
-from megadpo.checkpoint_files import step_directories
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.directory import step_directories
+from megadpo.checkpoint.manifest import find_damage
 from tests.helpers.launch import Rank, launch, start_ranks
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_bit_equal, write_jsonl

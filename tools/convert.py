@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadpo.checkpoint_files import find_checkpoint
+from megadpo.checkpoint.directory import find_checkpoint
 from megadpo.command_line import run_tool
 from megadpo.config.choices import DeviceKind, Dtype
 from megadpo.errors import ConfigError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadpo.manifest import write_manifest
+from megadpo.checkpoint.manifest import write_manifest
 from tests.helpers.conversion_jobs import compare, export_hf, import_hf, import_hf_without_room
 from tests.helpers.hostile import HOSTILE
 from tests.helpers.jobs import train, train_while_a_directory_vanishes

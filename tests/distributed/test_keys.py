@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.checkpoint_files import list_checkpoints, read_training_state, step_of
+from megadpo.checkpoint.directory import list_checkpoints, read_training_state, step_of
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.logprob_jobs import train_and_measure_chunks

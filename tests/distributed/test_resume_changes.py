@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint_files import list_checkpoints, read_training_state
+from megadpo.checkpoint.directory import list_checkpoints, read_training_state
 from tests.helpers.fault_jobs import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs

@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megadpo.checkpoint_files import list_checkpoints
+from megadpo.checkpoint.directory import list_checkpoints
 from tests.helpers.cluster import SBATCH, environment, free_port, start_node, write_slurm
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch

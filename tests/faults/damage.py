@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadpo.manifest import MANIFEST, write_manifest
+from megadpo.checkpoint.manifest import MANIFEST, write_manifest
 
 SHARD = "__0_0.distcp"
 _OTHER_BYTES = "holds other bytes than were written"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint_files import list_checkpoints
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.directory import list_checkpoints
+from megadpo.checkpoint.manifest import find_damage
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch, start_ranks
 from tests.helpers.pairs import make_pairs

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.manifest import find_damage
 from tests.faults.damage import DAMAGES, Damage
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, export_each, start_each
 from tests.helpers.launch import launch

@@ -15,9 +15,9 @@ import pytest
 from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.checkpoint import readable
+from megadpo.checkpoint.manifest import MANIFEST, find_damage
+from megadpo.checkpoint.state import readable
 from megadpo.errors import CheckpointError
-from megadpo.manifest import MANIFEST, find_damage
 from tests.helpers import loading_jobs
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch, start_ranks
@@ -113,7 +113,7 @@ def test_sizes_decide_before_contents_are_read(unexported: Path, monkeypatch: py
     checkpoint = unexported / "checkpoints" / LAST
     read: list[str] = []
     digest_of = loading_jobs.digest_of
-    monkeypatch.setattr("megadpo.manifest.digest_of", lambda path: read.append(path.name) or digest_of(path))
+    monkeypatch.setattr("megadpo.checkpoint.manifest.digest_of", lambda path: read.append(path.name) or digest_of(path))
     size = (checkpoint / "hf" / "config.json").stat().st_size
     (checkpoint / "hf" / "config.json").write_text("{}")
     changed = f"hf/config.json has 2 bytes, {size} were written"

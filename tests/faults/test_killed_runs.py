@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadpo.checkpoint_files import step_directories, step_directory, step_of
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.directory import step_directories, step_directory, step_of
+from megadpo.checkpoint.manifest import find_damage
 from tests.faults.doomed import train_and_die
 from tests.helpers.cluster import LAUNCH, environment, free_port
 from tests.helpers.jobs import train

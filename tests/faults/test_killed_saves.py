@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from megadpo.checkpoint_files import find_checkpoint, list_checkpoints, step_directories, step_directory, step_of
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.directory import find_checkpoint, list_checkpoints, step_directories, step_directory, step_of
+from megadpo.checkpoint.manifest import find_damage
 from tests.helpers.launch import CONTEXT, Rank, start_ranks
 from tests.helpers.saving_jobs import KEPT, save_until_killed
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.checkpoint_files import list_checkpoints
-from megadpo.manifest import find_damage
+from megadpo.checkpoint.directory import list_checkpoints
+from megadpo.checkpoint.manifest import find_damage
 from megadpo.rank_places import STUCK
 from megadpo.runtime.device import host_copy
 from tests.helpers.launch import launch, start_ranks

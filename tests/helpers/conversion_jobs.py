@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from megadpo import checkpoint, scoring
-from megadpo.checkpoint import load_weights
-from megadpo.checkpoint_files import find_checkpoint
-from megadpo.checkpoint_writer import METADATA
+from megadpo import scoring
+from megadpo.checkpoint import state as checkpoint
+from megadpo.checkpoint.directory import find_checkpoint
+from megadpo.checkpoint.state import load_weights
+from megadpo.checkpoint.writer import METADATA
 from megadpo.config.choices import Dtype
 from megadpo.config.compose import compose_config
 from megadpo.convert import export_checkpoint, import_model

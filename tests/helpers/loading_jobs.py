@@ -10,9 +10,9 @@ from unittest import mock
 
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-import megadpo.manifest
+import megadpo.checkpoint.manifest
+from megadpo.checkpoint.manifest import FileDigest, digest_of
 from megadpo.errors import MegaDPOError
-from megadpo.manifest import FileDigest, digest_of
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 
@@ -25,7 +25,7 @@ def train_unable_to_read(overrides: list[str], rank: int, name: str) -> tuple[st
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return digest_of(path, **options)
 
-    with captured_log() as lines, mock.patch.object(megadpo.manifest, "digest_of", read):
+    with captured_log() as lines, mock.patch.object(megadpo.checkpoint.manifest, "digest_of", read):
         return _refusal(overrides), lines
 
 

@@ -14,12 +14,12 @@ import torch
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-import megadpo.checkpoint
+import megadpo.checkpoint.state
 import megadpo.compute
 import megadpo.optimizer.build
 import megadpo.run
 import megadpo.train_step
-from megadpo.checkpoint_saver import CheckpointSaver
+from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.forward_step import sum_log_probs

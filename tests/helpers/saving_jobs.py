@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 
-from megadpo import checkpoint_writer
-from megadpo.checkpoint import damage_of, load_checkpoint
-from megadpo.checkpoint_files import Retention, list_checkpoints, step_directories, step_of
-from megadpo.checkpoint_saver import CheckpointSaver
+from megadpo.checkpoint import writer as checkpoint_writer
+from megadpo.checkpoint.directory import Retention, list_checkpoints, step_directories, step_of
+from megadpo.checkpoint.saver import CheckpointSaver
+from megadpo.checkpoint.state import damage_of, load_checkpoint
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import parse_architecture
 from megadpo.models.options import ModelOptions

@@ -18,8 +18,9 @@ from unittest import mock
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megadpo import checkpoint_saver, checkpoint_writer
-from megadpo.checkpoint_files import list_checkpoints, step_of
+from megadpo.checkpoint import saver as checkpoint_saver
+from megadpo.checkpoint import writer as checkpoint_writer
+from megadpo.checkpoint.directory import list_checkpoints, step_of
 from megadpo.errors import CheckpointError
 from megadpo.rank_places import RankPlaces
 from tests.helpers.fault_jobs import captured_log

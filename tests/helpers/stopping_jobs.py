@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 import megadpo.train_step
-from megadpo.checkpoint_saver import CheckpointSaver
+from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.errors import Stopped
 from megadpo.forward_step import run_schedule
 from megadpo.reference import ResidentReference

@@ -18,13 +18,13 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megadpo.assembly import batch_shape
-from megadpo.checkpoint import load_checkpoint, load_reference, load_weights, model_state
-from megadpo.checkpoint_files import TRAINED
-from megadpo.checkpoint_writer import METADATA
+from megadpo.checkpoint.directory import TRAINED
+from megadpo.checkpoint.manifest import write_manifest
+from megadpo.checkpoint.state import load_checkpoint, load_reference, load_weights, model_state
+from megadpo.checkpoint.writer import METADATA
 from megadpo.data.loader import BatchBuilder
 from megadpo.errors import ConfigError
 from megadpo.forward_step import score
-from megadpo.manifest import write_manifest
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.fp8 import Fp8
 from megadpo.models.hf_config import read_architecture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megadpo.checkpoint_files import TrainingState
+from megadpo.checkpoint.directory import TrainingState
 
 _STATE = TrainingState(
     step=1,

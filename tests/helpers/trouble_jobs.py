@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-import megadpo.checkpoint_writer
+import megadpo.checkpoint.writer
 import megadpo.run
 import megadpo.run_loop
 from megadpo.errors import MegaDPOError
@@ -58,13 +58,13 @@ def train_with_room(overrides: list[str], free: int | None = None, largest: int 
 
 def train_on_a_slow_disk(overrides: list[str], seconds: float) -> str:
     """`train`, where every file of a checkpoint takes `seconds` longer to write than an update."""
-    write = megadpo.checkpoint_writer._write_file
+    write = megadpo.checkpoint.writer._write_file
 
     def slowly(*args: Any) -> Any:
         time.sleep(seconds)
         return write(*args)
 
-    with mock.patch.object(megadpo.checkpoint_writer, "_write_file", slowly):
+    with mock.patch.object(megadpo.checkpoint.writer, "_write_file", slowly):
         return train(overrides)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint_files import step_directory
+from megadpo.checkpoint.directory import step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.model_source import resolve_model

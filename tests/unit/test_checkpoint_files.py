@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.checkpoint_files import (
+from megadpo.checkpoint.directory import (
     ImportedModel,
     Retention,
     find_checkpoint,
@@ -23,9 +23,9 @@ from megadpo.checkpoint_files import (
     stored_vocab_size,
     trained_setting,
 )
+from megadpo.checkpoint.manifest import find_damage, write_manifest
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
-from megadpo.manifest import find_damage, write_manifest
 from megadpo.model_source import model_source, resolve_model
 from megadpo.run_loop import RunLoop
 from tests.helpers.training_states import training_state

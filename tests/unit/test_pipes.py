@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint import readable
+from megadpo.checkpoint.state import readable
 from megadpo.errors import CheckpointError, ConversionError
 from megadpo.models.hf_config import read_architecture
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.removals import Removals
+from megadpo.checkpoint.removals import Removals
 
 
 def test_each_directory_is_removed_once(

@@ -26,8 +26,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench.peak_child import PeakCase, Training, case_of_sizes, seconds_of
-from megadpo.checkpoint_files import Retention, TrainingState
-from megadpo.checkpoint_saver import CheckpointSaver
+from megadpo.checkpoint.directory import Retention, TrainingState
+from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.runtime.rank_logging import configure_logging, silence_libraries

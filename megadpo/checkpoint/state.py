@@ -19,10 +19,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.checkpoint_files import HF_DIRECTORY, stored_vocab_size
-from megadpo.checkpoint_writer import METADATA, causes_of, raise_own
+from megadpo.checkpoint.directory import HF_DIRECTORY, stored_vocab_size
+from megadpo.checkpoint.manifest import find_damage
+from megadpo.checkpoint.writer import METADATA, causes_of, raise_own
 from megadpo.errors import CheckpointError, MegaDPOError, listing
-from megadpo.manifest import find_damage
 from megadpo.optimizer.build import distributed_optimizers
 from megadpo.optimizer.host_offload import HostOptimizer
 from megadpo.runtime.collectives import on_main

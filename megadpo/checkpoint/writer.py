@@ -30,8 +30,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
+from megadpo.checkpoint.manifest import FileDigest, digest_of
 from megadpo.errors import CheckpointError, MegaDPOError
-from megadpo.manifest import FileDigest, digest_of
 from megadpo.runtime.collectives import on_every, on_main
 from megadpo.runtime.device import host_copy
 from megadpo.runtime.files import writing

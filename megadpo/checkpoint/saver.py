@@ -25,8 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.checkpoint import model_state, reference_state, renew_main_weights
-from megadpo.checkpoint_files import (
+from megadpo.checkpoint.directory import (
     HF_DIRECTORY,
     IMPORTED,
     LATEST,
@@ -36,12 +35,13 @@ from megadpo.checkpoint_files import (
     TrainingState,
     step_directory,
 )
-from megadpo.checkpoint_writer import METADATA, CheckpointWriter, nothing_left, writable
+from megadpo.checkpoint.manifest import FileDigest, digest_files, write_manifest
+from megadpo.checkpoint.removals import Removals
+from megadpo.checkpoint.state import model_state, reference_state, renew_main_weights
+from megadpo.checkpoint.writer import METADATA, CheckpointWriter, nothing_left, writable
 from megadpo.errors import CheckpointError
-from megadpo.manifest import FileDigest, digest_files, write_manifest
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.optimizer.build import distributed_optimizers, gather_weights
-from megadpo.removals import Removals
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import flush_directory, write_durably, writing
 from megadpo.runtime.rank_logging import get_logger, global_rank
