@@ -16,7 +16,7 @@ from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.errors import ConfigError
 from megadpo.first_step import NoPreference
-from megadpo.health_history import RunFacts
+from megadpo.health.history import RunFacts
 from megadpo.loss.preference import LOSSES, PreferenceLoss
 from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model

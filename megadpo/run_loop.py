@@ -19,14 +19,14 @@ from megadpo.data.loader import GlobalBatch, TrainingData
 from megadpo.datasets import Datasets
 from megadpo.errors import MegaDPOError, TrainingError
 from megadpo.evaluation import evaluate
-from megadpo.health_log import HealthLog
+from megadpo.health.log import HealthLog
+from megadpo.health.replicas import check_finite, check_replicas
+from megadpo.health.watchdog import RankPlaces
 from megadpo.margin_check import margin_errors
 from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer.build import Policy, gather_weights, set_hyperparameters
-from megadpo.rank_places import RankPlaces
 from megadpo.reference import Reference, ResidentReference
-from megadpo.replicas import check_finite, check_replicas
 from megadpo.resume import StartingPoint
 from megadpo.runtime.collectives import own_store
 from megadpo.runtime.progress import TrainingProgress

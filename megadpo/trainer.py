@@ -17,6 +17,7 @@ from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.errors import TrainingError
 from megadpo.first_step import NoPreference, check_no_preference
+from megadpo.health.stragglers import Busy, StragglerWatch
 from megadpo.interval import Interval
 from megadpo.loss.preference import SUMS
 from megadpo.metrics.flops import achieved_flops
@@ -28,7 +29,6 @@ from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import Device, Span
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.stragglers import Busy, StragglerWatch
 from megadpo.train_step import StepResult
 
 logger = get_logger(__name__)

@@ -10,7 +10,7 @@ import torch
 
 from megadpo.checkpoint.directory import list_checkpoints
 from megadpo.checkpoint.manifest import find_damage
-from megadpo.rank_places import STUCK
+from megadpo.health.watchdog import STUCK
 from megadpo.runtime.device import host_copy
 from tests.helpers.launch import launch, start_ranks
 from tests.helpers.pairs import make_pairs

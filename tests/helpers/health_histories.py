@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megadpo.health_history import RunFacts
+from megadpo.health.history import RunFacts
 
 BETA = 0.1
 FACTS = RunFacts(

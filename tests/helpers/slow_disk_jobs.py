@@ -22,7 +22,7 @@ from megadpo.checkpoint import saver as checkpoint_saver
 from megadpo.checkpoint import writer as checkpoint_writer
 from megadpo.checkpoint.directory import list_checkpoints, step_of
 from megadpo.errors import CheckpointError
-from megadpo.rank_places import RankPlaces
+from megadpo.health.watchdog import RankPlaces
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 from tests.helpers.saving_jobs import begin_save, tiny_saver

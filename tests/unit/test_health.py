@@ -17,10 +17,10 @@ import torch
 
 from megadpo.assembly import build_loss, health_facts
 from megadpo.config.compose import compose_config
-from megadpo.health import Change, Health
-from megadpo.health_history import RunFacts
-from megadpo.health_log import HealthLog
-from megadpo.health_rules import RULES
+from megadpo.health.hints import Change, Health
+from megadpo.health.history import RunFacts
+from megadpo.health.log import HealthLog
+from megadpo.health.rules import RULES
 from megadpo.interval import Interval
 from megadpo.metrics.trackers import open_trackers
 from megadpo.train_step import StepResult

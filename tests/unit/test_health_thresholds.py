@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megadpo import health_rules as rules
-from megadpo.health_history import LONG_WINDOW, TRAINED_PAIRS, History, RunFacts, read_line
+from megadpo.health import rules
+from megadpo.health.history import LONG_WINDOW, TRAINED_PAIRS, History, RunFacts, read_line
 from tests.helpers.health_histories import FACTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "health.md"

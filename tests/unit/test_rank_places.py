@@ -10,12 +10,12 @@ from datetime import timedelta
 
 import pytest
 
-from megadpo.rank_places import STUCK, Place, RankPlaces, silent_ranks, tell_places
+from megadpo.health.watchdog import STUCK, Place, RankPlaces, silent_ranks, tell_places
 
 PROGRAM = """
 import sys, threading, time
 from megadpo.runtime.rank_logging import configure_logging
-from megadpo.rank_places import RankPlaces
+from megadpo.health.watchdog import RankPlaces
 from tests.unit.test_rank_places import Shelf, tell_as
 
 configure_logging()
@@ -32,7 +32,7 @@ with RankPlaces(shelf, rank=0, world=2, patience_s=0.4) as places:
 
 IN_TIME = """
 import time
-from megadpo.rank_places import RankPlaces
+from megadpo.health.watchdog import RankPlaces
 from tests.unit.test_rank_places import Shelf
 
 with RankPlaces(Shelf(), rank=0, world=1, patience_s=4.0) as places:
@@ -118,8 +118,8 @@ def test_the_first_that_is_not_silent_speaks() -> None:
 
 def test_a_store_that_does_not_answer_keeps_nobody() -> None:
     """It is in rank 0's process, which was stopped."""
-    frozen = "Shelf.check = lambda self, keys: threading.Event().wait()\nimport megadpo.rank_places\n"
-    frozen += "megadpo.rank_places._ANSWER_S = 0.5\nconfigure_logging()"
+    frozen = "Shelf.check = lambda self, keys: threading.Event().wait()\nimport megadpo.health.watchdog\n"
+    frozen += "megadpo.health.watchdog._ANSWER_S = 0.5\nconfigure_logging()"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.replace("configure_logging()", frozen), "stopped"],
         capture_output=True,

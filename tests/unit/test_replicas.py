@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.replicas import Held, bits_hash, odd_ones_out
+from megadpo.health.replicas import Held, bits_hash, odd_ones_out
 
 ODD = torch.arange(1, 128, 2)  # blocks of 64 words
 

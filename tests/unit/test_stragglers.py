@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megadpo.data.schedule import schedule_step
-from megadpo.stragglers import Busy, StragglerWatch
+from megadpo.health.stragglers import Busy, StragglerWatch
 
 
 def hear(watch: StragglerWatch, step: int, seconds: Sequence[float], *, data_s: float = 0.0, size: int = 1) -> str:

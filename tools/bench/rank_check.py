@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench.peak_child import PeakCase, Training, case_of_sizes, seconds_of
-from megadpo.replicas import bits_hashes, check_finite
+from megadpo.health.replicas import bits_hashes, check_finite
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.runtime.rank_logging import configure_logging, silence_libraries

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megadpo.health_history import BLOCK_PAIRS, WINDOW, History, RunFacts, read_line
-from megadpo.health_rules import RULES, Finding, Rule
+from megadpo.health.history import BLOCK_PAIRS, WINDOW, History, RunFacts, read_line
+from megadpo.health.rules import RULES, Finding, Rule
 
 _MOST_ROWS = 64
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median, stdev
 
-from megadpo.health_history import (
+from megadpo.health.history import (
     CLIPPED_UPDATES,
     LONG_WINDOW,
     SPIKE_LINES,

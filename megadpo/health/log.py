@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.errors import MegaDPOError
-from megadpo.health import Change, Health, Hint
-from megadpo.health_history import RunFacts
+from megadpo.health.hints import Change, Health, Hint
+from megadpo.health.history import RunFacts
 from megadpo.metrics.trackers import lines_up_to
 from megadpo.runtime.files import write_durably
 from megadpo.runtime.rank_logging import get_logger
