@@ -15,7 +15,6 @@ from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.errors import ConfigError
-from megadpo.first_step import NoPreference
 from megadpo.health.history import RunFacts
 from megadpo.loss.preference import LOSSES, PreferenceLoss
 from megadpo.model_source import ModelSource
@@ -34,7 +33,8 @@ from megadpo.runtime.collectives import gather_rows, on_every
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.trainer import LoopSettings
+from megadpo.train.first_step import NoPreference
+from megadpo.train.trainer import LoopSettings
 
 logger = get_logger(__name__)
 

@@ -43,7 +43,7 @@ from megadpo.runtime.files import write_durably, writing
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
 from megadpo.session import Session, open_session
-from megadpo.stopping import Launch, find_launch, forget_launch, note_launch
+from megadpo.setup.launch import Launch, find_launch, forget_launch, note_launch
 
 logger = get_logger(__name__)
 

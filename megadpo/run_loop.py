@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from megadpo.assembly import build_loss, health_facts, loop_settings
-from megadpo.bad_steps import BadSteps
 from megadpo.checkpoint.directory import Retention, keep_evaluation
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.compute import torch_dtype
@@ -18,11 +17,9 @@ from megadpo.config.compose import config_to_dict
 from megadpo.data.loader import GlobalBatch, TrainingData
 from megadpo.datasets import Datasets
 from megadpo.errors import MegaDPOError, TrainingError
-from megadpo.evaluation import evaluate
 from megadpo.health.log import HealthLog
 from megadpo.health.replicas import check_finite, check_replicas
 from megadpo.health.watchdog import RankPlaces
-from megadpo.margin_check import margin_errors
 from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer.build import Policy, gather_weights, set_hyperparameters
@@ -32,9 +29,12 @@ from megadpo.runtime.collectives import own_store
 from megadpo.runtime.progress import TrainingProgress
 from megadpo.runtime.rank_logging import get_logger, global_rank
 from megadpo.session import Session
-from megadpo.stopping import StopRequests
-from megadpo.train_step import StepResult, train_step
-from megadpo.trainer import Trainer
+from megadpo.train.evaluation import evaluate
+from megadpo.train.fp8_check import margin_errors
+from megadpo.train.skipped_steps import BadSteps
+from megadpo.train.stop_requests import StopRequests
+from megadpo.train.train_step import StepResult, train_step
+from megadpo.train.trainer import Trainer
 
 logger = get_logger(__name__)
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 import megadpo.run_loop
-from megadpo.train_step import StepResult, train_step
+from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.jobs import train
 
 

@@ -13,7 +13,7 @@ from tests.helpers.cluster import environment, free_port
 RANK = """
 import json, os, sys, time
 from pathlib import Path
-from megadpo.stopping import find_launch, note_launch
+from megadpo.setup.launch import find_launch, note_launch
 
 run_dir = Path(sys.argv[1])
 if os.environ["RANK"] == "0":

@@ -17,11 +17,11 @@ from megatron.core.distributed import DistributedDataParallel
 import megadpo.optimizer.build
 import megadpo.run_loop
 import megadpo.session
-import megadpo.train_step
+import megadpo.train.train_step
 from megadpo.errors import MegaDPOError
 from megadpo.models.fp8_emulation import EmulatedLinear
 from megadpo.optimizer.build import distributed_optimizers, gather_weights
-from megadpo.train_step import StepResult, train_step
+from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 
@@ -87,7 +87,10 @@ class _Plan:
 
     @contextmanager
     def carried_out(self) -> Iterator[None]:
-        finalize, statistics = megadpo.train_step.finalize_model_grads, megadpo.train_step.preference_statistics
+        finalize, statistics = (
+            megadpo.train.train_step.finalize_model_grads,
+            megadpo.train.train_step.preference_statistics,
+        )
 
         def finalize_badly(chunks: Sequence[DistributedDataParallel], *args: Any, **options: Any) -> None:
             for fault in self.due("before"):
@@ -106,8 +109,8 @@ class _Plan:
             return loss, sums, numbers_B5
 
         with (
-            mock.patch.object(megadpo.train_step, "finalize_model_grads", finalize_badly),
-            mock.patch.object(megadpo.train_step, "preference_statistics", infinite),
+            mock.patch.object(megadpo.train.train_step, "finalize_model_grads", finalize_badly),
+            mock.patch.object(megadpo.train.train_step, "preference_statistics", infinite),
         ):
             yield
 

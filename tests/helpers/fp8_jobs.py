@@ -20,7 +20,6 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import SequenceLogProbs, score
 from megadpo.loss.preference import PreferenceLoss
-from megadpo.margin_check import margin_errors
 from megadpo.models.builder import load_model
 from megadpo.models.fp8 import Fp8
 from megadpo.models.fp8_recipes import default_format
@@ -32,7 +31,8 @@ from megadpo.optimizer.build import build_optimizer, set_hyperparameters, wrap_d
 from megadpo.reference import ResidentReference
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
-from megadpo.train_step import train_step
+from megadpo.train.fp8_check import margin_errors
+from megadpo.train.train_step import train_step
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 

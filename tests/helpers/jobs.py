@@ -32,8 +32,8 @@ from megadpo.reference import ResidentReference
 from megadpo.run import run_training
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
-from megadpo.train_step import StepResult, train_step
-from megadpo.trainer import Trainer
+from megadpo.train.train_step import StepResult, train_step
+from megadpo.train.trainer import Trainer
 from tests.helpers.host_reads import HostReads
 from tests.helpers.tokenized import tokenized_pairs
 

@@ -10,7 +10,6 @@ import torch
 
 from megadpo.assembly import batch_shape
 from megadpo.data.loader import BatchBuilder, evaluation_batches, mean_chosen_length
-from megadpo.evaluation import evaluate
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
@@ -21,7 +20,8 @@ from megadpo.reference import NoReference, Reference, ResidentReference
 from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
-from megadpo.train_step import train_step
+from megadpo.train.evaluation import evaluate
+from megadpo.train.train_step import train_step
 from tests.helpers.loss_cases import CASES, random_pairs
 
 PAIRS = 8

@@ -18,7 +18,7 @@ import megadpo.checkpoint.state
 import megadpo.compute
 import megadpo.optimizer.build
 import megadpo.run
-import megadpo.train_step
+import megadpo.train.train_step
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
@@ -100,7 +100,11 @@ def train_watching_exchanges(overrides: list[str]) -> Counter[str]:
         for owner, name, watched in (
             (group, "start_grad_sync", counted("reduced", group.start_grad_sync)),
             (group, "start_param_sync", counted("gathered", group.start_param_sync)),
-            (megadpo.train_step, "finalize_model_grads", during("finalizing", megadpo.train_step.finalize_model_grads)),
+            (
+                megadpo.train.train_step,
+                "finalize_model_grads",
+                during("finalizing", megadpo.train.train_step.finalize_model_grads),
+            ),
             (DistributedOptimizer, "step", during("updating", DistributedOptimizer.step)),
             (
                 DistributedOptimizer,

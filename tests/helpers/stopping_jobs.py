@@ -13,12 +13,12 @@ from unittest import mock
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-import megadpo.train_step
+import megadpo.train.train_step
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.errors import Stopped
 from megadpo.forward_step import run_schedule
 from megadpo.reference import ResidentReference
-from megadpo.trainer import Trainer
+from megadpo.train.trainer import Trainer
 from tests.helpers.fault_jobs import MeetingPlaces, captured_log
 from tests.helpers.jobs import train
 
@@ -87,6 +87,6 @@ def train_beside_a_slow_rank(overrides: list[str], rank: int, seconds: float) ->
             time.sleep(seconds)
         return run_schedule(*args, **options)
 
-    with captured_log() as lines, mock.patch.object(megadpo.train_step, "run_schedule", slow):
+    with captured_log() as lines, mock.patch.object(megadpo.train.train_step, "run_schedule", slow):
         train(overrides)
     return lines

@@ -19,7 +19,7 @@ import megadpo.checkpoint.writer
 import megadpo.run
 import megadpo.run_loop
 from megadpo.errors import MegaDPOError
-from megadpo.train_step import StepResult, train_step
+from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.jobs import train
 from tests.helpers.no_room import largest_file
 

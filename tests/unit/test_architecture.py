@@ -18,16 +18,14 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
     {"errors", "loss", "program", "score_summary"},
-    {"first_step", "runtime"},
-    {"metrics", "optimizer", "run_lock", "score_files", "stopping"},
+    {"runtime"},
+    {"metrics", "optimizer", "run_lock", "score_files", "setup"},
     {"models"},
     {"checkpoint", "data", "health"},
     {"config", "forward_step", "planner"},
     {"compute", "datasets", "model_source", "reference", "same_run"},
-    {"command_line", "evaluation", "margin_check", "planning", "resume", "session", "train_step"},
-    {"bad_steps", "convert", "interval"},
-    {"trainer"},
-    {"assembly"},
+    {"command_line", "planning", "resume", "session", "train"},
+    {"assembly", "convert"},
     {"reference_cache", "run_loop", "verification"},
     {"run", "scoring"},
     {"dry_run"},
@@ -44,7 +42,7 @@ HOMES = {
     "omegaconf": ["megadpo.config.compose", "tools"],
     "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "megadpo.verification", "tools"],
     "datasets": ["megadpo.data.sources", "tools.bench"],
-    "psutil": ["megadpo.stopping"],
+    "psutil": ["megadpo.setup.launch"],
     "pyarrow": ["megadpo.data.sources"],
     "matplotlib": ["tools.inspection", "tools.bench"],
     "wandb": ["megadpo.metrics.trackers"],
@@ -57,7 +55,7 @@ HOMES = {
         "megadpo.optimizer",
         "megadpo.planner",
         "megadpo.forward_step",
-        "megadpo.train_step",
+        "megadpo.train",
         "megadpo.checkpoint",
         "tools.bench",
     ],
@@ -230,6 +228,6 @@ def test_a_cycle_is_found() -> None:
 
 def test_downward_imports_pass() -> None:
     modules = {
-        "tools.train": "import torch, hydra\nfrom megadpo import __version__\nfrom megadpo.trainer import Trainer"
+        "tools.train": "import torch, hydra\nfrom megadpo import __version__\nfrom megadpo.train.trainer import Trainer"
     }
     assert not [*upward_imports(modules), *strays(modules)]

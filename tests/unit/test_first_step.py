@@ -11,8 +11,8 @@ import pytest
 from megadpo.assembly import build_loss, loop_settings
 from megadpo.config.compose import compose_config
 from megadpo.errors import TrainingError
-from megadpo.first_step import NoPreference, check_no_preference
 from megadpo.runtime.device import select_device
+from megadpo.train.first_step import NoPreference, check_no_preference
 
 
 def expected(*words: str) -> NoPreference | None:

@@ -21,10 +21,10 @@ from megadpo.health.hints import Change, Health
 from megadpo.health.history import RunFacts
 from megadpo.health.log import HealthLog
 from megadpo.health.rules import RULES
-from megadpo.interval import Interval
 from megadpo.metrics.trackers import open_trackers
-from megadpo.train_step import StepResult
-from megadpo.trainer import Trainer
+from megadpo.train.metrics_log import Interval
+from megadpo.train.train_step import StepResult
+from megadpo.train.trainer import Trainer
 from tests.helpers.health_histories import FACTS, Course, good_course, training_lines
 from tests.helpers.no_room import largest_file
 

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megadpo import margin_check
 from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
+from megadpo.train import fp8_check as margin_check
 
 CPU = torch.device("cpu")
 LENGTHS = torch.tensor([200, 10, 250, 40])  # of two chosen, then of two rejected responses

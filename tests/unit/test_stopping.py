@@ -17,10 +17,12 @@ from unittest import mock
 import psutil
 import pytest
 
-from megadpo import stopping
 from megadpo.errors import Stopped, TrainingError
 from megadpo.run_loop import RunLoop
-from megadpo.stopping import Launch, StopRequests, find_launch, note_launch
+from megadpo.setup import launch as launches
+from megadpo.setup.launch import Launch, find_launch, note_launch
+from megadpo.train import stop_requests
+from megadpo.train.stop_requests import StopRequests
 
 
 def until_heard(requests: StopRequests) -> float:
@@ -66,7 +68,7 @@ def test_a_second_signal_ends_the_process_wherever_it_is(where: str) -> None:
     """A lock in the main thread stands for a collective: no instruction of Python runs before it is there."""
     program = (
         "import threading, time\n"
-        "from megadpo.stopping import StopRequests\n"
+        "from megadpo.train.stop_requests import StopRequests\n"
         "lock = threading.Lock(); lock.acquire()\n"
         "with StopRequests(max_hours=None, began=time.time()):\n"
         "    print('ready', flush=True)\n"
@@ -88,7 +90,7 @@ def test_a_second_signal_ends_the_process_wherever_it_is(where: str) -> None:
 
 def test_a_budget_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stop_requests.time, "monotonic", lambda: clock[0])
     began = time.time() - 1800.0  # half an hour went into earlier starts of the launch
     requests = StopRequests(max_hours=1.0, began=began)
     clock[0] += 100.0
@@ -99,7 +101,7 @@ def test_a_budget_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPa
 
 def test_short_rounds_use_the_budget_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stop_requests.time, "monotonic", lambda: clock[0])
     requests = StopRequests(max_hours=1.0, began=time.time() + 500.0)  # a clock that was set back adds nothing
     votes = 0
     while requests.vote(save_s=30.0) == 0.0:
@@ -127,7 +129,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Laun
 
     def call(agent: int, name: str = "megadpo") -> Launch:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        monkeypatch.setattr(stopping.os, "getppid", lambda: agent)
+        monkeypatch.setattr(launches.os, "getppid", lambda: agent)
         return find_launch(tmp_path)
 
     return call

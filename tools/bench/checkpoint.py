@@ -31,7 +31,7 @@ from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.runtime.rank_logging import configure_logging, silence_libraries
-from megadpo.trainer import startup_kept
+from megadpo.train.trainer import startup_kept
 
 _TIMEOUT_S = 600.0
 # What a save beside the training may keep it waiting for, of one that is waited for.

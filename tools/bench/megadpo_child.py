@@ -23,7 +23,7 @@ from megadpo.planner.meter import LiveBytes
 from megadpo.run import run_training
 from megadpo.runtime.device import Device, Mark
 from megadpo.runtime.rank_logging import configure_logging, global_rank, silence_libraries
-from megadpo.train_step import train_step
+from megadpo.train.train_step import train_step
 
 _FOREVER = 1_000_000
 
@@ -65,7 +65,7 @@ class Gate:
         self.started: Mark | None = None
 
     def train_step(self, *args: Any, device: Device, **kwargs: Any) -> Any:
-        """`megadpo.train_step.train_step`, when the parent has asked for it. Raises Finished in the end."""
+        """`megadpo.train.train_step.train_step`, when the parent has asked for it. Raises Finished in the end."""
         if self.started is None:
             torch.set_num_threads(self.job.threads)
             self.link.answer(ready=True)

@@ -27,7 +27,7 @@ from megadpo.planner.meter import LiveBytes
 from megadpo.reference import ResidentReference
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
-from megadpo.train_step import train_step
+from megadpo.train.train_step import train_step
 
 _TIMEOUT_S = 600.0
 _STEPS = 2  # the optimizer makes its moments in the first

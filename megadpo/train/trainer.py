@@ -11,14 +11,11 @@ from typing import Protocol
 
 import torch
 
-from megadpo.bad_steps import BadSteps
 from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.errors import TrainingError
-from megadpo.first_step import NoPreference, check_no_preference
 from megadpo.health.stragglers import Busy, StragglerWatch
-from megadpo.interval import Interval
 from megadpo.loss.preference import SUMS
 from megadpo.metrics.flops import achieved_flops
 from megadpo.metrics.reduction import Metric, Reduction, preference_means, reduce_metrics
@@ -29,7 +26,10 @@ from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import Device, Span
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.train_step import StepResult
+from megadpo.train.first_step import NoPreference, check_no_preference
+from megadpo.train.metrics_log import Interval
+from megadpo.train.skipped_steps import BadSteps
+from megadpo.train.train_step import StepResult
 
 logger = get_logger(__name__)
 

@@ -11,7 +11,7 @@ from megadpo.data.loader import GlobalBatch
 from megadpo.metrics.flops import step_flops
 from megadpo.metrics.reduction import add_sums
 from megadpo.runtime.device import Span
-from megadpo.train_step import StepResult
+from megadpo.train.train_step import StepResult
 
 
 @dataclass(slots=True)

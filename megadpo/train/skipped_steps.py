@@ -16,7 +16,7 @@ from megadpo.forward_step import PAIR_NUMBERS, gather_pairs
 from megadpo.runtime.files import write_durably, writing
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.train_step import StepResult
+from megadpo.train.train_step import StepResult
 
 logger = get_logger(__name__)
 
