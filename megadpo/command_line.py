@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import CheckpointError, ConfigError, ConversionError, MegaDPOError, Stopped
-from megadpo.model_source import model_source, resolve_model
 from megadpo.runtime.rank_logging import (
     configure_logging,
     get_logger,
@@ -21,6 +20,7 @@ from megadpo.runtime.rank_logging import (
     launched_world_size,
     silence_libraries,
 )
+from megadpo.setup.model_source import model_source, resolve_model
 
 if TYPE_CHECKING:
     from megadpo.models.hf_config import Architecture

@@ -35,7 +35,6 @@ from megadpo.checkpoint.state import (
     check_vocabulary,
     readable,
 )
-from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.errors import ConfigError
 from megadpo.models.conversion.dcp import BoxReader
@@ -51,7 +50,8 @@ from megadpo.runtime.collectives import on_every, on_main
 from megadpo.runtime.cpus import usable_cpus
 from megadpo.runtime.progress import ByteProgress
 from megadpo.runtime.rank_logging import get_logger, global_rank
-from megadpo.session import open_world
+from megadpo.setup.options import TORCH_DTYPES
+from megadpo.setup.session import open_world
 
 logger = get_logger(__name__)
 

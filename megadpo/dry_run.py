@@ -6,11 +6,8 @@ import os
 
 from rich.console import Console
 
-from megadpo.compute import announce
 from megadpo.config.schema import Config
-from megadpo.datasets import load_datasets, warn_long_sequences
 from megadpo.errors import ConfigError
-from megadpo.model_source import model_source
 from megadpo.models.hf_config import read_architecture
 from megadpo.planner import Job, make_plan
 from megadpo.planner.report import print_plan
@@ -18,7 +15,10 @@ from megadpo.planning import attention_of_cards, data_lengths, job_of
 from megadpo.run import begin, count_steps
 from megadpo.runtime.collectives import check_all_agree
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.session import Session, open_session
+from megadpo.setup.datasets import load_datasets, warn_long_sequences
+from megadpo.setup.model_source import model_source
+from megadpo.setup.options import announce
+from megadpo.setup.session import Session, open_session
 
 logger = get_logger(__name__)
 

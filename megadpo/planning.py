@@ -9,18 +9,18 @@ from itertools import islice
 
 import numpy as np
 
-from megadpo.compute import optimizer_options, pipeline_split, recomputation, torch_dtype
 from megadpo.config.choices import AttentionKernel, Dtype, Fp8Backend
 from megadpo.config.schema import Config
 from megadpo.data.loader import epoch_order
 from megadpo.data.store import PairView
-from megadpo.datasets import open_datasets, prepare_stores
 from megadpo.errors import ConfigError
-from megadpo.model_source import model_source
 from megadpo.models.fp8 import unaligned_features, why_not_card
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
 from megadpo.runtime.gpus import CARDS
+from megadpo.setup.datasets import open_datasets, prepare_stores
+from megadpo.setup.model_source import model_source
+from megadpo.setup.options import optimizer_options, pipeline_split, recomputation, torch_dtype
 
 # Steps of the data whose schedules are looked at.
 _STEPS = 50

@@ -9,41 +9,40 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from megadpo.assembly import (
-    build_batches,
-    build_loss,
+from megadpo.checkpoint.state import load_reference
+from megadpo.config.choices import ReferenceMode
+from megadpo.config.compose import config_to_yaml, resolve_defaults
+from megadpo.config.schema import Config
+from megadpo.config.validation import check_run_dir_is_fresh
+from megadpo.data.loader import START, BatchBuilder, Cursor, TrainingData
+from megadpo.errors import ConfigError, Stopped, TrainingError
+from megadpo.models.conversion.export import export_model, model_card
+from megadpo.models.conversion.side_files import read_side_files
+from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.optimizer.build import Policy, gather_weights
+from megadpo.reference import Reference, ResidentReference
+from megadpo.runtime.collectives import check_all_agree, on_main
+from megadpo.runtime.device import Device
+from megadpo.runtime.files import write_durably, writing
+from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.rank_logging import get_logger
+from megadpo.setup.datasets import Datasets, build_batches, load_datasets, warn_long_sequences
+from megadpo.setup.launch import Launch, find_launch, forget_launch, note_launch
+from megadpo.setup.model_source import ModelSource, model_source, resolve_model
+from megadpo.setup.models import (
     build_policy,
     build_reference,
     check_weight_files,
     reference_fingerprint,
     refers_to_start,
 )
-from megadpo.checkpoint.state import load_reference
-from megadpo.compute import announce, torch_dtype
-from megadpo.config.choices import ReferenceMode
-from megadpo.config.compose import config_to_yaml, resolve_defaults
-from megadpo.config.schema import Config
-from megadpo.config.validation import check_run_dir_is_fresh
-from megadpo.data.loader import START, BatchBuilder, Cursor, TrainingData
-from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
-from megadpo.errors import ConfigError, Stopped, TrainingError
-from megadpo.model_source import ModelSource, model_source, resolve_model
-from megadpo.models.conversion.export import export_model, model_card
-from megadpo.models.conversion.side_files import read_side_files
-from megadpo.models.hf_config import Architecture, read_architecture
-from megadpo.optimizer.build import Policy, gather_weights
-from megadpo.reference import Reference, ResidentReference
-from megadpo.reference_cache import build_cached_reference, check_starting_policy
-from megadpo.resume import find_starting_point, keep_beginning
-from megadpo.run_lock import run_lock
-from megadpo.run_loop import RunLoop
-from megadpo.runtime.collectives import check_all_agree, on_main
-from megadpo.runtime.device import Device
-from megadpo.runtime.files import write_durably, writing
-from megadpo.runtime.parallel_state import ParallelState
-from megadpo.runtime.rank_logging import get_logger
-from megadpo.session import Session, open_session
-from megadpo.setup.launch import Launch, find_launch, forget_launch, note_launch
+from megadpo.setup.options import announce, torch_dtype
+from megadpo.setup.reference_cache import build_cached_reference, check_starting_policy
+from megadpo.setup.resume import find_starting_point, keep_beginning
+from megadpo.setup.run_lock import run_lock
+from megadpo.setup.run_loop import RunLoop
+from megadpo.setup.session import Session, open_session
+from megadpo.setup.trainer import build_loss
 
 logger = get_logger(__name__)
 

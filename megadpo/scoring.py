@@ -24,21 +24,16 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from megadpo.assembly import build_batches, check_weight_files, load_starting_model, weight_files
-from megadpo.compute import announce, fp8_settings
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
-from megadpo.datasets import Datasets, load_datasets, warn_long_sequences
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import score_batch
-from megadpo.model_source import ModelSource, directory_name, model_source, resolve_model
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.reference.agreement import Disagreement
 from megadpo.reference.store import LogProbs, LogProbStore
-from megadpo.reference_cache import PATIENCE_S, Judge, keep, open_reference_store
 from megadpo.runtime.collectives import check_all_agree, on_main
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
@@ -46,7 +41,12 @@ from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger
 from megadpo.score_files import Role, ScoreFiles, ScoreWriter
 from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
-from megadpo.session import open_session
+from megadpo.setup.datasets import Datasets, build_batches, load_datasets, warn_long_sequences
+from megadpo.setup.model_source import ModelSource, directory_name, model_source, resolve_model
+from megadpo.setup.models import check_weight_files, load_starting_model, weight_files
+from megadpo.setup.options import announce, fp8_settings
+from megadpo.setup.reference_cache import PATIENCE_S, Judge, keep, open_reference_store
+from megadpo.setup.session import open_session
 
 logger = get_logger(__name__)
 

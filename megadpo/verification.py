@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from megadpo.assembly import batch_shape
 from megadpo.checkpoint.directory import HF_DIRECTORY, stored_dtype
 from megadpo.checkpoint.state import WEIGHTS_FROM, load_weights, readable
-from megadpo.compute import TORCH_DTYPES
 from megadpo.config.choices import Dtype
 from megadpo.convert import at_work, open_weights
 from megadpo.data.dataset import Keys, iter_rows, parse_row
@@ -37,7 +35,9 @@ from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger, global_rank, launched_world_size
-from megadpo.session import build_pipeline, open_world
+from megadpo.setup.datasets import batch_shape
+from megadpo.setup.options import TORCH_DTYPES
+from megadpo.setup.session import build_pipeline, open_world
 
 logger = get_logger(__name__)
 

@@ -23,8 +23,8 @@ from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import validate
 from megadpo.errors import ConfigError
-from megadpo.model_source import model_source, resolve_model
 from megadpo.runtime.files import writing
+from megadpo.setup.model_source import model_source, resolve_model
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _DEFAULT_PAIRS = 4
@@ -82,8 +82,8 @@ def show(config: Config, pairs: int, output: Path | None) -> None:
     from inspection.terminal import print_report
 
     from megadpo.data.tokenization import load_tokenizer
-    from megadpo.datasets import open_datasets, prepare_stores
     from megadpo.models.hf_config import read_architecture
+    from megadpo.setup.datasets import open_datasets, prepare_stores
 
     tokenizer_dir = model_source(config.model).hf_dir
     prepared = prepare_stores(config, tokenizer_dir)

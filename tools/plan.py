@@ -25,7 +25,7 @@ from megadpo.command_line import check_plan, run_tool
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
-from megadpo.model_source import resolve_model
+from megadpo.setup.model_source import resolve_model
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _SUGGEST = "--suggest"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadpo.program import described_program
+from megadpo.setup.program import described_program
 from tests.helpers.bad_jobs import Fault, Seen, start_with_another_program, train_with_faults
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs

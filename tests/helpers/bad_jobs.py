@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 import megadpo.optimizer.build
-import megadpo.run_loop
-import megadpo.session
+import megadpo.setup.run_loop
+import megadpo.setup.session
 import megadpo.train.train_step
 from megadpo.errors import MegaDPOError
 from megadpo.models.fp8_emulation import EmulatedLinear
@@ -58,7 +58,7 @@ def train_with_faults(overrides: list[str], faults: Mapping[int, Sequence[Fault]
     with ExitStack() as stack:
         seen.log = stack.enter_context(captured_log())
         stack.enter_context(plan.carried_out())
-        stack.enter_context(mock.patch.object(megadpo.run_loop, "train_step", _watching(plan, seen)))
+        stack.enter_context(mock.patch.object(megadpo.setup.run_loop, "train_step", _watching(plan, seen)))
         try:
             train(overrides)
         except MegaDPOError as error:
@@ -69,7 +69,7 @@ def train_with_faults(overrides: list[str], faults: Mapping[int, Sequence[Fault]
 def start_with_another_program(overrides: list[str]) -> str:
     """What `train` says where rank 1 has other files."""
     other = {"described_program": lambda: f"megadpo {os.environ['RANK']}"}
-    with mock.patch.multiple(megadpo.session, **other):
+    with mock.patch.multiple(megadpo.setup.session, **other):
         try:
             return train(overrides)
         except MegaDPOError as error:

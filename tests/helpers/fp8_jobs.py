@@ -11,9 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-import megadpo.assembly
-from megadpo.assembly import batch_shape
-from megadpo.compute import model_options
+import megadpo.setup.models
 from megadpo.config.choices import ReferenceMode
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
@@ -31,6 +29,8 @@ from megadpo.optimizer.build import build_optimizer, set_hyperparameters, wrap_d
 from megadpo.reference import ResidentReference
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
+from megadpo.setup.datasets import batch_shape
+from megadpo.setup.options import model_options
 from megadpo.train.fp8_check import margin_errors
 from megadpo.train.train_step import train_step
 from tests.helpers.fault_jobs import captured_log
@@ -200,7 +200,7 @@ def train_and_log(words: list[str]) -> list[str]:
 
 def refusal_of_a_plain_reference(words: list[str]) -> str:
     """What is said of a reference that was built in FP8 and computes without."""
-    with mock.patch.dict(megadpo.assembly._REFERENCES, {ReferenceMode.resident: _PlainReference}):
+    with mock.patch.dict(megadpo.setup.models._REFERENCES, {ReferenceMode.resident: _PlainReference}):
         return _refusal(words)
 
 
@@ -210,7 +210,7 @@ def refusal_of_layers_left_out(words: list[str]) -> str:
     def forgetful(*args: Any, **options: Any) -> ModelOptions:
         return replace(model_options(*args, **options), fp8=None)
 
-    with mock.patch.object(megadpo.assembly, "model_options", forgetful):
+    with mock.patch.object(megadpo.setup.models, "model_options", forgetful):
         return _refusal(words)
 
 

@@ -15,9 +15,8 @@ from unittest import mock
 import torch
 from megatron.core import dist_checkpointing
 
-import megadpo.assembly
-import megadpo.run_loop
-from megadpo.assembly import batch_shape
+import megadpo.setup.models
+import megadpo.setup.run_loop
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
@@ -32,6 +31,7 @@ from megadpo.reference import ResidentReference
 from megadpo.run import run_training
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
+from megadpo.setup.datasets import batch_shape
 from megadpo.train.train_step import StepResult, train_step
 from megadpo.train.trainer import Trainer
 from tests.helpers.host_reads import HostReads
@@ -52,7 +52,7 @@ def train_while_a_directory_vanishes(overrides: list[str], directory: Path) -> s
         shutil.rmtree(directory, ignore_errors=True)
         return train_step(*args, **options)
 
-    with mock.patch.object(megadpo.run_loop, "train_step", update):
+    with mock.patch.object(megadpo.setup.run_loop, "train_step", update):
         return train(overrides)
 
 
@@ -171,7 +171,7 @@ class _SkewedReference(ResidentReference):
 
 def train_with_a_skewed_reference(overrides: list[str]) -> str:
     """`train`, with a reference that is not quite the starting policy although it should be."""
-    with mock.patch.dict(megadpo.assembly._REFERENCES, {ReferenceMode.resident: _SkewedReference}):
+    with mock.patch.dict(megadpo.setup.models._REFERENCES, {ReferenceMode.resident: _SkewedReference}):
         return train(overrides)
 
 

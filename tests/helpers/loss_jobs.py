@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from megadpo.assembly import batch_shape
 from megadpo.data.loader import BatchBuilder, evaluation_batches, mean_chosen_length
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.models.builder import load_model
@@ -20,6 +19,7 @@ from megadpo.reference import NoReference, Reference, ResidentReference
 from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
+from megadpo.setup.datasets import batch_shape
 from megadpo.train.evaluation import evaluate
 from megadpo.train.train_step import train_step
 from tests.helpers.loss_cases import CASES, random_pairs

@@ -15,9 +15,9 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import megadpo.checkpoint.state
-import megadpo.compute
 import megadpo.optimizer.build
 import megadpo.run
+import megadpo.setup.options
 import megadpo.train.train_step
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.data.batch import build_batch
@@ -124,7 +124,7 @@ def train_pretending(what: str, overrides: list[str]) -> dict[str, Any]:
 
     The stand-in comes in where the program asks whether it is there, and leaves with the run.
     """
-    problems = megadpo.compute.optimizer_problems
+    problems = megadpo.setup.options.optimizer_problems
     seen: dict[str, Any] = {}
     with ExitStack() as stack:
         entered = {"fused_adam": fused_adam_installed, "host_memory": host_memory_apart}[what]
@@ -133,6 +133,6 @@ def train_pretending(what: str, overrides: list[str]) -> dict[str, Any]:
             stack.enter_context(entered(seen))
             return problems(config, Device("cuda", device.torch_device))
 
-        stack.enter_context(mock.patch.object(megadpo.compute, "optimizer_problems", problems_on_cuda))
+        stack.enter_context(mock.patch.object(megadpo.setup.options, "optimizer_problems", problems_on_cuda))
         train(overrides)
     return seen

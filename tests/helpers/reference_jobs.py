@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
-import megadpo.reference_cache
 import megadpo.run
-from megadpo.assembly import build_policy, load_reference_model
+import megadpo.setup.reference_cache
 from megadpo.forward_step import score_batch
 from megadpo.models.policy import PolicyModel
 from megadpo.reference.key import CacheKey
 from megadpo.reference.store import LogProbs, LogProbStore, open_store
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
+from megadpo.setup.models import build_policy, load_reference_model
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 
@@ -62,8 +62,8 @@ def train_and_watch(overrides: list[str]) -> Watched:
         return build_policy(*args, **options)
 
     with (
-        mock.patch.object(megadpo.reference_cache, "score_batch", score),
-        mock.patch.object(megadpo.reference_cache, "load_reference_model", load),
+        mock.patch.object(megadpo.setup.reference_cache, "score_batch", score),
+        mock.patch.object(megadpo.setup.reference_cache, "load_reference_model", load),
         mock.patch.object(megadpo.run, "build_policy", build),
         captured_log() as seen.log,
     ):

@@ -17,7 +17,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from megadpo.assembly import batch_shape
 from megadpo.checkpoint.directory import TRAINED
 from megadpo.checkpoint.manifest import write_manifest
 from megadpo.checkpoint.state import load_checkpoint, load_reference, load_weights, model_state
@@ -34,6 +33,7 @@ from megadpo.models.quantised import count_quantised, without_fp8
 from megadpo.optimizer.build import build_optimizer, distributed_optimizers, wrap_data_parallel
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
+from megadpo.setup.datasets import batch_shape
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, captured_log, start_each
 from tests.helpers.hostile import Program
 from tests.helpers.jobs import score_and_export

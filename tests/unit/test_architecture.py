@@ -17,18 +17,17 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"errors", "loss", "program", "score_summary"},
+    {"errors", "loss", "score_summary"},
     {"runtime"},
-    {"metrics", "optimizer", "run_lock", "score_files", "setup"},
+    {"metrics", "optimizer", "score_files"},
     {"models"},
     {"checkpoint", "data", "health"},
     {"config", "forward_step", "planner"},
-    {"compute", "datasets", "model_source", "reference", "same_run"},
-    {"command_line", "planning", "resume", "session", "train"},
-    {"assembly", "convert"},
-    {"reference_cache", "run_loop", "verification"},
-    {"run", "scoring"},
-    {"dry_run"},
+    {"reference"},
+    {"train"},
+    {"setup"},
+    {"command_line", "convert", "planning", "run", "scoring"},
+    {"dry_run", "verification"},
     {"tools"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

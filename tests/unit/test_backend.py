@@ -10,14 +10,14 @@ import pytest
 import torch
 from packaging.version import Version
 
-import megadpo.compute
-from megadpo.compute import log_backend, settle_backend
+import megadpo.setup.options
 from megadpo.config.choices import Backend, Dtype
 from megadpo.config.schema import Config, DataConfig, ModelConfig, PrecisionConfig
 from megadpo.errors import ConfigError
 from megadpo.models import backend
 from megadpo.models.backend import choose_backend, transformer_engine_version
 from megadpo.runtime.device import Device
+from megadpo.setup.options import log_backend, settle_backend
 
 CPU, CUDA = Device("cpu", torch.device("cpu")), Device("cuda", torch.device("cuda", 0))
 VERSION, CAPABILITY = "megadpo.models.backend.transformer_engine_version", "torch.cuda.get_device_capability"
@@ -116,7 +116,7 @@ def test_a_run_says_what_its_layers_are(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(megadpo.compute, "transformer_engine_version", lambda: Version("2.11.0+c9a8b7"))
+    monkeypatch.setattr(megadpo.setup.options, "transformer_engine_version", lambda: Version("2.11.0+c9a8b7"))
     with caplog.at_level(logging.INFO):
         log_backend(configured(wanted, dtype), device)
     (record,) = caplog.records

@@ -12,8 +12,8 @@ import pytest
 from megadpo.checkpoint.directory import step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
-from megadpo.model_source import resolve_model
-from megadpo.resume import keep_beginning
+from megadpo.setup.model_source import resolve_model
+from megadpo.setup.resume import keep_beginning
 from tests.helpers.training_states import training_state
 
 

@@ -26,8 +26,8 @@ from megadpo.checkpoint.directory import (
 from megadpo.checkpoint.manifest import find_damage, write_manifest
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
-from megadpo.model_source import model_source, resolve_model
-from megadpo.run_loop import RunLoop
+from megadpo.setup.model_source import model_source, resolve_model
+from megadpo.setup.run_loop import RunLoop
 from tests.helpers.training_states import training_state
 
 

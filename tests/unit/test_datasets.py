@@ -12,8 +12,8 @@ import pytest
 
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
-from megadpo.datasets import Datasets, open_datasets, prepare_stores
 from megadpo.errors import DataError
+from megadpo.setup.datasets import Datasets, open_datasets, prepare_stores
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
 from tests.helpers.tokenizers import CHATML_TEMPLATE, byte_tokenizer

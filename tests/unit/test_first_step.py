@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.assembly import build_loss, loop_settings
 from megadpo.config.compose import compose_config
 from megadpo.errors import TrainingError
 from megadpo.runtime.device import select_device
+from megadpo.setup.trainer import build_loss, loop_settings
 from megadpo.train.first_step import NoPreference, check_no_preference
 
 

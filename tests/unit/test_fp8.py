@@ -12,7 +12,6 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
-from megadpo import compute
 from megadpo.config.compose import compose_config, config_from_yaml
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
@@ -24,6 +23,7 @@ from megadpo.models.fp8_recipes import default_format, feature_multiple, token_m
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
 from megadpo.runtime.device import Device
+from megadpo.setup import options as compute
 from tests.helpers.device_checks import fp8_words, run_words
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

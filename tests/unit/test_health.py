@@ -15,13 +15,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megadpo.assembly import build_loss, health_facts
 from megadpo.config.compose import compose_config
 from megadpo.health.hints import Change, Health
 from megadpo.health.history import RunFacts
 from megadpo.health.log import HealthLog
 from megadpo.health.rules import RULES
 from megadpo.metrics.trackers import open_trackers
+from megadpo.setup.trainer import build_loss, health_facts
 from megadpo.train.metrics_log import Interval
 from megadpo.train.train_step import StepResult
 from megadpo.train.trainer import Trainer

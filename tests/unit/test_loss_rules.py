@@ -97,7 +97,7 @@ def test_losses_of_other_trainers_are_refused_with_the_reason(word: str) -> None
 
 
 def test_every_key_reaches_the_loss() -> None:
-    from megadpo.assembly import build_loss  # Megatron takes seconds to import
+    from megadpo.setup.trainer import build_loss
 
     keys = CHANGED | {"f_divergence": FDivergence.alpha, "f_alpha_divergence_coef": 0.7}
     run = compose_config(["+model=demo", "data.train_path=x"])

@@ -11,13 +11,13 @@ import pytest
 import torch
 from megatron.core.optimizer import distrib_optimizer
 
-from megadpo.compute import data_parallel_options, optimizer_options, optimizer_problems
 from megadpo.config.compose import config_from_yaml, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import ConfigError
 from megadpo.optimizer.build import DataParallelOptions, OptimizerOptions
 from megadpo.runtime.device import Device
+from megadpo.setup.options import data_parallel_options, optimizer_options, optimizer_problems
 from tests.helpers.fused_adam import FusedAdam
 
 SHAPE = ModelShape(num_layers=8, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=64, vocab_size=401)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megadpo.assembly import build_loss
 from megadpo.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
 from megadpo.models.hf_config import parse_architecture
+from megadpo.setup.trainer import build_loss
 from tests.helpers.published import LLAMA_3_8B, LLAMA_3_70B, PUBLISHED, QWEN_2_5_7B_INSTRUCT
 
 # name: the published model, parallel.tensor, parallel.pipeline

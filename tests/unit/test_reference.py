@@ -24,7 +24,7 @@ from megadpo.reference import CachedReference, NoReference, OffloadedReference, 
 from megadpo.reference.agreement import compare, noise_bounds
 from megadpo.reference.key import PARTS, CacheKey, cache_key
 from megadpo.reference.store import open_store, other_keys
-from megadpo.reference_cache import missing_groups
+from megadpo.setup.reference_cache import missing_groups
 from tests.helpers.no_room import largest_file
 from tests.helpers.reference_jobs import append_slowly
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from megadpo.errors import Stopped, TrainingError
-from megadpo.run_loop import RunLoop
 from megadpo.setup import launch as launches
 from megadpo.setup.launch import Launch, find_launch, note_launch
+from megadpo.setup.run_loop import RunLoop
 from megadpo.train import stop_requests
 from megadpo.train.stop_requests import StopRequests
 

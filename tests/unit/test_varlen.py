@@ -17,13 +17,10 @@ import pytest
 import torch
 from torch.nn.attention import varlen as torch_varlen
 
-import megadpo.assembly
-from megadpo.assembly import load_starting_model
-from megadpo.compute import log_attention
+import megadpo.setup.models
 from megadpo.config.choices import AttentionKernel, Dtype
 from megadpo.config.schema import Config, DataConfig, DeviceConfig, ModelConfig, PrecisionConfig
 from megadpo.errors import ConfigError
-from megadpo.model_source import model_source
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.kernels import choose_attention
@@ -31,6 +28,9 @@ from megadpo.models.segments import Segments
 from megadpo.models.varlen import varlen_attend, why_not_varlen
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
+from megadpo.setup.model_source import model_source
+from megadpo.setup.models import load_starting_model
+from megadpo.setup.options import log_attention
 from tests.helpers.attention_jobs import outputs_of_kernels
 from tests.helpers.launch import launch
 from tests.helpers.plans import PLANS, assert_dense_under_plan, dense_under_plan, random_streams
@@ -214,9 +214,9 @@ def test_a_run_builds_its_models_with_the_kernel_it_logs(
         precision=PrecisionConfig(dtype=Dtype(dtype)),
     )
     arch, state = read_architecture(model), mock.create_autospec(ParallelState)
-    monkeypatch.setattr(megadpo.assembly, "load_model", mock.create_autospec(load_model))
+    monkeypatch.setattr(megadpo.setup.models, "load_model", mock.create_autospec(load_model))
     load_starting_model(config, model_source(config.model), arch, state, device)
-    options = megadpo.assembly.load_model.call_args.args[-1]
+    options = megadpo.setup.models.load_model.call_args.args[-1]
     assert options.attention == kernel
     with caplog.at_level(logging.INFO):
         log_attention(config, arch, device)

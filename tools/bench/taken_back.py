@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from bench.ablations import Ablation
-from megadpo.assembly import build_reference
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.data.tokenization import TokenizedPair
@@ -21,6 +20,7 @@ from megadpo.loss.logprobs import TokenScores
 from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.policy import ResponseHead
 from megadpo.reference import CachedReference, Reference
+from megadpo.setup.models import build_reference
 
 LogProbsOfPairs = dict[int, tuple[float, float]]
 

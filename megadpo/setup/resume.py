@@ -29,11 +29,11 @@ from megadpo.config.compose import config_to_dict
 from megadpo.config.schema import Config
 from megadpo.data.loader import Cursor
 from megadpo.errors import CheckpointError, listing
-from megadpo.program import package_versions
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import writing
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.same_run import check_same_run
+from megadpo.setup.program import package_versions
+from megadpo.setup.resume_rules import check_same_run
 
 logger = get_logger(__name__)
 

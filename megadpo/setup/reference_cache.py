@@ -18,16 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadpo.assembly import load_reference_model, reference_key
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, epoch_order
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.datasets import Datasets
 from megadpo.errors import CacheError
 from megadpo.forward_step import score_batch
-from megadpo.model_source import ModelSource
 from megadpo.models.hf_config import Architecture
 from megadpo.reference import CachedReference
 from megadpo.reference.agreement import Disagreement, compare, noise_bounds
@@ -38,6 +35,9 @@ from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger
+from megadpo.setup.datasets import Datasets
+from megadpo.setup.model_source import ModelSource
+from megadpo.setup.models import load_reference_model, reference_key
 
 logger = get_logger(__name__)
 

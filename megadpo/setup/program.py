@@ -7,6 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+import megadpo
 from megadpo import __version__
 
 # Packages that numbers, and the order of the pairs, depend on.
@@ -26,7 +27,7 @@ def package_versions() -> dict[str, str]:
 
 def described_program() -> str:
     """All versions, and the sha256 of all of megadpo's modules, as one line."""
-    root = Path(__file__).parent
+    root = Path(megadpo.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megadpo.compute import settle_backend
 from megadpo.config.compose import config_from_yaml, config_to_yaml
 from megadpo.config.schema import Config
-from megadpo.program import described_program
 from megadpo.runtime.collectives import check_all_agree, on_main
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
 from megadpo.runtime.rank_logging import get_logger
+from megadpo.setup.options import settle_backend
+from megadpo.setup.program import described_program
 
 logger = get_logger(__name__)
 

@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 
 from megadpo.config.choices import OnError
+from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config, DataConfig
 from megadpo.data.dataset import Keys, validation_rows
+from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
 from megadpo.data.tokenization import describe_pair, load_tokenizer
+from megadpo.models.fp8_recipes import token_multiple
+from megadpo.models.hf_config import Architecture
 from megadpo.runtime.collectives import on_main
+from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger, global_rank
+from megadpo.setup.models import reference_architecture
 
 logger = get_logger(__name__)
 
@@ -216,3 +222,30 @@ def _warn_oversized(view: PairView, title: str, data: DataConfig) -> None:
             title,
             budget,
         )
+
+
+def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: str | None = None) -> BatchShape:
+    """What the layout and an FP8 recipe ask of a batch."""
+    return BatchShape(
+        data_rank=state.data_rank,
+        data_size=state.data_size,
+        token_multiple=token_multiple(
+            fp8_recipe, tensor=state.tensor_size, context=1, sequence_parallel=sequence_parallel
+        ),
+        fixed_streams=state.pipeline_size > 1,
+        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
+    )
+
+
+def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
+    """What turns pairs into this rank's microbatches."""
+    return BatchBuilder(
+        shape=batch_shape(
+            state, sequence_parallel=bool(config.parallel.sequence_parallel), fp8_recipe=config.precision.fp8
+        ),
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        pad_token_id=pad_token_id,
+        share_prompt=config.data.share_prompt,
+        flop_rates=arch.flop_rates,
+        reference_flop_rates=reference_architecture(config, arch).flop_rates if config.reference.mode in LIVE else None,
+    )

@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megadpo.assembly import build_loss, health_facts, loop_settings
 from megadpo.checkpoint.directory import Retention, keep_evaluation
 from megadpo.checkpoint.saver import CheckpointSaver
-from megadpo.compute import torch_dtype
 from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict
 from megadpo.data.loader import GlobalBatch, TrainingData
-from megadpo.datasets import Datasets
 from megadpo.errors import MegaDPOError, TrainingError
 from megadpo.health.log import HealthLog
 from megadpo.health.replicas import check_finite, check_replicas
@@ -24,11 +21,14 @@ from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer.build import Policy, gather_weights, set_hyperparameters
 from megadpo.reference import Reference, ResidentReference
-from megadpo.resume import StartingPoint
 from megadpo.runtime.collectives import own_store
 from megadpo.runtime.progress import TrainingProgress
 from megadpo.runtime.rank_logging import get_logger, global_rank
-from megadpo.session import Session
+from megadpo.setup.datasets import Datasets
+from megadpo.setup.options import torch_dtype
+from megadpo.setup.resume import StartingPoint
+from megadpo.setup.session import Session
+from megadpo.setup.trainer import build_loss, health_facts, loop_settings
 from megadpo.train.evaluation import evaluate
 from megadpo.train.fp8_check import margin_errors
 from megadpo.train.skipped_steps import BadSteps

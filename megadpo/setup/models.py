@@ -9,40 +9,28 @@ import torch
 
 from megadpo.checkpoint.directory import stored_dtype
 from megadpo.checkpoint.state import load_checkpoint, load_weights
-from megadpo.compute import data_parallel_options, fp8_settings, model_options, optimizer_options, torch_dtype
 from megadpo.config.choices import Dtype, ReferenceMode
-from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config
-from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.errors import ConfigError
-from megadpo.health.history import RunFacts
-from megadpo.loss.preference import LOSSES, PreferenceLoss
-from megadpo.model_source import ModelSource
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion.load_save import check_hf_weights
 from megadpo.models.conversion.safetensors_io import hf_weight_files
-from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.models.policy import PolicyModel
 from megadpo.models.quantised import count_quantised
 from megadpo.optimizer.build import Policy, build_optimizer, wrap_data_parallel
-from megadpo.optimizer.schedule import LearningRate
 from megadpo.reference import NoReference, OffloadedReference, Reference, ResidentReference
 from megadpo.reference.key import CacheKey, cache_key, sampled_fingerprint
 from megadpo.runtime.collectives import gather_rows, on_every
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.train.first_step import NoPreference
-from megadpo.train.trainer import LoopSettings
+from megadpo.setup.model_source import ModelSource
+from megadpo.setup.options import data_parallel_options, fp8_settings, model_options, optimizer_options, torch_dtype
 
 logger = get_logger(__name__)
 
 _REFERENCES = {ReferenceMode.resident: ResidentReference, ReferenceMode.offload: OffloadedReference}
-
-# How far the first loss may be from its value without preference. A live reference runs on the policy's schedule, so
-# that only the mean rounds; cached log-probs were computed in another packing, or in another layout.
-_LIVE_TOLERANCE, _CACHED_TOLERANCE, _CACHED_AND_ROUNDED_TOLERANCE = 1e-6, 1e-5, 1e-3
 
 
 def check_weight_files(config: Config, source: ModelSource, arch: Architecture) -> None:
@@ -61,33 +49,6 @@ def check_weight_files(config: Config, source: ModelSource, arch: Architecture) 
             f"reference.sync_every={config.reference.sync_every}: mixes the policy's weights into the reference's, "
             f"reference.hf_path={own} is of another architecture: drop one of the two"
         )
-
-
-def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: str | None = None) -> BatchShape:
-    """What the layout and an FP8 recipe ask of a batch."""
-    return BatchShape(
-        data_rank=state.data_rank,
-        data_size=state.data_size,
-        token_multiple=token_multiple(
-            fp8_recipe, tensor=state.tensor_size, context=1, sequence_parallel=sequence_parallel
-        ),
-        fixed_streams=state.pipeline_size > 1,
-        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
-    )
-
-
-def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
-    """What turns pairs into this rank's microbatches."""
-    return BatchBuilder(
-        shape=batch_shape(
-            state, sequence_parallel=bool(config.parallel.sequence_parallel), fp8_recipe=config.precision.fp8
-        ),
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        pad_token_id=pad_token_id,
-        share_prompt=config.data.share_prompt,
-        flop_rates=arch.flop_rates,
-        reference_flop_rates=reference_architecture(config, arch).flop_rates if config.reference.mode in LIVE else None,
-    )
 
 
 def reference_architecture(config: Config, arch: Architecture) -> Architecture:
@@ -222,80 +183,7 @@ def _check_quantised(chunks: Sequence[PolicyModel], config: Config, state: Paral
     logger.info("fp8: %d of the model's %d linear layers are quantised", quantised, linears)
 
 
-def build_loss(config: Config) -> PreferenceLoss:
-    """The loss of a pair, or the mix of several."""
-    loss = config.loss
-    return PreferenceLoss(
-        *(str(name) for name in loss.name),
-        weights=loss.weights,
-        beta=loss.beta,
-        label_smoothing=loss.label_smoothing,
-        ipo_length_normalize=loss.ipo_length_normalize,
-        discopop_tau=loss.discopop_tau,
-        simpo_gamma=loss.simpo_gamma,
-        f_divergence=str(loss.f_divergence),
-        f_alpha_divergence_coef=loss.f_alpha_divergence_coef,
-        ld_alpha=loss.ld_alpha,
-    )
-
-
-def loop_settings(config: Config, loss: PreferenceLoss, total_steps: int, device: Device) -> LoopSettings:
-    """When to log, evaluate and save, the learning rate, what the first loss must be, and what a card can do."""
-    return LoopSettings(
-        total_steps=total_steps,
-        log_every=config.train.log_every,
-        eval_every=config.train.eval_every,
-        save_every=config.train.save_every,
-        check_every=config.precision.fp8_check_every,
-        check_ranks_every=config.train.check_ranks_every,
-        learning_rate=LearningRate(
-            peak=config.optimizer.lr,
-            minimum=config.optimizer.min_lr,
-            schedule=str(config.optimizer.schedule),
-            warmup_steps=config.optimizer.warmup_steps,
-            total_steps=total_steps,
-        ),
-        no_preference=_no_preference(config, loss),
-        sync_every=config.reference.sync_every,
-        peak_flops=device.peak_flops(torch_dtype(config)),
-    )
-
-
-def health_facts(config: Config, loss: PreferenceLoss) -> RunFacts:
-    """What judging a run's health must know of its settings."""
-    return RunFacts(
-        beta=loss.beta,
-        has_reference=loss.needs_reference,
-        loss_at_start=loss.value_without_preference,
-        least_loss=loss.least_value,
-        clip_grad=config.optimizer.clip_grad,
-        peak_lr=config.optimizer.lr,
-        has_preference=any(LOSSES[name].has_preference for name in loss.names),
-        raises_chosen=all(LOSSES[name].raises_chosen for name in loss.names),
-        aimed_drift=loss.aimed_drift,
-    )
-
-
 def refers_to_start(config: Config) -> bool:
     """Whether the reference has the weights that the policy starts with."""
     own, start = config.reference.hf_path, config.model.hf_path
     return own is None or (start is not None and Path(own).samefile(start))
-
-
-def _no_preference(config: Config, loss: PreferenceLoss) -> NoPreference | None:
-    """What the first update must show because the reference is the starting policy; None where it is none."""
-    if not refers_to_start(config) or not loss.needs_reference:
-        return None
-    value, precision = loss.value_without_preference, config.precision
-    if config.reference.mode in LIVE:
-        remedy = "The two models compute different numbers: the gradients would be wrong"
-        return NoPreference(value, _LIVE_TOLERANCE, "live reference on the same schedule", remedy)
-    exact = precision.dtype == Dtype.fp32 and precision.fp8 is None
-    rounding = "fp32" if exact else "bf16" if precision.fp8 is None else "FP8"
-    return NoPreference(
-        value,
-        _CACHED_TOLERANCE if exact else _CACHED_AND_ROUNDED_TOLERANCE,
-        f"cached reference in {rounding}",
-        f"What {config.reference.cache_dir} has of these pairs is not what this model computes: if another layout has "
-        "filled it, fill one in this layout; or else something is wrong with it, and another directory is needed",
-    )
