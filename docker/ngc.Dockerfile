@@ -7,4 +7,4 @@ WORKDIR /opt/megadpo
 COPY . .
 RUN docker/install.sh
 # A mistake in the installation shows here rather than on a cluster; neither should need a GPU.
-RUN python tools/train.py --help && python -c "import megadpo.run"
+RUN python tools/train.py --help && python -c "import megadpo.commands.train"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadpo.checkpoint.directory import find_checkpoint
-from megadpo.command_line import run_tool
+from megadpo.commands.command_line import run_tool
 from megadpo.config.choices import DeviceKind, Dtype
 from megadpo.errors import ConfigError
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(options: argparse.Namespace) -> int:
     out = _fresh(options.out)
-    from megadpo.convert import import_model
+    from megadpo.commands.convert import import_model
 
     import_model(options.hf, out, dtype=options.dtype, device_kind=options.device)
     return 0
@@ -77,7 +77,7 @@ def _import(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     checkpoint, out = find_checkpoint(options.checkpoint), _fresh(options.out)
-    from megadpo.convert import export_checkpoint
+    from megadpo.commands.convert import export_checkpoint
 
     export_checkpoint(checkpoint, out, dtype=options.dtype, device_kind=options.device)
     return 0
@@ -92,7 +92,7 @@ def _verify(options: argparse.Namespace) -> int:
         )
     if options.max_pairs is not None and options.pairs is None:
         raise ConfigError(f"--max-pairs={max_pairs}: has no effect without --pairs: give --pairs=FILE, or drop it")
-    from megadpo.verification import verify
+    from megadpo.commands.verify import verify
 
     equal = verify(options.hf, checkpoint, pairs_file=options.pairs, max_pairs=max_pairs, device_kind=options.device)
     return 0 if equal else DIFFERENT

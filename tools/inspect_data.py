@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from megadpo.command_line import run_tool
+from megadpo.commands.command_line import run_tool
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.config.validation import validate

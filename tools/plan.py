@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from megadpo.command_line import check_plan, run_tool
+from megadpo.commands.command_line import check_plan, run_tool
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
@@ -74,10 +74,10 @@ def _without_layout(arguments: list[str]) -> list[str]:
 def show(config: Config, console: Console, *, suggesting: bool) -> None:
     """Prints a resolved configuration's plan, or the layouts that fit. Raises ConfigError where none does."""
     # These take seconds to import; mistakes in the words cost none.
+    from megadpo.commands.plan import planned_job
     from megadpo.planner import make_plan
     from megadpo.planner.report import print_plan, print_ranking
     from megadpo.planner.suggest import RECOMPUTES, suggest
-    from megadpo.planning import planned_job
     from megadpo.runtime.progress import ProgressBar
 
     job = planned_job(config)

@@ -31,12 +31,12 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from megadpo.command_line import check, run_tool
+from megadpo.commands.command_line import check, run_tool
+from megadpo.commands.score_summary import BY, Buckets
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config, LossConfig, PrecisionConfig, ReferenceConfig
 from megadpo.errors import ConfigError
-from megadpo.score_summary import BY, Buckets
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _TRAINING_ONLY = (
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
     def score(logger: logging.Logger) -> int:
         config, output, buckets = read_words(arguments)
-        from megadpo.scoring import run_scoring  # Megatron takes seconds to import; mistakes above cost none
+        from megadpo.commands.score import run_scoring  # Megatron takes seconds to import; mistakes above cost none
 
         run_scoring(config, output, buckets)
         return 0

@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from megadpo.command_line import check, run_tool
+from megadpo.commands.command_line import check, run_tool
 from megadpo.config.compose import compose_config
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -29,11 +29,11 @@ def main(arguments: list[str]) -> int:
         config = compose_config(arguments, config_dir=CONFIG_DIR, check=check)
         # Megatron takes seconds to import; mistakes above cost none.
         if config.train.dry_run:
-            from megadpo.dry_run import run_dry
+            from megadpo.commands.dry_run import run_dry
 
             run_dry(config)
             return 0
-        from megadpo.run import run_training
+        from megadpo.commands.train import run_training
 
         logger.info("done: %s", run_training(config))
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megadpo.score_summary import Buckets
+from megadpo.commands.score_summary import Buckets
 from tests.helpers.conversion_jobs import (
     export_hf,
     import_hf,

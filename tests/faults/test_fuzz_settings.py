@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
 from megadpo.config.compose import compose_config, config_from_yaml, config_to_yaml, known_keys
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError

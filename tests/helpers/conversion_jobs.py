@@ -17,14 +17,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from megadpo import scoring
 from megadpo.checkpoint import state as checkpoint
 from megadpo.checkpoint.directory import find_checkpoint
 from megadpo.checkpoint.state import load_weights
 from megadpo.checkpoint.writer import METADATA
+from megadpo.commands import score as scoring
+from megadpo.commands.convert import export_checkpoint, import_model
+from megadpo.commands.score import run_scoring
+from megadpo.commands.score_files import ScoreWriter
+from megadpo.commands.score_summary import Buckets
+from megadpo.commands.verify import verify
 from megadpo.config.choices import Dtype
 from megadpo.config.compose import compose_config
-from megadpo.convert import export_checkpoint, import_model
 from megadpo.errors import MegaDPOError
 from megadpo.models.builder import build_model, load_model
 from megadpo.models.conversion import stored
@@ -34,10 +38,6 @@ from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
-from megadpo.score_files import ScoreWriter
-from megadpo.score_summary import Buckets
-from megadpo.scoring import run_scoring
-from megadpo.verification import verify
 from tests.helpers.fault_jobs import MeetingPlaces, captured_log
 from tests.helpers.no_room import largest_file
 

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
+from megadpo.commands.convert import export_checkpoint
+from megadpo.commands.train import run_training
 from megadpo.config.compose import compose_config
-from megadpo.convert import export_checkpoint
 from megadpo.errors import MegaDPOError
 from megadpo.models.conversion.safetensors_io import SafetensorsReader
-from megadpo.run import run_training
 
 
 @dataclass(frozen=True)

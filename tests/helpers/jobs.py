@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 
 import megadpo.setup.models
 import megadpo.setup.run_loop
+from megadpo.commands.train import run_training
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
@@ -28,7 +29,6 @@ from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions
 from megadpo.reference import ResidentReference
-from megadpo.run import run_training
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.setup.datasets import batch_shape

@@ -15,8 +15,8 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import megadpo.checkpoint.state
+import megadpo.commands.train
 import megadpo.optimizer.build
-import megadpo.run
 import megadpo.setup.options
 import megadpo.train.train_step
 from megadpo.checkpoint.saver import CheckpointSaver
@@ -112,7 +112,7 @@ def train_watching_exchanges(overrides: list[str]) -> Counter[str]:
                 during("updating", DistributedOptimizer.step_with_ready_grads),
             ),
             (CheckpointSaver, "save", during("saving", CheckpointSaver.save)),
-            (megadpo.run, "gather_weights", during("saving", megadpo.run.gather_weights)),
+            (megadpo.commands.train, "gather_weights", during("saving", megadpo.commands.train.gather_weights)),
         ):
             stack.enter_context(mock.patch.object(owner, name, watched))
         train(overrides)

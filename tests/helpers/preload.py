@@ -1,6 +1,6 @@
 """Imports what every rank of a test needs; the fork server loads this once. It runs nothing."""
 
-import megadpo.run
+import megadpo.commands.train
 import tests.helpers.jobs
 
 __all__ = ["megadpo", "tests"]

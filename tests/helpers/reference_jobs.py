@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
-import megadpo.run
+import megadpo.commands.train
 import megadpo.setup.reference_cache
 from megadpo.forward_step import score_batch
 from megadpo.models.policy import PolicyModel
@@ -64,7 +64,7 @@ def train_and_watch(overrides: list[str]) -> Watched:
     with (
         mock.patch.object(megadpo.setup.reference_cache, "score_batch", score),
         mock.patch.object(megadpo.setup.reference_cache, "load_reference_model", load),
-        mock.patch.object(megadpo.run, "build_policy", build),
+        mock.patch.object(megadpo.commands.train, "build_policy", build),
         captured_log() as seen.log,
     ):
         train(overrides)

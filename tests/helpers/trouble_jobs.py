@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 import megadpo.checkpoint.writer
-import megadpo.run
+import megadpo.commands.train
 import megadpo.setup.run_loop
 from megadpo.errors import MegaDPOError
 from megadpo.train.train_step import StepResult, train_step
@@ -100,7 +100,7 @@ def train_while_the_clock_goes_back(overrides: list[str]) -> str:
     with (
         mock.patch.object(time, "time", side_effect=lambda: now() - back),
         mock.patch.object(time, "time_ns", side_effect=lambda: int(1e9 * (now() - back))),
-        mock.patch.object(megadpo.run, "datetime", Clock),
+        mock.patch.object(megadpo.commands.train, "datetime", Clock),
         mock.patch.object(megadpo.setup.run_loop, "train_step", update),
     ):
         return train(overrides)

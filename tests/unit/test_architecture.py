@@ -17,17 +17,16 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up; a module imports its own floor or lower ones.
 FLOORS = [
-    {"errors", "loss", "score_summary"},
+    {"errors", "loss"},
     {"runtime"},
-    {"metrics", "optimizer", "score_files"},
+    {"metrics", "optimizer"},
     {"models"},
     {"checkpoint", "data", "health"},
     {"config", "forward_step", "planner"},
     {"reference"},
     {"train"},
     {"setup"},
-    {"command_line", "convert", "planning", "run", "scoring"},
-    {"dry_run", "verification"},
+    {"commands"},
     {"tools"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -39,7 +38,7 @@ SHARED = ["megadpo.models.attention_plan"]
 HOMES = {
     "hydra": ["megadpo.config.compose", "tools"],
     "omegaconf": ["megadpo.config.compose", "tools"],
-    "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "megadpo.verification", "tools"],
+    "transformers": ["megadpo.data.tokenization", "megadpo.models.hf_config", "megadpo.commands.verify", "tools"],
     "datasets": ["megadpo.data.sources", "tools.bench"],
     "psutil": ["megadpo.setup.launch"],
     "pyarrow": ["megadpo.data.sources"],

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
 from megadpo.config import validation
 from megadpo.config.choices import Dtype, LossName
 from megadpo.config.compose import (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megadpo.command_line import check_plan
+from megadpo.commands.command_line import check_plan
 from megadpo.config.compose import compose_config
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair

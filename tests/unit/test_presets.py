@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError

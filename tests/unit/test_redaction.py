@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
 from megadpo.config.compose import compose_config
 from megadpo.errors import ConfigError, DataError, redact
 from megadpo.runtime.rank_logging import configure_logging, get_logger

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megadpo.commands.score_files import Role, ScoreFiles, ScoreWriter
+from megadpo.commands.score_summary import Buckets
+from megadpo.commands.verify import stages
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.schema import LossConfig, ReferenceConfig
 from megadpo.errors import ConfigError, MegaDPOError
 from megadpo.models.hf_config import read_architecture
-from megadpo.score_files import Role, ScoreFiles, ScoreWriter
-from megadpo.score_summary import Buckets
-from megadpo.verification import stages
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
@@ -201,7 +201,7 @@ def test_damaged_files_of_a_scoring_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("equal", "status"), [(True, 0), (False, 3)])
 def test_the_exit_status_of_verify(equal: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported.json").touch()
-    monkeypatch.setattr("megadpo.verification.verify", lambda *_, **__: equal)
+    monkeypatch.setattr("megadpo.commands.verify.verify", lambda *_, **__: equal)
     assert convert.main(["verify", "--hf", "x", "--checkpoint", str(tmp_path)]) == status
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from megadpo.commands.score_summary import Buckets, Scores, bucket_table, read_scores, summarise, with_reference
 from megadpo.loss.preference import PairLogProbs, PreferenceLoss, SequenceLogProbs, pair_statistics
-from megadpo.score_summary import Buckets, Scores, bucket_table, read_scores, summarise, with_reference
 
 BETA = 0.2
 

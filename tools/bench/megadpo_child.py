@@ -17,10 +17,10 @@ import torch
 from bench.ablations import ABLATIONS, Ablation
 from bench.job import Job, Link, play
 from bench.taken_back import ReferenceTap, patches
-from megadpo.command_line import check
+from megadpo.commands.command_line import check
+from megadpo.commands.train import run_training
 from megadpo.config.compose import compose_config
 from megadpo.planner.meter import LiveBytes
-from megadpo.run import run_training
 from megadpo.runtime.device import Device, Mark
 from megadpo.runtime.rank_logging import configure_logging, global_rank, silence_libraries
 from megadpo.train.train_step import train_step

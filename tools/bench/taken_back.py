@@ -115,8 +115,8 @@ class ReferenceTap:
     def patches(self) -> Sequence[AbstractContextManager[Any]]:
         """Has the run build its reference through here."""
         return [
-            mock.patch("megadpo.run.TrainingData", self._training_data),
-            mock.patch("megadpo.run.build_reference", self._build),
+            mock.patch("megadpo.commands.train.TrainingData", self._training_data),
+            mock.patch("megadpo.commands.train.build_reference", self._build),
         ]
 
     def _training_data(self, *args: Any, **kwargs: Any) -> TrainingData:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from megadpo.checkpoint.directory import HF_DIRECTORY, stored_dtype
 from megadpo.checkpoint.state import WEIGHTS_FROM, load_weights, readable
+from megadpo.commands.convert import at_work, open_weights
 from megadpo.config.choices import Dtype
-from megadpo.convert import at_work, open_weights
 from megadpo.data.dataset import Keys, iter_rows, parse_row
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair

@@ -24,6 +24,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from megadpo.commands.score_files import Role, ScoreFiles, ScoreWriter
+from megadpo.commands.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
@@ -39,8 +41,6 @@ from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.score_files import Role, ScoreFiles, ScoreWriter
-from megadpo.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
 from megadpo.setup.datasets import Datasets, build_batches, load_datasets, warn_long_sequences
 from megadpo.setup.model_source import ModelSource, directory_name, model_source, resolve_model
 from megadpo.setup.models import check_weight_files, load_starting_model, weight_files

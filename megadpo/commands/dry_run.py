@@ -6,13 +6,13 @@ import os
 
 from rich.console import Console
 
+from megadpo.commands.plan import attention_of_cards, data_lengths, job_of
+from megadpo.commands.train import begin, count_steps
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
 from megadpo.models.hf_config import read_architecture
 from megadpo.planner import Job, make_plan
 from megadpo.planner.report import print_plan
-from megadpo.planning import attention_of_cards, data_lengths, job_of
-from megadpo.run import begin, count_steps
 from megadpo.runtime.collectives import check_all_agree
 from megadpo.runtime.rank_logging import get_logger
 from megadpo.setup.datasets import load_datasets, warn_long_sequences
