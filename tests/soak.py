@@ -175,7 +175,7 @@ def _look_at(run_dir: Path, whole: Path, tally: Tally) -> None:
     """Checks what a kill has left."""
     for checkpoint in step_directories(run_dir / "checkpoints"):
         if damage := find_damage(checkpoint):
-            tally.problems.append(f"{checkpoint} is damaged: {damage}")
+            tally.problems.append(f"{checkpoint} is damaged: {[found.text for found in damage]}")
         tally.steps_kept += 1
     size = _bytes(run_dir)
     tally.largest_bytes = max(tally.largest_bytes, size)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -24,8 +25,22 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _BLOCK_BYTES = 2**22
 
-# How the only problem of a manifest begins that another version wrote, and that says nothing of damage.
-OTHER_FORMAT = "it is of format"
+
+class DamageKind(Enum):
+    """Kinds of findings in a directory's files, of which only `content` makes a checkpoint unusable for good."""
+
+    content = "a file is missing, or does not hold what was written"
+    side_file = "the same of a file that people may change"
+    other_format = "another version of megadpo wrote the manifest, which says nothing about its files"
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One finding about a file of a checkpoint. `text` is for people only: no decision reads it."""
+
+    file: str
+    kind: DamageKind
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +83,18 @@ def write_manifest(directory: Path, known: Mapping[str, FileDigest]) -> None:
     write_durably(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def find_damage(directory: Path, *, share: int = 0, shares: int = 1, free: str = "") -> list[str]:
-    """What is wrong with a directory, a line each; [] where all files are those that were written.
+def find_damage(directory: Path, *, share: int = 0, shares: int = 1, free: str = "") -> list[Damage]:
+    """The findings about a directory's files, by file; [] where all files are those that were written.
 
     Sizes are looked at first; contents are read only where they are right, of this `share` of `shares`, about equal
-    parts of the bytes. Files under `free`, which may have been changed on purpose, keep nothing from being read.
+    parts of the bytes. Files under `free` may have been changed on purpose: they are found as side files, and keep
+    nothing from being read.
     OSError where something can't be looked at or read: that says nothing about what is there.
     """
     try:
         expected = _read_manifest(directory)
     except _Unreadable as error:
-        return [str(error)]
+        return [error.damage]
     wrong = {name: problem for name in expected if (problem := _size_problem(directory, name, expected[name]))}
     if all(free and name.startswith(f"{free}/") for name in wrong):
         there = sorted(expected.keys() - wrong.keys(), key=lambda name: (-expected[name].bytes, name))
@@ -87,11 +103,18 @@ def find_damage(directory: Path, *, share: int = 0, shares: int = 1, free: str =
         for name in there[share::shares]:
             if problem := _content_problem(directory, name, expected[name]):
                 wrong[name] = problem
-    return [wrong[name] for name in sorted(wrong)]
+    return [
+        Damage(name, DamageKind.side_file if free and name.startswith(f"{free}/") else DamageKind.content, wrong[name])
+        for name in sorted(wrong)
+    ]
 
 
 class _Unreadable(Exception):
-    """A manifest that says nothing; the text is what is wrong."""
+    """A manifest that says nothing about its files."""
+
+    def __init__(self, text: str, kind: DamageKind = DamageKind.content) -> None:
+        super().__init__(text)
+        self.damage = Damage(MANIFEST, kind, text)
 
 
 def _read_manifest(directory: Path) -> dict[str, FileDigest]:
@@ -100,15 +123,13 @@ def _read_manifest(directory: Path) -> dict[str, FileDigest]:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise _Unreadable(
-                f"{OTHER_FORMAT} {content['format']}, this version of megadpo reads format {FORMAT}: use the version "
-                "that wrote it"
+                f"it is of format {content['format']}, this version of megadpo reads format {FORMAT}: use the version "
+                "that wrote it",
+                DamageKind.other_format,
             )
         return {str(name): FileDigest(**digest) for name, digest in content["files"].items()}
     except FileNotFoundError:
-        raise _Unreadable(
-            f"{MANIFEST} is missing, so that nothing says what was written: it was lost, or a megadpo that made none "
-            "wrote this (docs/faults.md)"
-        ) from None
+        raise _Unreadable(f"{MANIFEST} is missing, so that nothing says what was written: bring it back") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _Unreadable(f"{MANIFEST} can't be read ({type(error).__name__}: {error})") from None
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megadpo.checkpoint.directory import HF_DIRECTORY, stored_vocab_size
-from megadpo.checkpoint.manifest import find_damage
+from megadpo.checkpoint.manifest import Damage, DamageKind, find_damage
 from megadpo.checkpoint.writer import METADATA, causes_of, raise_own
 from megadpo.errors import CheckpointError, MegaDPOError, listing
 from megadpo.optimizer.build import distributed_optimizers
@@ -74,15 +74,15 @@ def _fill(modules: Sequence[MegatronModule], loaded: dict[str, Any]) -> None:
         assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing)
 
 
-def damage_of(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, the same on every rank; [] where they are those that were written.
+def damage_of(directory: Path) -> list[Damage]:
+    """The damage of a checkpoint's files, the same on every rank; [] where they are those that were written.
 
     Those of hf/ may be changed on purpose, as a chat template is: that is said, and is no damage. Every rank reads its
     share of the bytes. CheckpointError on every rank where one can't read: a machine or the file system may be at
     fault, and the checkpoint whole. One all-gather over the world.
     """
     found, unread = _damage_seen_here(directory)
-    of_ranks: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    of_ranks: list[tuple[list[Damage], list[str]]] = [([], [])] * dist.get_world_size()
     dist.all_gather_object(of_ranks, (found, unread))
     if unread := [line for _, lines in of_ranks for line in lines]:
         raise CheckpointError(
@@ -90,14 +90,14 @@ def damage_of(directory: Path) -> list[str]:
             "system and the machines that are named, and start again; if it stays so, bring its files back, or take it "
             f"out of its directory as a damaged one:\n{listing(unread)}"
         )
-    found = list(dict.fromkeys(problem for problems, _ in of_ranks for problem in problems))
-    changed = [problem for problem in found if problem.startswith(f"{HF_DIRECTORY}/")]
+    found = list(dict.fromkeys(damage for own, _ in of_ranks for damage in own))
+    changed = [damage.text for damage in found if damage.kind is DamageKind.side_file]
     if changed:
         logger.warning("%s was changed since it was written, and is used as it is:\n%s", directory, listing(changed))
-    return [problem for problem in found if problem not in changed]
+    return [damage for damage in found if damage.kind is not DamageKind.side_file]
 
 
-def _damage_seen_here(directory: Path) -> tuple[list[str], list[str]]:
+def _damage_seen_here(directory: Path) -> tuple[list[Damage], list[str]]:
     """What this rank finds wrong with a checkpoint, and what it can't read, with its own name."""
     try:
         return find_damage(directory, share=dist.get_rank(), shares=dist.get_world_size(), free=HF_DIRECTORY), []
@@ -111,7 +111,7 @@ def check_undamaged(directory: Path, remedy: str) -> None:
     if damage := damage_of(directory):
         raise CheckpointError(
             f"checkpoint {directory} is damaged, name another one with {remedy}, or copy this one again:\n"
-            f"{listing(damage)}"
+            f"{listing([found.text for found in damage])}"
         )
 
 

@@ -22,7 +22,7 @@ from megadpo.checkpoint.directory import (
     step_directories,
     step_directory,
 )
-from megadpo.checkpoint.manifest import OTHER_FORMAT
+from megadpo.checkpoint.manifest import Damage, DamageKind
 from megadpo.checkpoint.state import check_undamaged, damage_of
 from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict
@@ -96,7 +96,7 @@ def _choose(config: Config, run_dir: Path) -> Path | None:
         if named is not None:
             check_undamaged(named, "train.resume=DIR")
         return named
-    damaged: dict[Path, list[str]] = {}
+    damaged: dict[Path, list[Damage]] = {}
     for candidate in reversed(on_main(lambda: step_directories(run_dir / "checkpoints"))):
         damage = damage_of(candidate)
         on_main(partial(_check_version, candidate, damage))
@@ -105,7 +105,7 @@ def _choose(config: Config, run_dir: Path) -> Path | None:
             return candidate
         damaged[candidate] = damage
     if damaged:
-        wrong = [f"{path.name}: {problem}" for path, damage in damaged.items() for problem in damage]
+        wrong = [f"{path.name}: {found.text}" for path, damage in damaged.items() for found in damage]
         raise CheckpointError(
             f"train.resume=auto: no checkpoint of {run_dir} is whole; bring one back, or give another train.run_dir to "
             f"start anew:\n{listing(wrong)}"
@@ -124,9 +124,9 @@ def _check_not_exported(run_dir: Path) -> None:
         )
 
 
-def _check_version(checkpoint: Path, damage: Sequence[str]) -> None:
+def _check_version(checkpoint: Path, damage: Sequence[Damage]) -> None:
     """CheckpointError for one that another version wrote: it is whole, and its steps must not be trained again."""
-    foreign = [problem for problem in damage if problem.startswith(OTHER_FORMAT)]
+    foreign = [found.text for found in damage if found.kind is DamageKind.other_format]
     if not damage:
         try:
             read_training_state(checkpoint)
@@ -139,7 +139,7 @@ def _check_version(checkpoint: Path, damage: Sequence[str]) -> None:
         )
 
 
-def _settle_on(checkpoint: Path, damaged: Mapping[Path, Sequence[str]]) -> None:
+def _settle_on(checkpoint: Path, damaged: Mapping[Path, Sequence[Damage]]) -> None:
     """Makes a checkpoint the run's latest: takes away the names of damaged ones that are newer, and says so."""
     name_latest(checkpoint)
     for bad, damage in damaged.items():
@@ -148,7 +148,12 @@ def _settle_on(checkpoint: Path, damaged: Mapping[Path, Sequence[str]]) -> None:
             if aside.exists():
                 shutil.rmtree(aside)
             bad.rename(aside)
-        logger.warning("%s IS DAMAGED and is not used; it is now %s:\n%s", bad, aside.name, listing(damage))
+        logger.warning(
+            "%s IS DAMAGED and is not used; it is now %s:\n%s",
+            bad,
+            aside.name,
+            listing([found.text for found in damage]),
+        )
     if damaged:
         logger.warning("the run goes on from %s", checkpoint)
 

@@ -5,19 +5,14 @@ All starts are one launch of two ranks, which read the files in halves.
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from megadpo.checkpoint.manifest import find_damage
 from tests.faults.damage import DAMAGES, Damage
 from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, export_each, start_each
 from tests.helpers.launch import launch
@@ -178,12 +173,3 @@ def test_a_lost_latest_is_made_again(table: Table) -> None:
     assert len(metrics(run_dir)) == len(metrics(table.root / "whole"))
     before, after = exported_weights(table.root / "whole"), exported_weights(run_dir)
     assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
-
-
-def test_a_checkpoint_without_a_manifest_is_given_one_by_the_documented_command(table: Table) -> None:
-    checkpoint = table.root / "alone_missing_manifest" / "checkpoints" / LAST
-    assert find_damage(checkpoint)
-    (command,) = re.findall(r"^python (-c .*) DIR$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *shlex.split(command), str(checkpoint)], env=environment, check=True)
-    assert find_damage(checkpoint) == []

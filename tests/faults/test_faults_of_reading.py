@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.checkpoint.manifest import MANIFEST, find_damage
+from megadpo.checkpoint.manifest import MANIFEST, DamageKind, find_damage
 from megadpo.checkpoint.state import readable
 from megadpo.errors import CheckpointError
 from tests.helpers import loading_jobs
@@ -116,12 +116,13 @@ def test_sizes_decide_before_contents_are_read(unexported: Path, monkeypatch: py
     monkeypatch.setattr("megadpo.checkpoint.manifest.digest_of", lambda path: read.append(path.name) or digest_of(path))
     size = (checkpoint / "hf" / "config.json").stat().st_size
     (checkpoint / "hf" / "config.json").write_text("{}")
-    changed = f"hf/config.json has 2 bytes, {size} were written"
-    assert find_damage(checkpoint, free="hf") == [changed]
+    changed = (DamageKind.side_file, f"hf/config.json has 2 bytes, {size} were written")
+    lost = (DamageKind.content, "training.json is missing")
+    assert [(found.kind, found.text) for found in find_damage(checkpoint, free="hf")] == [changed]
     assert len(read) == len(by_size(checkpoint)) - 1, "what may be changed decides nothing"
     read.clear()
     (checkpoint / "training.json").unlink()
-    assert find_damage(checkpoint, free="hf") == [changed, "training.json is missing"]
+    assert [(found.kind, found.text) for found in find_damage(checkpoint, free="hf")] == [changed, lost]
     assert read == []
 
 
