@@ -1,58 +1,22 @@
-"""What checkpoint directories say about themselves, and which one a path means. Plain files; no Megatron, no tensors.
+"""The checkpoint that a path means, and those of a run that are kept. Plain files; no Megatron, no tensors.
 
-A checkpoint is a directory with Megatron's distributed files, `hf/` (configuration and tokenizer) and a description:
-`training.json` when a run wrote it, `imported.json` when it was made from Hugging Face weights. `evaluation.json` may
-come later, where a run was stopped before it could evaluate what it saved; no manifest knows it.
+A checkpoint is a directory with Megatron's distributed files, `hf/` (configuration and tokenizer) and a description.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
 
+from megadpo.checkpoint.description import IMPORTED, TRAINED, is_readable, is_trained, metrics_of
 from megadpo.errors import CheckpointError
 from megadpo.runtime.files import write_durably
 
-TRAINED = "training.json"
-EVALUATED = "evaluation.json"
-IMPORTED = "imported.json"
 HF_DIRECTORY = "hf"
 LATEST = "latest"
-# Formats that a checkpoint's weights can have.
-WEIGHT_FORMATS = ("bf16", "fp32")
 _STEP_DIRECTORY = re.compile(r"^step_(\d{8})$")
-
-_ANOTHER = "name another checkpoint, or copy this one again"
-
-D = TypeVar("D")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """What a checkpoint says about its run besides weights: everything else follows from step and pairs.
-
-    `pairs_consumed` counts the pairs that its updates have taken, those of every epoch. `data_digest` is a hash of the
-    retained pairs' token ids; `vocab_size` is the model's, without padding; `reference` a fingerprint of the
-    reference's files, "" without one; `settings` the configuration as a flat mapping; `metrics` what an evaluation of
-    these weights had found by then, {} without one; `skipped` the steps among `step` that changed nothing, because a
-    number was not finite; `versions` are those of the packages that wrote it.
-    """
-
-    step: int
-    pairs_consumed: int
-    num_pairs: int
-    data_digest: str
-    vocab_size: int
-    reference: str
-    settings: dict[str, Any]
-    metrics: dict[str, float]
-    skipped: int
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +48,6 @@ class Retention:
         return [choose(known, key=lambda path: known[path])] if known else []
 
 
-@dataclass(frozen=True, slots=True)
-class ImportedModel:
-    """What an imported checkpoint says: the directory it was made from, and format and vocabulary of its weights."""
-
-    source: str
-    dtype: str
-    vocab_size: int
-    megadpo_version: str
-
-
 def step_directory(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` lives under the run's checkpoint directory."""
     return root / f"step_{step:08d}"
@@ -112,11 +66,6 @@ def step_directories(root: Path) -> list[Path]:
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints of a run under `root`, oldest first."""
     return [path for path in step_directories(root) if is_trained(path)]
-
-
-def is_trained(directory: Path) -> bool:
-    """Whether a run wrote this checkpoint, with the training state to go on from."""
-    return (directory / TRAINED).is_file()
 
 
 def name_latest(checkpoint: Path) -> None:
@@ -171,82 +120,3 @@ def _follow_latest(root: Path, found: list[Path]) -> Path:
 
 def _is_checkpoint(directory: Path) -> bool:
     return is_trained(directory) or (directory / IMPORTED).is_file()
-
-
-def read_training_state(directory: Path) -> TrainingState:
-    """The description that a run saved with a checkpoint."""
-    return _read(directory / TRAINED, TrainingState)
-
-
-def is_readable(directory: Path) -> bool:
-    """Whether a checkpoint's description of its run can be read."""
-    try:
-        read_training_state(directory)
-    except CheckpointError:
-        return False
-    return True
-
-
-def metrics_of(checkpoint: Path) -> dict[str, float]:
-    """What an evaluation of a trained checkpoint's weights has found, before it was saved or after; {} without one.
-
-    One that came later and can't be read counts as none: it is made again, or decides nothing.
-    """
-    before = read_training_state(checkpoint).metrics
-    if before:
-        return before
-    try:
-        later = json.loads((checkpoint / EVALUATED).read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in later.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def keep_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    """Adds to a trained checkpoint what an evaluation has found that came after it was saved."""
-    write_durably(checkpoint / EVALUATED, json.dumps(metrics, indent=1) + "\n")
-
-
-def read_imported(directory: Path) -> ImportedModel:
-    """The description of an imported checkpoint."""
-    return _read(directory / IMPORTED, ImportedModel)
-
-
-def stored_dtype(directory: Path) -> str:
-    """Format of a checkpoint's weights, one of WEIGHT_FORMATS."""
-    if is_trained(directory):
-        path, said = directory / TRAINED, trained_setting(directory, "precision.dtype")
-    else:
-        path, said = directory / IMPORTED, read_imported(directory).dtype
-    if said not in WEIGHT_FORMATS:
-        raise CheckpointError(
-            f"{path}: the weights' format is {said!r}, it must be {' or '.join(WEIGHT_FORMATS)}: {_ANOTHER}"
-        )
-    return str(said)
-
-
-def stored_vocab_size(directory: Path) -> int:
-    """Entries of the vocabulary of a checkpoint's weights, without padding."""
-    return (read_training_state(directory) if is_trained(directory) else read_imported(directory)).vocab_size
-
-
-def trained_setting(directory: Path, key: str) -> Any:
-    """The value that a configuration key had in the run that wrote this checkpoint."""
-    settings = read_training_state(directory).settings
-    if key not in settings:
-        raise CheckpointError(f"{directory / TRAINED}: its settings lack {key}: {_ANOTHER}")
-    return settings[key]
-
-
-def _read(path: Path, description: type[D]) -> D:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): {_ANOTHER}") from error
-    kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(description).items()}
-    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
-        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise CheckpointError(
-            f"{path} must hold {expected}: it is damaged, or was written by another version of megadpo: {_ANOTHER}"
-        )
-    return description(**fields)

@@ -25,16 +25,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.checkpoint.directory import (
-    HF_DIRECTORY,
-    IMPORTED,
-    LATEST,
-    TRAINED,
-    ImportedModel,
-    Retention,
-    TrainingState,
-    step_directory,
-)
+from megadpo.checkpoint.description import IMPORTED, TRAINED, ImportedModel, Progress, RunIdentity, training_json
+from megadpo.checkpoint.directory import HF_DIRECTORY, LATEST, Retention, step_directory
 from megadpo.checkpoint.manifest import FileDigest, digest_files, write_manifest
 from megadpo.checkpoint.removals import Removals
 from megadpo.checkpoint.state import model_state, reference_state, renew_main_weights
@@ -64,6 +56,7 @@ class CheckpointSaver:
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         *,
+        identity: RunIdentity,
         side_files: SideFiles,
         dtype: torch.dtype,
         retention: Retention,
@@ -79,6 +72,7 @@ class CheckpointSaver:
         self._root = root
         self._chunks = chunks
         self._optimizer = optimizer
+        self._identity = identity
         self._side_files = side_files
         self._dtype = dtype
         self._retention = retention
@@ -106,22 +100,22 @@ class CheckpointSaver:
 
         on_main(clear)
 
-    def save(self, state: TrainingState, *, reference: Sequence[MegatronModule] = ()) -> None:
-        """Begins the checkpoint of `state.step`, when the one before is finished; waits for it unless asynchronous.
+    def save(self, progress: Progress, *, reference: Sequence[MegatronModule] = ()) -> None:
+        """Begins the checkpoint of `progress.step`, when the one before is finished; waits for it unless asynchronous.
 
         `reference` are the chunks of one that changes, which a run can't have from anywhere else when it goes on.
         CheckpointError on every rank, also for the one before.
         """
         self._complete_before()
-        self._began, self._step = time.monotonic(), state.step
-        final = step_directory(self._root, state.step)
+        self._began, self._step = time.monotonic(), progress.step
+        final = step_directory(self._root, progress.step)
         unfinished = self._root / f".{final.name}.partial"
         self.tidy()
         self._await_removals()  # their room is needed
-        self._at(state.step, "saving")
+        self._at(progress.step, "saving")
         gather_weights(self._chunks)
         if self._check is not None:
-            self._check(state.step)
+            self._check(progress.step)
         renew_main_weights(distributed_optimizers(self._optimizer))
         model = model_state([chunk.module for chunk in self._chunks])
         content = {
@@ -129,8 +123,8 @@ class CheckpointSaver:
             **reference_state(reference),
             "optimizer": self._optimizer.sharded_state_dict(model, metadata=dict(METADATA)),
         }
-        finish = partial(self._finish, unfinished, final, state)
-        self._writer.start(unfinished, content, finish, at=partial(self._at, state.step))
+        finish = partial(self._finish, unfinished, final, progress)
+        self._writer.start(unfinished, content, finish, at=partial(self._at, progress.step))
 
     @property
     def is_writing(self) -> bool:
@@ -190,9 +184,9 @@ class CheckpointSaver:
             pause_s, before = min(2 * pause_s, 1.0), left
         return 0
 
-    def _finish(self, unfinished: Path, final: Path, state: TrainingState, known: Mapping[str, FileDigest]) -> None:
+    def _finish(self, unfinished: Path, final: Path, progress: Progress, known: Mapping[str, FileDigest]) -> None:
         write_side_files(self._side_files, unfinished / HF_DIRECTORY, dtype=self._dtype)
-        write_durably(unfinished / TRAINED, json.dumps(asdict(state), indent=1))
+        write_durably(unfinished / TRAINED, training_json(self._identity, progress))
         with writing(final, CheckpointError):
             write_manifest(unfinished, known)
             if final.exists():

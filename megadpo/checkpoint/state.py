@@ -19,7 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
-from megadpo.checkpoint.directory import HF_DIRECTORY, stored_vocab_size
+from megadpo.checkpoint.description import stored_vocab_size
+from megadpo.checkpoint.directory import HF_DIRECTORY
 from megadpo.checkpoint.manifest import Damage, DamageKind, find_damage
 from megadpo.checkpoint.writer import METADATA, causes_of, raise_own
 from megadpo.errors import CheckpointError, MegaDPOError, listing

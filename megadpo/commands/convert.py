@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 
 from megadpo import __version__
-from megadpo.checkpoint.directory import (
-    HF_DIRECTORY,
+from megadpo.checkpoint.description import (
     ImportedModel,
     is_trained,
     read_imported,
-    read_training_state,
+    read_training,
     stored_dtype,
     trained_setting,
 )
+from megadpo.checkpoint.directory import HF_DIRECTORY
 from megadpo.checkpoint.saver import save_imported
 from megadpo.checkpoint.state import (
     NOT_WEIGHTS,
@@ -186,6 +186,6 @@ def _config_dtype(hf_dir: Path) -> Dtype:
 def _origin(checkpoint: Path) -> str:
     """Where the weights come from, for the model card."""
     if is_trained(checkpoint):
-        steps = read_training_state(checkpoint).step
-        return f"Trained for {steps} steps from {trained_setting(checkpoint, 'model.name')}."
+        _, progress = read_training(checkpoint)
+        return f"Trained for {progress.step} steps from {trained_setting(checkpoint, 'model.name')}."
     return f"Imported from {read_imported(checkpoint).source}."

@@ -146,7 +146,7 @@ def _train(session: Session, run_dir: Path, launch: Launch) -> None:
             steps=max(start.step, total_steps),
             settings_yaml=config_to_yaml(config),
             # Of a run that was killed before its export, what is left to do finds none.
-            metrics=end.metrics or start.state.metrics,
+            metrics=end.metrics or start.progress.metrics,
             health=end.health,
         ),
     )

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from megadpo.checkpoint.directory import HF_DIRECTORY, stored_dtype
+from megadpo.checkpoint.description import stored_dtype
+from megadpo.checkpoint.directory import HF_DIRECTORY
 from megadpo.checkpoint.state import WEIGHTS_FROM, load_weights, readable
 from megadpo.commands.convert import at_work, open_weights
 from megadpo.config.choices import Dtype

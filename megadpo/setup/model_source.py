@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megadpo.checkpoint.directory import HF_DIRECTORY, find_checkpoint, is_trained, read_training_state
+from megadpo.checkpoint.description import is_trained, read_training
+from megadpo.checkpoint.directory import HF_DIRECTORY, find_checkpoint
 from megadpo.config.schema import Config, ModelConfig
 
 # The name that conf/model/hf.yaml gives to every model.
@@ -39,7 +40,8 @@ def _own_name(model: ModelConfig) -> str:
     if model.checkpoint is not None:
         directory = Path(model.checkpoint)
         if is_trained(directory):
-            return str(read_training_state(directory).settings.get("model.name", _ANY_MODEL))
+            identity, _ = read_training(directory)
+            return str(identity.settings.get("model.name", _ANY_MODEL))
         return directory.name
     return _ANY_MODEL if model.hf_path is None else directory_name(Path(model.hf_path))
 

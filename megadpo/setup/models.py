@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megadpo.checkpoint.directory import stored_dtype
+from megadpo.checkpoint.description import stored_dtype
 from megadpo.checkpoint.state import load_checkpoint, load_weights
 from megadpo.config.choices import Dtype, ReferenceMode
 from megadpo.config.schema import Config

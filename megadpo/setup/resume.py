@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megadpo.checkpoint.directory import (
-    HF_DIRECTORY,
-    TrainingState,
-    find_checkpoint,
+from megadpo.checkpoint.description import (
+    Progress,
+    RunIdentity,
     is_readable,
     is_trained,
-    list_checkpoints,
     metrics_of,
+    read_training,
+)
+from megadpo.checkpoint.directory import (
+    HF_DIRECTORY,
+    find_checkpoint,
+    list_checkpoints,
     name_latest,
-    read_training_state,
     step_directories,
     step_directory,
 )
@@ -33,7 +36,7 @@ from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import writing
 from megadpo.runtime.rank_logging import get_logger
 from megadpo.setup.program import package_versions
-from megadpo.setup.resume_rules import check_same_run
+from megadpo.setup.resume_rules import check_resumable
 
 logger = get_logger(__name__)
 
@@ -46,18 +49,19 @@ class StartingPoint:
     """
 
     checkpoint: Path | None
-    state: TrainingState
+    identity: RunIdentity
+    progress: Progress
     changes: tuple[ResumeChange, ...] = ()
 
     @property
     def step(self) -> int:
         """Updates done before this run."""
-        return self.state.step
+        return self.progress.step
 
     @property
     def cursor(self) -> Cursor:
         """The place in the training pairs to go on from; other pairs than the checkpoint's begin with their first."""
-        return Cursor(self.state.step, self.state.pairs_consumed)
+        return Cursor(self.progress.step, self.progress.pairs_consumed)
 
 
 def find_starting_point(
@@ -67,21 +71,17 @@ def find_starting_point(
 
     Collective over all ranks. CheckpointError on every rank where there is none to go on from, or it is of another run.
     """
-    now = TrainingState(
-        step=0,
-        pairs_consumed=0,
+    now = RunIdentity(
         num_pairs=num_pairs,
         data_digest=data_digest,
         vocab_size=vocab_size,
         reference=reference,
         settings=_flatten(config_to_dict(config)),
-        metrics={},
-        skipped=0,
         versions=package_versions(),
     )
     checkpoint = _choose(config, run_dir)
     if checkpoint is None:
-        return StartingPoint(None, now)
+        return StartingPoint(None, now, Progress())
     # Rank 0 decides for all: file systems may show other ranks another moment.
     return on_main(lambda: _go_on(config, run_dir, checkpoint, now))
 
@@ -129,7 +129,7 @@ def _check_version(checkpoint: Path, damage: Sequence[Damage]) -> None:
     foreign = [found.text for found in damage if found.kind is DamageKind.other_format]
     if not damage:
         try:
-            read_training_state(checkpoint)
+            read_training(checkpoint)
         except CheckpointError as error:
             foreign = [str(error)]
     if foreign:
@@ -158,28 +158,23 @@ def _settle_on(checkpoint: Path, damaged: Mapping[Path, Sequence[Damage]]) -> No
         logger.warning("the run goes on from %s", checkpoint)
 
 
-def _go_on(config: Config, run_dir: Path, checkpoint: Path, now: TrainingState) -> StartingPoint:
+def _go_on(config: Config, run_dir: Path, checkpoint: Path, now: RunIdentity) -> StartingPoint:
     """The run at a checkpoint of it; on one rank."""
-    saved = read_training_state(checkpoint)
-    changes = check_same_run(checkpoint, saved, now, config.train.resume_changes)
+    saved, progress = read_training(checkpoint)
+    changes = check_resumable(checkpoint, saved, now, config.train.resume_changes)
     newer = [
         path.name
         for path in list_checkpoints(run_dir / "checkpoints")
-        if path > step_directory(path.parent, saved.step)
+        if path > step_directory(path.parent, progress.step)
     ]
     if newer:
         raise CheckpointError(
             f"train.resume={config.train.resume}: {run_dir} also holds {', '.join(newer)}, which would be mixed up "
             f"with the new branch's: remove them, or give another train.run_dir"
         )
-    pairs_consumed = saved.pairs_consumed if saved.data_digest == now.data_digest else 0
-    return StartingPoint(
-        checkpoint,
-        replace(
-            now, step=saved.step, pairs_consumed=pairs_consumed, skipped=saved.skipped, metrics=metrics_of(checkpoint)
-        ),
-        changes,
-    )
+    pairs_consumed = progress.pairs_consumed if saved.data_digest == now.data_digest else 0
+    progress = replace(progress, pairs_consumed=pairs_consumed, metrics=metrics_of(checkpoint))
+    return StartingPoint(checkpoint, now, progress, changes)
 
 
 def keep_beginning(config: Config) -> Config:
@@ -192,7 +187,7 @@ def keep_beginning(config: Config) -> Config:
     if checkpoint is None:
         return config
     try:
-        settings = read_training_state(checkpoint).settings
+        settings = read_training(checkpoint)[0].settings
     except CheckpointError:  # said when the checkpoint is chosen, or another one is
         return config
     data, model = config.data, config.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadpo.checkpoint.directory import TrainingState
+from megadpo.checkpoint.description import RunIdentity
 from megadpo.config.choices import ResumeChange
 from megadpo.config.schema import show
 from megadpo.errors import CheckpointError, listing
@@ -48,8 +48,8 @@ _FREE = (
 _SEEN_BY_FP8 = ("parallel.tensor", "parallel.pipeline", "data.tokens_per_microbatch", "data.share_prompt")
 
 
-def check_same_run(
-    directory: Path, saved: TrainingState, now: TrainingState, meant: Sequence[ResumeChange]
+def check_resumable(
+    directory: Path, saved: RunIdentity, now: RunIdentity, meant: Sequence[ResumeChange]
 ) -> tuple[ResumeChange, ...]:
     """Which of what is `meant` to differ does; says what else does that may. CheckpointError where more does."""
     problems = [
@@ -73,7 +73,7 @@ def check_same_run(
     return tuple(change for change, (differences, _) in changes.items() if differences)
 
 
-def _changes(saved: TrainingState, now: TrainingState) -> dict[ResumeChange, tuple[list[str], str]]:
+def _changes(saved: RunIdentity, now: RunIdentity) -> dict[ResumeChange, tuple[list[str], str]]:
     """What differs of each kind that must be meant, and how to have it the same."""
     data = [
         f"the training pairs differ from the checkpoint's ({now.num_pairs} now, {saved.num_pairs} then, by token ids)"
@@ -97,7 +97,7 @@ def _changes(saved: TrainingState, now: TrainingState) -> dict[ResumeChange, tup
     }
 
 
-def _settings_that_differ(saved: TrainingState, now: TrainingState, keys: Sequence[str]) -> list[str]:
+def _settings_that_differ(saved: RunIdentity, now: RunIdentity, keys: Sequence[str]) -> list[str]:
     return [
         f"{key}={show(now.settings[key])}: the checkpoint was written with {show(saved.settings.get(key))}"
         for key in keys
@@ -105,7 +105,7 @@ def _settings_that_differ(saved: TrainingState, now: TrainingState, keys: Sequen
     ]
 
 
-def _check_vocabulary(saved: TrainingState, now: TrainingState) -> list[str]:
+def _check_vocabulary(saved: RunIdentity, now: RunIdentity) -> list[str]:
     if saved.vocab_size == now.vocab_size:
         return []
     return [
@@ -114,8 +114,8 @@ def _check_vocabulary(saved: TrainingState, now: TrainingState) -> list[str]:
     ]
 
 
-def _check_sync(saved: TrainingState, now: TrainingState) -> list[str]:
-    before, after = (state.settings.get("reference.sync_every") for state in (saved, now))
+def _check_sync(saved: RunIdentity, now: RunIdentity) -> list[str]:
+    before, after = (identity.settings.get("reference.sync_every") for identity in (saved, now))
     if (before is None) == (after is None):
         return []
     return [
@@ -124,7 +124,7 @@ def _check_sync(saved: TrainingState, now: TrainingState) -> list[str]:
     ]
 
 
-def _tell_others(saved: TrainingState, now: TrainingState) -> None:
+def _tell_others(saved: RunIdentity, now: RunIdentity) -> None:
     for key, value in now.settings.items():
         # A scale of FP8 belongs to what is packed together, and to a tensor rank's part.
         counts = now.settings["precision.fp8"] is not None and key in _SEEN_BY_FP8

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megadpo.checkpoint.directory import Retention, keep_evaluation
+from megadpo.checkpoint.description import Progress, write_evaluation
+from megadpo.checkpoint.directory import Retention
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.config.choices import ResumeChange
 from megadpo.config.compose import config_to_dict
@@ -83,7 +84,7 @@ class RunLoop:
         self.bad_steps = BadSteps(
             run_dir / "bad_steps",
             most_in_a_row=self.config.train.max_bad_steps,
-            total=start.state.skipped,
+            total=start.progress.skipped,
             place=datasets.train.where,
             state=self.state,
             device=self.device.torch_device,
@@ -93,6 +94,7 @@ class RunLoop:
             run_dir / "checkpoints",
             policy.chunks,
             policy.optimizer,
+            identity=start.identity,
             side_files=side_files,
             dtype=torch_dtype(self.config),
             retention=Retention(kept.keep_last, kept.keep_every, kept.keep_best),
@@ -156,7 +158,7 @@ class RunLoop:
             self.check_ranks(step)
             stack.enter_context(self.stops)
             try:
-                metrics = trainer.run(step, evaluated=bool(self.start.state.metrics))
+                metrics = trainer.run(step, evaluated=bool(self.start.progress.metrics))
             except TrainingError:  # which every rank raises: what is being written was in order
                 self.saver.finish()
                 raise
@@ -219,8 +221,7 @@ class RunLoop:
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
         """Begins the checkpoint of a step that has been evaluated with `metrics`."""
-        now = replace(
-            self.start.state,
+        now = Progress(
             step=step,
             pairs_consumed=self.data.pairs_after(step),
             metrics=dict(metrics),
@@ -238,7 +239,7 @@ class RunLoop:
         if not (self.state.is_main and metrics and checkpoint and checkpoint.parent.resolve() == own.resolve()):
             return
         try:
-            keep_evaluation(checkpoint, metrics)
+            write_evaluation(checkpoint, metrics)
         except MegaDPOError as error:  # as where it is protected: no reason to end a run
             logger.warning("%s (checkpoint.keep_best can't judge it, another start from it evaluates again)", error)
 

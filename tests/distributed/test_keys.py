@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megadpo.checkpoint.directory import list_checkpoints, read_training_state, step_of
+from megadpo.checkpoint.description import read_training
+from megadpo.checkpoint.directory import list_checkpoints, step_of
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.logprob_jobs import train_and_measure_chunks
@@ -167,7 +168,7 @@ def test_which_checkpoints_stay(run: Callable[..., Path]) -> None:
     kept = list_checkpoints(directory / "checkpoints")
     assert [step_of(path) for path in kept] == sorted({the_best, 3, 6})
     for path in kept:
-        assert {"step": step_of(path), **read_training_state(path).metrics} == found[step_of(path)]
+        assert {"step": step_of(path), **read_training(path)[1].metrics} == found[step_of(path)]
 
 
 def test_what_became_of_the_data_is_written_and_truncation_reaches_the_run(run: Callable[..., Path]) -> None:

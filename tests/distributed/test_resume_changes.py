@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint.directory import list_checkpoints, read_training_state
+from megadpo.checkpoint.description import read_training
+from megadpo.checkpoint.directory import list_checkpoints
 from tests.helpers.fault_jobs import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
@@ -82,8 +83,8 @@ def test_a_run_of_another_batch_size_goes_on_behind_the_last_pair(outcomes: tupl
     root, _ = outcomes
     lines = training_lines(root / "batch_meant")
     assert [(line["step"], line["pairs"], line["epoch"]) for line in lines] == [(1, 4, 0.4), (2, 4, 0.8), (3, 2, 1.0)]
-    state = read_training_state(list_checkpoints(root / "batch_meant" / "checkpoints")[-1])
-    assert (state.step, state.pairs_consumed) == (3, 10)
+    _, progress = read_training(list_checkpoints(root / "batch_meant" / "checkpoints")[-1])
+    assert (progress.step, progress.pairs_consumed) == (3, 10)
 
 
 def test_other_pairs_begin_with_their_first_epoch(outcomes: tuple[Path, dict[str, Outcome]]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadpo.checkpoint.directory import list_checkpoints, metrics_of, step_of
+from megadpo.checkpoint.description import metrics_of
+from megadpo.checkpoint.directory import list_checkpoints, step_of
 from tests.helpers.jobs import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from megadpo.checkpoint import writer as checkpoint_writer
+from megadpo.checkpoint.description import Progress
 from megadpo.checkpoint.directory import Retention, list_checkpoints, step_directories, step_of
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.checkpoint.state import damage_of, load_checkpoint
@@ -29,7 +30,7 @@ from megadpo.optimizer.build import Policy, build_optimizer, distributed_optimiz
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, distributed
 from megadpo.runtime.rank_logging import silence_libraries
-from tests.helpers.training_states import training_state
+from tests.helpers.training_states import run_identity
 
 KEPT = 2
 _ARCH = {
@@ -112,6 +113,7 @@ def tiny_saver(
             root,
             policy.chunks,
             policy.optimizer,
+            identity=run_identity(vocab_size=101),
             side_files={"config.json": b"{}", "tokenizer.json": b"{}"},
             dtype=torch.float32,
             retention=Retention(last=KEPT),
@@ -175,7 +177,7 @@ def begin_save(saver: CheckpointSaver, policy: Policy, step: int) -> None:
     """Begins to save what belongs to the step."""
     for tensor, more in _tensors(policy):
         tensor.fill_(step + more)
-    saver.save(training_state(step=step, vocab_size=101))
+    saver.save(Progress(step=step))
 
 
 def _die_at_change(number: int, root: Path) -> None:

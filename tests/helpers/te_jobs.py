@@ -17,7 +17,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from megadpo.checkpoint.directory import TRAINED
+from megadpo.checkpoint.description import TRAINED
 from megadpo.checkpoint.manifest import write_manifest
 from megadpo.checkpoint.state import load_checkpoint, load_reference, load_weights, model_state
 from megadpo.checkpoint.writer import METADATA

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from megadpo.checkpoint.description import Progress, training_json
 from megadpo.checkpoint.directory import step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.setup.model_source import resolve_model
 from megadpo.setup.resume import keep_beginning
-from tests.helpers.training_states import training_state
+from tests.helpers.training_states import run_identity
 
 
 def configure(*words: str) -> Config:
@@ -34,8 +33,8 @@ def run_dir(tmp_path: Path) -> Path:
 def checkpoint(root: Path, step: int, settings: dict[str, str]) -> None:
     directory = step_directory(root, step)
     directory.mkdir(parents=True)
-    state = training_state(step=step, settings=settings)
-    (directory / "training.json").write_text(json.dumps(asdict(state)))
+    identity = run_identity(settings=settings)
+    (directory / "training.json").write_text(training_json(identity, Progress(step=step)))
 
 
 def date_of(config: Config) -> str | None:

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megadpo.checkpoint.directory import (
+from megadpo.checkpoint.description import (
     ImportedModel,
-    Retention,
-    find_checkpoint,
-    keep_evaluation,
-    list_checkpoints,
     metrics_of,
-    name_latest,
-    step_directory,
     stored_dtype,
     stored_vocab_size,
     trained_setting,
+    training_json,
+    write_evaluation,
 )
+from megadpo.checkpoint.directory import Retention, find_checkpoint, list_checkpoints, name_latest, step_directory
 from megadpo.checkpoint.manifest import find_damage, write_manifest
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
 from megadpo.setup.model_source import model_source, resolve_model
 from megadpo.setup.run_loop import RunLoop
-from tests.helpers.training_states import training_state
+from tests.helpers.training_states import PROGRESS, run_identity
 
 
-def trained(directory: Path, *, dtype: str = "bf16", **fields: Any) -> Path:
+def trained(directory: Path, *, dtype: str = "bf16", **progress: Any) -> Path:
     directory.mkdir(parents=True)
-    state = training_state(settings={"precision.dtype": dtype}, **fields)
-    (directory / "training.json").write_text(json.dumps(asdict(state)))
+    identity = run_identity(settings={"precision.dtype": dtype})
+    (directory / "training.json").write_text(training_json(identity, replace(PROGRESS, **progress)))
     return directory
 
 
@@ -194,11 +191,11 @@ def test_an_evaluation_that_came_later_judges_a_checkpoint_and_is_no_damage(tmp_
     retention = Retention(last=1, best="eval/loss")
     assert metrics_of(late) == {}
     assert retention.dropped(tmp_path) == [first, late]
-    keep_evaluation(late, {"eval/loss": 0.1})
+    write_evaluation(late, {"eval/loss": 0.1})
     assert metrics_of(late) == {"eval/loss": 0.1}
     assert retention.dropped(tmp_path) == [first]
     assert find_damage(late) == []
-    keep_evaluation(first, {"eval/loss": 0.0})
+    write_evaluation(first, {"eval/loss": 0.0})
     assert metrics_of(first) == {"eval/loss": 0.5}, "what the manifest holds counts first"
 
 

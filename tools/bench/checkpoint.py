@@ -26,7 +26,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench.peak_child import PeakCase, Training, case_of_sizes, seconds_of
-from megadpo.checkpoint.directory import Retention, TrainingState
+from megadpo.checkpoint.description import Progress, RunIdentity
+from megadpo.checkpoint.directory import Retention
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
@@ -88,6 +89,7 @@ def _measure(case: PeakCase, scratch: Path, saves: int) -> Costs:
                 scratch / kind,
                 training.chunks,
                 training.optimizer,
+                identity=RunIdentity(0, "", 0, "", {}, {}),
                 side_files={"config.json": b"{}"},
                 dtype=torch.float32,
                 retention=Retention(last=1),
@@ -117,19 +119,7 @@ def _take_turns(training: Training, savers: Mapping[str, CheckpointSaver], saves
 
 
 def _save(saver: CheckpointSaver, turn: int) -> float:
-    state = TrainingState(
-        step=turn,
-        pairs_consumed=0,
-        num_pairs=0,
-        data_digest="",
-        vocab_size=0,
-        reference="",
-        settings={},
-        metrics={},
-        skipped=0,
-        versions={},
-    )
-    return seconds_of(lambda: saver.save(state))
+    return seconds_of(lambda: saver.save(Progress(step=turn)))
 
 
 if __name__ == "__main__":
