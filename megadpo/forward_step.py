@@ -39,7 +39,7 @@ def run_schedule(
     batch: GlobalBatch,
     closure: Closure,
     *,
-    device: torch.device,
+    torch_device: torch.device,
     forward_only: bool,
 ) -> list[Any]:
     """Runs Megatron's pipeline schedule over this rank's microbatches; what the closure gave per microbatch, in order.
@@ -52,7 +52,7 @@ def run_schedule(
 
     def iterator() -> Iterator[tuple[int, PreferenceBatch]]:
         for index, microbatch in enumerate(batch.microbatches):
-            yield index, microbatch.to(device)
+            yield index, microbatch.to(torch_device)
 
     def forward_step(data: Iterator[tuple[int, PreferenceBatch]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, microbatch = next(data)
@@ -96,35 +96,37 @@ def sum_log_probs(microbatch: PreferenceBatch, scores: TokenScores) -> SequenceL
     return SequenceLogProbs(sums_B2[:, 0], sums_B2[:, 1], tails_B2[:, 0], tails_B2[:, 1])
 
 
-def score(chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, device: torch.device) -> list[SequenceLogProbs]:
+def score(
+    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, torch_device: torch.device
+) -> list[SequenceLogProbs]:
     """Per-pair log-probs of this rank's microbatches under a model, without gradients; [] on all but the last stage."""
 
     def closure(index: int, microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
         return sum_log_probs(microbatch, scores)
 
-    return run_schedule(chunks, batch, closure, device=device, forward_only=True)
+    return run_schedule(chunks, batch, closure, torch_device=torch_device, forward_only=True)
 
 
 def score_batch(
-    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, state: ParallelState, device: torch.device
+    chunks: Sequence[torch.nn.Module], batch: GlobalBatch, state: ParallelState, torch_device: torch.device
 ) -> npt.NDArray[np.float64]:
     """Log-probs of the global batch's pairs, in order, on every rank: fp64 [G, 4], columns as SequenceLogProbs' fields.
 
     One all-gather of [4·G] after the schedule's own collectives.
     """
-    columns = [logps.columns() for logps in score(chunks, batch, device=device)]
-    return gather_pairs(batch, columns, 4, state, device)
+    columns = [logps.columns() for logps in score(chunks, batch, torch_device=torch_device)]
+    return gather_pairs(batch, columns, 4, state, torch_device)
 
 
 def gather_pairs(
-    batch: GlobalBatch, columns_BK: Sequence[torch.Tensor], width: int, state: ParallelState, device: torch.device
+    batch: GlobalBatch, columns_BK: Sequence[torch.Tensor], width: int, state: ParallelState, torch_device: torch.device
 ) -> npt.NDArray[np.float64]:
     """What the last stage knows of each pair, in the global batch's order, on every rank: fp64 [G, K], K = `width`.
 
     `columns_BK` are of this rank's microbatches, [] on all but the last stage. One all-gather of [K·G].
     """
     place = {index: i for i, index in enumerate(batch.pair_indices)}
-    values_GK = torch.zeros(len(place), width, dtype=torch.float64, device=device)
+    values_GK = torch.zeros(len(place), width, dtype=torch.float64, device=torch_device)
     if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same: one of them speaks
         for microbatch, values_BK in zip(batch.microbatches, columns_BK, strict=True):
             values_GK[[place[index] for index in microbatch.pair_indices]] = values_BK

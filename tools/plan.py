@@ -90,7 +90,7 @@ def show(config: Config, console: Console, *, suggesting: bool) -> None:
     with ProgressBar("planning layouts", total=100, visible=True) as bar:
 
         def report(done: int, total: int) -> None:
-            bar.tell(100 * done // total, f"{done} of {total} layouts")
+            bar.update(100 * done // total, f"{done} of {total} layouts")
 
         ranking = suggest(job, RECOMPUTES, report=report)
     if not ranking.plans:

@@ -51,15 +51,15 @@ class FileDigest:
     sha256: str
 
 
-def digest_of(path: Path, *, durably: bool = False, hears: Callable[[int], None] | None = None) -> FileDigest:
-    """Reads a file; with `durably` it is on disk when this returns. `hears` is told how many bytes were read since."""
+def digest_of(path: Path, *, durably: bool = False, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
+    """Reads a file; with `durably` it is on disk when this returns. `on_bytes` gets the size of each block."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             size += len(block)
-            if hears is not None:
-                hears(len(block))
+            if on_bytes is not None:
+                on_bytes(len(block))
         if durably:
             os.fsync(file.fileno())
     return FileDigest(size, digest.hexdigest())

@@ -12,7 +12,7 @@ from megadpo.runtime.rank_logging import get_logger
 logger = get_logger(__name__)
 
 
-class Removals:
+class BackgroundRemoval:
     """Removes directories one after the other, by a thread that ends with the process; for one rank."""
 
     def __init__(self) -> None:
@@ -30,8 +30,8 @@ class Removals:
                 self._thread = threading.Thread(target=self._work, name="removals", daemon=True)
                 self._thread.start()
 
-    def left_after(self, wait_s: float) -> int:
-        """How many files and directories are still to be removed, once `wait_s` seconds are over or none is."""
+    def wait(self, wait_s: float) -> int:
+        """Waits until all is removed, `wait_s` seconds at most; returns how many files and directories are left."""
         thread = self._thread
         if thread is not None:
             thread.join(wait_s)

@@ -28,9 +28,9 @@ from megatron.core.transformer.module import MegatronModule
 from megadpo.checkpoint.description import IMPORTED, TRAINED, ImportedModel, Progress, RunIdentity, training_json
 from megadpo.checkpoint.directory import HF_DIRECTORY, LATEST, Retention, step_directory
 from megadpo.checkpoint.manifest import FileDigest, digest_files, write_manifest
-from megadpo.checkpoint.removals import Removals
+from megadpo.checkpoint.removals import BackgroundRemoval
 from megadpo.checkpoint.state import model_state, reference_state, renew_main_weights
-from megadpo.checkpoint.writer import METADATA, CheckpointWriter, nothing_left, writable
+from megadpo.checkpoint.writer import METADATA, CheckpointWriter, removed_on_error, writable
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
 from megadpo.optimizer.build import distributed_optimizers, gather_weights
@@ -44,7 +44,7 @@ logger = get_logger(__name__)
 _CLOSE_S = 5.0
 _REMOVED_S = 60.0
 # Waits for the checkpoint before that are worth a word: so many seconds, and so much of the time between two saves.
-_NOTICED_S, _NOTICED_SHARE = 1.0, 0.05
+_WARN_AFTER_S, _WARN_AFTER_SHARE = 1.0, 0.05
 
 
 class CheckpointSaver:
@@ -79,7 +79,7 @@ class CheckpointSaver:
         self._check = check
         self._at = at
         self._writer = CheckpointWriter(asynchronous=asynchronous)
-        self._removals = Removals()
+        self._removals = BackgroundRemoval()
         self._step = 0
         self._began = 0.0
         self.last_save_s = 0.0
@@ -124,7 +124,7 @@ class CheckpointSaver:
             "optimizer": self._optimizer.sharded_state_dict(model, metadata=dict(METADATA)),
         }
         finish = partial(self._finish, unfinished, final, progress)
-        self._writer.start(unfinished, content, finish, at=partial(self._at, progress.step))
+        self._writer.start(unfinished, content, finish, report=partial(self._at, progress.step))
 
     @property
     def is_writing(self) -> bool:
@@ -160,7 +160,7 @@ class CheckpointSaver:
         asked, before = time.monotonic(), self._began
         self.complete()
         now = time.monotonic()
-        if now - asked > max(_NOTICED_S, _NOTICED_SHARE * (now - before)):
+        if now - asked > max(_WARN_AFTER_S, _WARN_AFTER_SHARE * (now - before)):
             logger.warning(
                 "waited %.0f s for the checkpoint of step %d to be written, which took %.0f s: raise train.save_every, "
                 "or choose a faster disk",
@@ -175,7 +175,7 @@ class CheckpointSaver:
         A broadcast at once, and one a second, or a few sooner, while rank 0 removes.
         """
         waited_s, pause_s, before = 0.0, 0.05, 0
-        while left := on_main(partial(self._removals.left_after, pause_s)):
+        while left := on_main(partial(self._removals.wait, pause_s)):
             waited_s += pause_s  # the same on all ranks, as clocks are not
             if waited_s >= patience_s:
                 return left
@@ -234,7 +234,7 @@ def save_imported(
             unfinished.rename(directory)
             flush_directory(directory.parent)
 
-    with nothing_left(unfinished):
+    with removed_on_error(unfinished):
         on_main(make)
         with writable(unfinished):
             dist_checkpointing.save({}, str(unfinished), _FilesOf(write), content_metadata=dict(METADATA))

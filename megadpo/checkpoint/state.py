@@ -27,7 +27,7 @@ from megadpo.errors import CheckpointError, MegaDPOError, listing
 from megadpo.optimizer.build import distributed_optimizers
 from megadpo.optimizer.host_offload import HostOptimizer
 from megadpo.runtime.collectives import on_main
-from megadpo.runtime.pickles import only_data
+from megadpo.runtime.pickles import data_only_unpickling
 from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -194,14 +194,14 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 def readable(directory: Path, remedy: str) -> Iterator[None]:
     """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy.
 
-    They take nothing from it but data, see `only_data`, and files only: a pipe would be waited for. What a collective
-    raises, as where another rank has died, says nothing about the checkpoint and is left as it is.
+    They take nothing from it but data, see `data_only_unpickling`, and files only: a pipe would be waited for. What a
+    collective raises, as where another rank has died, says nothing about the checkpoint and is left as it is.
     """
     odd = [path.name for path in sorted(directory.glob("*")) if not (path.is_file() or path.is_dir())]
     if odd:
         raise CheckpointError(f"checkpoint {directory}: {odd[0]} is not a file; name another one with {remedy}")
     try:
-        with only_data(directory):
+        with data_only_unpickling(directory):
             yield
     except (torch.OutOfMemoryError, MegaDPOError):
         raise

@@ -67,12 +67,12 @@ class CheckpointWriter:
         """Whether this rank's part of it is on disk, or has failed."""
         return self._pending is None or not self._pending.thread.is_alive()
 
-    def start(self, directory: Path, content: dict[str, Any], finish: Finish, *, at: Callable[[str], None]) -> None:
+    def start(self, directory: Path, content: dict[str, Any], finish: Finish, *, report: Callable[[str], None]) -> None:
         """Makes `directory` and begins to write all ranks' state into it, when the one before is finished.
 
-        Once all of it is there, `complete` calls `finish` on rank 0 with what every rank has written; `at` hears how
-        far they are while it waits. Asynchronously, tensors may be changed when this returns. CheckpointError on every
-        rank where it can't be begun.
+        Once all of it is there, `complete` calls `finish` on rank 0 with what every rank has written; while it waits,
+        `report` receives how far they are. Asynchronously, tensors may be changed when this returns. CheckpointError on
+        every rank where it can't be begun.
         """
         self.complete()
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
 
         on_main(make)
         in_use = _storages(content)
-        with nothing_left(directory):
+        with removed_on_error(directory):
             with writable(directory), mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
                 request = dist_checkpointing.save(
                     content,
@@ -94,7 +94,7 @@ class CheckpointWriter:
             self._check_room(directory, request)
             # In place: nothing else may keep the tensors that were copied, which may be large and short-lived.
             _buckets(request)[:] = on_every(lambda: self._stage(request, in_use))
-        self._pending = _Pending(directory, request, finish, at)
+        self._pending = _Pending(directory, request, finish, report)
         self._pending.thread.start()
         if not self._asynchronous:
             self.complete()
@@ -108,7 +108,7 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with nothing_left(pending.directory):
+        with removed_on_error(pending.directory):
             _finish_together(pending, _wait_together(pending))
 
     def close(self, patience_s: float) -> None:
@@ -167,11 +167,11 @@ class CheckpointWriter:
 class _Pending:
     """A directory that is being written: this rank's files by a thread, which then hashes them."""
 
-    def __init__(self, directory: Path, request: AsyncRequest, finish: Finish, at: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, request: AsyncRequest, finish: Finish, report: Callable[[str], None]) -> None:
         self.directory = directory
         self.request = request
         self.finish = finish
-        self.at = at
+        self.report = report
         self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
         self._digests: dict[str, FileDigest] = {}
         self._error: str | None = None
@@ -192,13 +192,13 @@ class _Pending:
         try:
             results = {i: _write_file(transforms, bucket) for i, bucket in enumerate(_buckets(self.request))}
             self._digests = {
-                name: digest_of(Path(path), hears=self._hear_hashed) for path, name, _ in _buckets(self.request)
+                name: digest_of(Path(path), on_bytes=self._add_hashed) for path, name, _ in _buckets(self.request)
             }
             self.request.async_fn_args[2].put(results)
         except Exception as error:  # of a thread: `complete` raises it on every rank
             self._error = _reason(error)
 
-    def _hear_hashed(self, size: int) -> None:
+    def _add_hashed(self, size: int) -> None:
         self._hashed += size
 
 
@@ -214,7 +214,7 @@ class _Part:
 
 
 def _wait_together(pending: _Pending) -> list[_Part]:
-    """What every rank has written, once all have; `pending.at` hears when any of them gets on.
+    """What every rank has written, once all have; `pending.report` hears when any of them gets on.
 
     An all-gather over the world as soon as this rank is done, and one a second, or a few sooner, while any is not.
     """
@@ -225,11 +225,11 @@ def _wait_together(pending: _Pending) -> list[_Part]:
         parts = [own] * dist.get_world_size()
         dist.all_gather_object(parts, own)
         if all(part.is_written for part in parts):
-            pending.at("naming the checkpoint")
+            pending.report("naming the checkpoint")
             return parts
         now = [(part.is_written, part.done) for part in parts]
         if now != before:
-            pending.at(_progress(parts, own))
+            pending.report(_progress(parts, own))
         pause_s, before = min(2 * pause_s, _PAUSE_S), now
 
 
@@ -337,7 +337,7 @@ def writable(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_left(directory: Path) -> Iterator[None]:
+def removed_on_error(directory: Path) -> Iterator[None]:
     """Removes `directory` where the context raises a MegaDPOError, as every rank then does and none writes any more."""
     try:
         yield

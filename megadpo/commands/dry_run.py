@@ -53,7 +53,7 @@ def _prepare(session: Session) -> Job:
     count_steps(config, len(datasets.train))
     lengths = data_lengths(datasets.train, config)
     own = config.reference.hf_path
-    gpu = config.cluster.gpu or device.card_name()
+    gpu = config.cluster.gpu or device.gpu_name()
     on_cards = device.kind == "cuda" or gpu is not None
     return job_of(
         config,

@@ -14,10 +14,10 @@ from megadpo.config.schema import Config
 from megadpo.data.loader import epoch_order
 from megadpo.data.store import PairView
 from megadpo.errors import ConfigError
-from megadpo.models.fp8 import unaligned_features, why_not_card
+from megadpo.models.fp8 import unaligned_features, why_not_gpu
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.planner import Cluster, Job, Layout, MemoryKnobs, PairLengths
-from megadpo.runtime.gpus import CARDS
+from megadpo.runtime.gpus import GPUS
 from megadpo.setup.datasets import open_datasets, prepare_stores
 from megadpo.setup.model_source import model_source
 from megadpo.setup.options import optimizer_options, pipeline_split, recomputation, torch_dtype
@@ -87,7 +87,7 @@ def job_of(
     over them.
     """
     parallel, data, cluster, precision = config.parallel, config.data, config.cluster, config.precision
-    card = None if gpu is None else CARDS.get(gpu)
+    card = None if gpu is None else GPUS.get(gpu)
     lengths_from = "the data"
     if steps is None:
         pair = _assumed_pair(config)
@@ -116,8 +116,8 @@ def job_of(
             reference=str(config.reference.mode),
         ),
         cluster=Cluster(
-            gpu=gpu,
-            card=card,
+            gpu_name=gpu,
+            gpu=card,
             memory_gib=cluster.memory_gib or memory_gib or (card.memory_gib if card else None),
             gpus_per_node=cluster.gpus_per_node or gpus_per_node or _CARDS_OF_A_MACHINE,
             network_gb_per_s=cluster.network_gb_per_s or (card.network_gb_per_s if card else None),
@@ -146,9 +146,9 @@ def _check_fp8(config: Config, models: Sequence[Architecture]) -> None:
     recipe = config.precision.fp8
     if recipe is None or config.precision.fp8_backend == Fp8Backend.emulate:
         return
-    card = CARDS.get(str(config.cluster.gpu))
+    card = GPUS.get(str(config.cluster.gpu))
     found = (
-        None if card is None else why_not_card(str(recipe), card.compute_capability),
+        None if card is None else why_not_gpu(str(recipe), card.compute_capability),
         *(unaligned_features(arch, str(recipe), tensor=config.parallel.tensor) for arch in models),
     )
     problems = [

@@ -194,7 +194,7 @@ def _score_pass(
             judge.hold("the data", partial(_write, sinks, done, batch, logps_G4))
             done += len(logps_G4)
             pace = (done - first) / (time.perf_counter() - started)
-            bar.tell(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
+            bar.update(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
     return time.perf_counter() - started
 
 

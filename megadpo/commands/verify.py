@@ -234,4 +234,4 @@ def _transformers_logps(hf_dir: Path, stored: Dtype, pairs: Sequence[TokenizedPa
         for done, pair in enumerate(pairs, 1):
             prompt = pair.prompt.tolist()
             yield logp(prompt, pair.chosen.tolist()), logp(prompt, pair.rejected.tolist())
-            bar.tell(done, f"{done} of {len(pairs)} pairs")
+            bar.update(done, f"{done} of {len(pairs)} pairs")

@@ -128,7 +128,7 @@ class Schedule(Choice):
     cosine = "cosine"
 
 
-class Tracker(Choice):
+class TrackerName(Choice):
     """Where metrics are written."""
 
     jsonl = "jsonl"  # RUN_DIR/metrics.jsonl

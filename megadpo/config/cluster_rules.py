@@ -6,7 +6,7 @@ from dataclasses import fields
 from operator import attrgetter
 
 from megadpo.config.schema import Config, show
-from megadpo.runtime.gpus import CARDS
+from megadpo.runtime.gpus import GPUS
 
 
 def check_cluster(config: Config, *, planning: bool) -> list[str]:
@@ -27,17 +27,17 @@ def check_cluster(config: Config, *, planning: bool) -> list[str]:
         else "it is for tools/plan.py (and cluster.* for train.dry_run=true): drop it"
     )
     violations = [f"{key}={show(value)}: has no effect here: {remedy}" for key, value in inert]
-    return [*violations, *_check_card(config)] if dry_run else violations
+    return [*violations, *_check_gpu(config)] if dry_run else violations
 
 
 def _check_planning(config: Config) -> list[str]:
     cluster, plan, data = config.cluster, config.plan, config.data
-    violations = _check_card(config)
+    violations = _check_gpu(config)
     if cluster.gpus is None:
         violations.append("cluster.gpus=null: the number of cards is needed: add cluster.gpus=N")
     if cluster.gpu is None and cluster.memory_gib is None:
         violations.append(
-            f"cluster.gpu=null: the kind of card is needed: add cluster.gpu=NAME, one of {', '.join(CARDS)}, or "
+            f"cluster.gpu=null: the kind of card is needed: add cluster.gpu=NAME, one of {', '.join(GPUS)}, or "
             "cluster.memory_gib=GIB of another"
         )
     if config.train.dry_run:
@@ -60,17 +60,17 @@ def _check_planning(config: Config) -> list[str]:
     return violations
 
 
-def _check_card(config: Config) -> list[str]:
+def _check_gpu(config: Config) -> list[str]:
     cluster = config.cluster
-    known = cluster.gpu in CARDS
+    known = cluster.gpu in GPUS
     violations = []
     if cluster.gpu is not None and not known and cluster.memory_gib is None:
         violations.append(
-            f"cluster.gpu={cluster.gpu}: must be one of {', '.join(CARDS)}: give cluster.memory_gib=GIB for another"
+            f"cluster.gpu={cluster.gpu}: must be one of {', '.join(GPUS)}: give cluster.memory_gib=GIB for another"
         )
     if cluster.network_gb_per_s is not None and not known and not (cluster.gpu is None and config.train.dry_run):
         violations.append(
             f"cluster.network_gb_per_s={show(cluster.network_gb_per_s)}: has no effect with "
-            f"cluster.gpu={show(cluster.gpu)}, of which no rates are known: drop it, or name one of {', '.join(CARDS)}"
+            f"cluster.gpu={show(cluster.gpu)}, of which no rates are known: drop it, or name one of {', '.join(GPUS)}"
         )
     return violations

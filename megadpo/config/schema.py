@@ -29,7 +29,7 @@ from megadpo.config.choices import (
     ReferenceMode,
     ResumeChange,
     Schedule,
-    Tracker,
+    TrackerName,
     Truncation,
 )
 
@@ -453,7 +453,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    trackers: list[Tracker] = field(default_factory=lambda: [Tracker.jsonl, Tracker.tensorboard])
+    trackers: list[TrackerName] = field(default_factory=lambda: [TrackerName.jsonl, TrackerName.tensorboard])
     """Where metrics go; jsonl is always among them, because reports and resuming read it."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from megadpo.config.checkpoint_rules import check_checkpoints
-from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, Schedule, Tracker
+from megadpo.config.choices import AttentionKernel, Backend, DeviceKind, Dtype, Schedule, TrackerName
 from megadpo.config.cluster_rules import check_cluster
 from megadpo.config.data_rules import check_data, demo_remedy
 from megadpo.config.fp8_rules import check_fp8
@@ -328,10 +328,10 @@ def _check_run(config: Config) -> list[str]:
         violations.append(
             f"train.resume={train.resume}: must be auto, never or an existing checkpoint directory: check the path"
         )
-    if Tracker.jsonl not in config.trackers:
+    if TrackerName.jsonl not in config.trackers:
         violations.append(
             f"trackers={show(config.trackers)}: must include jsonl, which reports and resuming read: "
-            f"trackers={show([Tracker.jsonl, *config.trackers])}"
+            f"trackers={show([TrackerName.jsonl, *config.trackers])}"
         )
     if len(set(config.trackers)) < len(config.trackers):
         violations.append(f"trackers={show(config.trackers)}: must name each tracker once: drop the repetition")

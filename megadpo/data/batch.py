@@ -48,16 +48,16 @@ class PreferenceBatch:
         """B."""
         return len(self.pair_indices)
 
-    def to(self, device: torch.device) -> PreferenceBatch:
-        """The same batch with its tensors on `device`."""
+    def to(self, torch_device: torch.device) -> PreferenceBatch:
+        """The same batch with its tensors on `torch_device`."""
         return PreferenceBatch(
-            tokens_1T=to_device(self.tokens_1T, device),
-            positions_T=to_device(self.positions_T, device),
+            tokens_1T=to_device(self.tokens_1T, torch_device),
+            positions_T=to_device(self.positions_T, torch_device),
             plan=self.plan,
-            response_rows_N=to_device(self.response_rows_N, device),
-            targets_N=to_device(self.targets_N, device),
-            sequence_index_N=to_device(self.sequence_index_N, device),
-            response_tokens_S=to_device(self.response_tokens_S, device),
+            response_rows_N=to_device(self.response_rows_N, torch_device),
+            targets_N=to_device(self.targets_N, torch_device),
+            sequence_index_N=to_device(self.sequence_index_N, torch_device),
+            response_tokens_S=to_device(self.response_tokens_S, torch_device),
             pair_indices=self.pair_indices,
             pair_digests=self.pair_digests,
         )

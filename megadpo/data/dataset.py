@@ -80,15 +80,15 @@ def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
         source, first = open_source(path), index
         rows = source.rows()
         head, broken = _take(rows)
-        layout, ignored = _judge(head, source.place, keys)
+        layout, ignored = _judge(head, source.location, keys)
         for row in chain((head.popleft() for _ in range(len(head))), rows):
-            where = f"{source.place}{row.line}"
+            where = f"{source.location}{row.line}"
             yield RawRow(index, file, row.line, where, layout, row.value, (file + row.progress) / len(paths))
             index += 1
         if broken is not None:
             raise broken
         if index == first:
-            raise DataError(f"{source.place}1: there are no pairs; at least one is required")
+            raise DataError(f"{source.location}1: there are no pairs; at least one is required")
         _log_source(path, index - first, layout, ignored)
 
 

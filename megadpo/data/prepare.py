@@ -31,8 +31,8 @@ from megadpo.data.store import (
     DOUBLE_BOS,
     EQUAL,
     ROW,
-    About,
     PairStore,
+    PreparationReport,
     StoreWriter,
 )
 from megadpo.data.tokenization import TokenIds, Tokenization, Tokenizer, load_tokenizer, tokenize_pair
@@ -69,7 +69,7 @@ class PreparedStore:
     """Where a token store is, and what stands before a line number in messages about each of its sources."""
 
     directory: Path
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,11 @@ def prepare_store(
     at the first row that can't be used, unless the recipe skips such rows. For one process of the whole run.
     """
     sources = [open_source(spec) for spec in specs]
-    places = tuple(source.place for source in sources)
+    locations = tuple(source.location for source in sources)
     directory = cache_dir / _content_key(sources, recipe)
     if directory.is_dir():
         logger.info("tokenized pairs found in %s", directory)
-        return PreparedStore(directory, places)
+        return PreparedStore(directory, locations)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_dir)
@@ -116,12 +116,12 @@ def prepare_store(
             f"data.cache_dir={cache_dir}: can't be written ({error.strerror or error}): make room, or choose another "
             "directory"
         ) from error
-    return PreparedStore(directory, places)
+    return PreparedStore(directory, locations)
 
 
 def open_store(prepared: PreparedStore) -> PairStore:
     """The store that `prepare_store` found or made; any process that sees its directory, the sources or not."""
-    return PairStore(prepared.directory, prepared.places)
+    return PairStore(prepared.directory, prepared.locations)
 
 
 def available_cpus() -> int:
@@ -146,7 +146,7 @@ def _fill(
             problems += chunk.problems[: _PROBLEMS_KEPT - len(problems)]
             moved_boundary = moved_boundary or chunk.moved_boundary
             report(chunk.progress, done)
-    writer.finish(About(problems, moved_boundary))
+    writer.finish(PreparationReport(problems, moved_boundary))
     seconds = time.monotonic() - started
     logger.info(
         "tokenized %d pairs in %.1f s: %.0f pairs/s in %d process%s",

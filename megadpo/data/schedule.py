@@ -67,7 +67,7 @@ def _first_fit(lengths: Sequence[int], limit: int) -> list[Bin]:
     return sorted(tuple(sorted(members)) for members in bins)
 
 
-def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+def assign_to_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Positions 0…n−1 shared among `ranks`, n // ranks or one more to each, so that the totals of costs are alike.
 
     The costliest first, each to the rank that has least so far (ties: the first) and may take another. A rank's
@@ -102,7 +102,7 @@ def schedule_step(
     bins = pack_pairs(lengths, budget)
     per_rank = max(1, -(-len(bins) // data_parallel))
     per_rank = -(-per_rank // microbatch_multiple) * microbatch_multiple
-    hands = deal([sum(costs[i] for i in members) for members in bins], data_parallel)
+    hands = assign_to_ranks([sum(costs[i] for i in members) for members in bins], data_parallel)
     dealt = [[bins[position] for position in hand] for hand in hands]
     return StepSchedule(
         bins_by_rank=tuple(tuple(own) + ((),) * (per_rank - len(own)) for own in dealt),

@@ -33,7 +33,7 @@ class Source:
     """One data path: its rows, as often as they are wanted, and the hash of its content; nothing is read before."""
 
     name: str
-    place: str
+    location: str
     """what stands before a row's line in messages: `FILE:`, for tables `NAME:row `"""
     _read: Callable[[], Iterator[Row]]
     _hash: Callable[[], str]

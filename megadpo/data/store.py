@@ -45,11 +45,11 @@ BAD, BOUNDARY_MERGED, DOUBLE_BOS, EQUAL = 1, 2, 4, 8
 
 RowNumbers = npt.NDArray[np.int64]
 
-_TOKENS, _ROWS, _ABOUT = "tokens.bin", "rows.npy", "store.json"
+_TOKENS, _ROWS, _REPORT = "tokens.bin", "rows.npy", "store.json"
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class PreparationReport:
     """What was found while tokenizing, in words: the first rows that were skipped, and where a boundary moved first."""
 
     problems: list[str]
@@ -85,12 +85,12 @@ class StoreWriter:
         self._tokens.write(tokens.astype(TOKEN, copy=False).tobytes())
         self._num_tokens += len(tokens)
 
-    def finish(self, about: About) -> None:
+    def finish(self, report: PreparationReport) -> None:
         """Puts everything on disk and the store in its place; another writer of the same store may have been faster."""
         self._tokens.close()
         np.save(self._partial / _ROWS, np.concatenate(self._rows) if self._rows else np.empty(0, ROW))
-        (self._partial / _ABOUT).write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
-        for name in (_TOKENS, _ROWS, _ABOUT):
+        (self._partial / _REPORT).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+        for name in (_TOKENS, _ROWS, _REPORT):
             with (self._partial / name).open("rb") as file:
                 os.fsync(file.fileno())
         try:
@@ -101,14 +101,14 @@ class StoreWriter:
 
 
 class PairStore:
-    """The rows of a store, mapped into memory. `places[file]` is what stands before a row's line number in messages."""
+    """The rows of a store, mapped into memory. In messages `locations[file]` stands before a row's line number."""
 
-    def __init__(self, directory: Path, places: Sequence[str]) -> None:
+    def __init__(self, directory: Path, locations: Sequence[str]) -> None:
         try:
             self.rows: np.ndarray = np.load(directory / _ROWS, mmap_mode="r")
             if self.rows.dtype != ROW:
                 raise ValueError(f"{_ROWS} holds no records of pairs")
-            self.about = About(**json.loads((directory / _ABOUT).read_text(encoding="utf-8")))
+            self.report = PreparationReport(**json.loads((directory / _REPORT).read_text(encoding="utf-8")))
             size = (directory / _TOKENS).stat().st_size
             if size != TOKEN.itemsize * _num_tokens(self.rows):
                 raise ValueError(f"{_TOKENS} has {size} bytes, {_ROWS} describes {_num_tokens(self.rows)} tokens")
@@ -119,7 +119,7 @@ class PairStore:
             ) from error
         # An empty file can't be mapped.
         self.tokens = np.empty(0, TOKEN) if size == 0 else np.memmap(directory / _TOKENS, dtype=TOKEN, mode="r")
-        self.places = tuple(places)
+        self.locations = tuple(locations)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +127,7 @@ class PairStore:
     def where(self, row: int) -> str:
         """FILE:LINE of a row."""
         record = self.rows[row]
-        return f"{self.places[record['file']]}{record['line']}"
+        return f"{self.locations[record['file']]}{record['line']}"
 
 
 def _num_tokens(rows: np.ndarray) -> int:
@@ -159,7 +159,7 @@ class PairCounts:
     dropped_empty_response: int
 
 
-def told_counts(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
+def described_counts(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
     """(what, how many) of the rows that are lost, and of the kept pairs that deserve a look; zeros are left out."""
     told = [
         ("rows skipped, they can't be used", counts.skipped),
@@ -282,7 +282,7 @@ def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncat
     kept = cut.outcome_n == Outcome.KEPT
     counts = _count(records, cut, kept, read)
     if not kept.any():
-        raise DataError(_nothing_left(counts, max_length, title, store.about.problems))
+        raise DataError(_nothing_left(counts, max_length, title, store.report.problems))
     own = Cut(cut.outcome_n[kept], cut.prompt_skip_n[kept], cut.chosen_n[kept], cut.rejected_n[kept])
     return PairView(store, rows[kept], own, counts)
 
@@ -312,7 +312,7 @@ def _count(records: np.ndarray, cut: Cut, kept: npt.NDArray[np.bool_], read: int
 
 
 def _nothing_left(counts: PairCounts, max_length: int, title: str, problems: Sequence[str]) -> str:
-    told = "; ".join(f"{what}: {number}" for what, number in told_counts(counts, max_length))
+    told = "; ".join(f"{what}: {number}" for what, number in described_counts(counts, max_length))
     too_long = counts.dropped_long_prompt + counts.dropped_long_response + counts.dropped_too_long
     remedy = "raise data.max_length, or look at the data" if too_long else "look at the data and the chat template"
     first = f"; the first that was skipped: {problems[0]}" if problems else ""

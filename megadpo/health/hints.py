@@ -59,7 +59,7 @@ class Health:
         self.history = History(whole=self.begun_after == 0)
         self._quiet = {hint.name: 0 for hint in self.hints if hint.ended_at is None}
 
-    def hear(self, step: int, metrics: Mapping[str, float | None], rows: Sequence[int] = ()) -> list[Change]:
+    def observe(self, step: int, metrics: Mapping[str, float | None], rows: Sequence[int] = ()) -> list[Change]:
         """Takes a line of metrics in, with the rows of its steepest update; what it has changed.
 
         Lines that are not of training, or not finite, change nothing; one whose updates were all skipped is left out.

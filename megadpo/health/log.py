@@ -24,8 +24,8 @@ class HealthLog:
     """The health of a run that goes on from `resume_step` (0: a fresh start).
 
     What came before is taken from metrics.jsonl and not said again; without that file only the hints are known that
-    health.json has, and `anew` too, where earlier lines are no measure of what comes. `place` tells where in the data a
-    row is.
+    health.json has, and `anew` too, where earlier lines are no measure of what comes. `locate_row` tells
+    where in the data a row is.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class HealthLog:
         *,
         resume_step: int,
         anew: bool = False,
-        place: Callable[[int], str] = "row {}".format,
+        locate_row: Callable[[int], str] = "row {}".format,
     ) -> None:
         self._path = run_dir / "health.json"
-        self._place = place
+        self._locate_row = locate_row
         self._told: set[str] = set()
         self.health = Health(facts, begun_after=resume_step)
         if resume_step:
@@ -50,10 +50,10 @@ class HealthLog:
                 )
         self._write()
 
-    def hear(self, step: int, metrics: Mapping[str, float], rows: Sequence[int]) -> None:
+    def observe(self, step: int, metrics: Mapping[str, float], rows: Sequence[int]) -> None:
         """Takes a logged line in, with the rows of its steepest update; says and writes down what it changes."""
         try:
-            changes = self.health.hear(step, metrics, rows)
+            changes = self.health.observe(step, metrics, rows)
             for change in changes:
                 self._say(change, step)
         except Exception as error:
@@ -63,7 +63,7 @@ class HealthLog:
             self._write()
 
     def finish(self) -> str:
-        """Says and writes down the verdict; it."""
+        """Logs and stores the verdict, and returns it."""
         try:
             verdict = self.health.verdict
         except Exception as error:
@@ -84,7 +84,7 @@ class HealthLog:
             logger.warning("%s", self._text(hint))
 
     def _text(self, hint: Hint) -> str:
-        rows = f". Its pairs: {', '.join(map(self._place, hint.rows))}" if hint.rows else ""
+        rows = f". Its pairs: {', '.join(map(self._locate_row, hint.rows))}" if hint.rows else ""
         return f"health: {hint.name} at step {hint.first_step}: {hint.message}{rows}. {hint.advice} (docs/health.md)"
 
     def _warn(self, text: str, step: int = 0) -> None:
@@ -123,7 +123,7 @@ def _health_before(run_dir: Path, facts: RunFacts, resume_step: int, *, anew: bo
     health = Health(facts, begun_after=begun_after, hints=[hint for hint in told if hint.first_step <= begun_after])
     rows = {(hint.name, hint.first_step): hint.rows for hint in told}
     for step, line in lines:
-        for change in health.hear(step, line):
+        for change in health.observe(step, line):
             change.hint.rows = rows.get((change.hint.name, change.hint.first_step), ())
     health.steps_done = resume_step
     return health

@@ -32,7 +32,7 @@ _NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class RankHashes:
     """What a rank holds: its place in the grid, and hashes by name.
 
     They are of weights that are split over tensor ranks, of those that are whole, and of a tied embedding, on the
@@ -79,27 +79,29 @@ def check_replicas(modules: Sequence[PolicyModel], state: ParallelState, *, step
     )
     outer = (0, state.pipeline_size - 1)
     rows: list[list[int]] = gather_rows(row_6).tolist()
-    if not odd_ones_out(
+    if not differing_ranks(
         [
-            Held(tensor, pipeline, data, {"split": split}, {"whole": whole}, {_TIED: tied} if pipeline in outer else {})
+            RankHashes(
+                tensor, pipeline, data, {"split": split}, {"whole": whole}, {_TIED: tied} if pipeline in outer else {}
+            )
             for tensor, pipeline, data, split, whole, tied in rows
         ]
     ):
         return
     found = list(zip(names, kinds, hashes_P.tolist(), strict=True))
-    held = Held(
+    held = RankHashes(
         *place,
         split={name: value for name, kind, value in found if kind == "split"},
         whole={name: value for name, kind, value in found if kind == "whole"},
         tied=dict.fromkeys([_TIED] * kinds.count("tied"), int((hashes_P * is_tied_P).sum())),
         host=socket.gethostname(),
     )
-    of_ranks: list[Held] = [held] * dist.get_world_size()
+    of_ranks: list[RankHashes] = [held] * dist.get_world_size()
     dist.all_gather_object(of_ranks, held)
-    raise TrainingError(_told(step, of_ranks))
+    raise TrainingError(_described(step, of_ranks))
 
 
-def odd_ones_out(held: Sequence[Held]) -> dict[int, dict[str, int]]:
+def differing_ranks(held: Sequence[RankHashes]) -> dict[int, dict[str, int]]:
     """By rank, the parameters of which it holds other bits than most who hold them, each with such another rank.
 
     Where no value has most ranks behind it, that of the lowest rank is taken for the right one. {} where all agree.
@@ -189,9 +191,9 @@ def _tied_weight(modules: Sequence[PolicyModel]) -> torch.Tensor | None:
     return None
 
 
-def _told(step: int, held: Sequence[Held]) -> str:
+def _described(step: int, held: Sequence[RankHashes]) -> str:
     lines = []
-    for rank, others in odd_ones_out(held).items():
+    for rank, others in differing_ranks(held).items():
         ranks = ", ".join(map(str, sorted(set(others.values()))))
         lines.append(f"rank {rank} ({held[rank]}): {_few(list(others))}, unlike rank {ranks}")
     return (

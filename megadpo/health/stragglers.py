@@ -18,7 +18,7 @@ _WAIT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
+class BusyTime:
     """What a rank did over some steps: seconds until its gradients were there, some of them waiting for its data.
 
     `replica` is its data-parallel rank. The ranks of one replica wait for each other, so that they are busy together,
@@ -41,7 +41,7 @@ class StragglerWatch:
         self._flops: dict[int, float] = defaultdict(float)
         self._slow: set[int] = set()
 
-    def hear(self, step: int, steps: int, busy: Sequence[Busy]) -> list[str]:
+    def observe(self, step: int, steps: int, busy: Sequence[BusyTime]) -> list[str]:
         """What is to be said after `step`, the last of `steps` that all ranks (by number) were `busy` with."""
         self._steps += steps
         for rank, own in enumerate(busy):
@@ -72,13 +72,13 @@ class StragglerWatch:
             as_much = _median_of_others(paces, rates[replica]) * work[replica]
             slow = seconds > max(_SLOW * others, _SLOW * as_much, others + _WAIT_S)
             if slow and replica not in self._slow:
-                lines.append(self._told(step, ranks[replica], seconds, others, as_much))
+                lines.append(self._described(step, ranks[replica], seconds, others, as_much))
             elif not slow and replica in self._slow:
                 lines.append(f"straggler: {_ranks(ranks[replica])} is as fast as the others again, at step {step}")
             (self._slow.add if slow else self._slow.discard)(replica)
         return lines
 
-    def _told(self, step: int, ranks: Sequence[int], seconds: float, others: float, as_much: float) -> str:
+    def _described(self, step: int, ranks: Sequence[int], seconds: float, others: float, as_much: float) -> str:
         data_s = max(self._data_s[rank] for rank in ranks) / self._steps
         return (
             f"straggler: {_ranks(ranks)} was busy {seconds:.3g} s a step before gradients could be exchanged "

@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 # Exit status of a rank that has waited too long: EX_SOFTWARE of sysexits.h.
 STUCK = 70
-_TELL_S = 5.0
+_PUBLISH_S = 5.0
 _ANSWER_S = 10.0
 _UNREADABLE = "their places can't be read ({}): the machine that keeps them, rank 0's, may be gone"
 
@@ -52,7 +52,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankStatus:
     """What a rank does in which step, in which line of the program, and for how long already.
 
     `turn` counts what the rank has told; no clocks of different machines are compared.
@@ -65,29 +65,29 @@ class Place:
     turn: int
 
 
-class RankPlaces:
-    """Tells where this rank is, and ends it when no rank has moved for `patience_s` seconds; a context manager.
+class HangWatchdog:
+    """Publishes what this rank does, and ends it when no rank has moved for `patience_s` seconds; a context manager.
 
-    Ranks that are silent, because they tell nothing any more, do not move. `store` must be used by nobody else in this
-    process. `at` costs a few microseconds: a thread does the rest.
+    Silent ranks, which publish nothing any more, count as not moving. `store` must be used by nobody else in this
+    process; None, for a rank that is alone, watches nothing. `report` costs a few microseconds: threads do the rest.
     """
 
-    def __init__(self, store: Store, *, rank: int, world: int, patience_s: float) -> None:
-        self._store = store
+    def __init__(self, store: Store | None, *, rank: int, world: int, patience_s: float) -> None:
         self._rank = rank
         self._world = world
         self._patience_s = patience_s
-        self._tell_s = min(_TELL_S, patience_s / 4)
-        self._place = (0, "beginning", time.monotonic())
+        self._publish_s = min(_PUBLISH_S, patience_s / 4)
+        self._current = (0, "beginning", time.monotonic())
         self._turn = 0
         self._over = threading.Event()
-        # Two, because a store whose machine is gone may keep the one that tells for good.
+        # Two, because a store whose machine is gone may never let go of the one that publishes.
+        work = () if store is None else (self._publish, self._watch)
         self._threads = [
-            threading.Thread(target=work, name="rank places", daemon=True) for work in (self._tell_on, self._watch)
+            threading.Thread(target=target, args=(store,), name="hang watchdog", daemon=True) for target in work
         ]
         self._main = threading.main_thread().ident
 
-    def __enter__(self) -> RankPlaces:
+    def __enter__(self) -> HangWatchdog:
         for thread in self._threads:
             thread.start()
         return self
@@ -99,69 +99,71 @@ class RankPlaces:
         for thread in self._threads:
             thread.join(_ANSWER_S)
 
-    def at(self, step: int, doing: str) -> None:
+    def report(self, step: int, doing: str) -> None:
         """Notes that this rank now does something else."""
-        self._place = (step, doing, time.monotonic())
+        self._current = (step, doing, time.monotonic())
 
-    def then(self, doing: str) -> None:
+    def report_phase(self, doing: str) -> None:
         """Notes that in the same step this rank now does something else."""
-        self.at(self._place[0], doing)
+        self.report(self._current[0], doing)
 
-    def _tell_on(self) -> None:
-        self._store.set_timeout(timedelta(seconds=_ANSWER_S))
+    def _publish(self, store: Store) -> None:
+        store.set_timeout(timedelta(seconds=_ANSWER_S))
         while not self._over.is_set():
             try:
-                self._tell()
+                self._publish_once(store)
             except Exception as error:  # whatever a store raises that is gone; the run itself does not need it
                 logger.debug("where this rank is can't be told: %s", error)
-            self._over.wait(self._tell_s)
+            self._over.wait(self._publish_s)
 
-    def _watch(self) -> None:
-        pause_s = self._tell_s
+    def _watch(self, store: Store) -> None:
+        pause_s = self._publish_s
         while not self._over.wait(pause_s):
-            pause_s, place = self._tell_s, self._place
-            if time.monotonic() - place[2] <= self._patience_s:
+            pause_s, current = self._publish_s, self._current
+            if time.monotonic() - current[2] <= self._patience_s:
                 continue
-            answer = self._ask_all()
-            if self._place is not place or self._over.is_set():
+            answer = self._ask_all(store)
+            if self._current is not current or self._over.is_set():
                 continue
             if isinstance(answer, Exception):
                 self._end(f"  {_UNREADABLE.format(answer)}", speaks=True)
             before, after = answer
-            heard = heard_places(before, after)
-            others = [other.stood_s for rank, other in heard.items() if rank != self._rank]
+            responding = responding_ranks(before, after)
+            others = [other.stood_s for rank, other in responding.items() if rank != self._rank]
             left_s = self._patience_s - min(others, default=self._patience_s)
             if left_s > 0:  # who moves will let this rank go on, or stand too: not before then need it be asked again
-                pause_s = max(left_s, self._tell_s)
+                pause_s = max(left_s, self._publish_s)
             else:
-                self._end(listing(tell_places(before, after)), speaks=self._rank == min(heard, default=self._rank))
+                self._end(
+                    listing(describe_ranks(before, after)), speaks=self._rank == min(responding, default=self._rank)
+                )
 
-    def _tell(self) -> None:
-        step, doing, since = self._place
+    def _publish_once(self, store: Store) -> None:
+        step, doing, since = self._current
         self._turn += 1
         line = _line(sys._current_frames().get(self._main or 0))
-        place = Place(step, doing, line, time.monotonic() - since, self._turn)
-        self._store.set(_key(self._rank), json.dumps(asdict(place)))
+        status = RankStatus(step, doing, line, time.monotonic() - since, self._turn)
+        store.set(_key(self._rank), json.dumps(asdict(status)))
 
-    def _ask_all(self) -> tuple[list[Place | None], list[Place | None]] | Exception:
+    def _ask_all(self, store: Store) -> tuple[list[RankStatus | None], list[RankStatus | None]] | Exception:
         """Where all ranks are, read twice, so that silent ones are seen; why it can't be read where it can't."""
-        answers: queue.Queue[tuple[list[Place | None], list[Place | None]] | Exception] = queue.Queue()
+        answers: queue.Queue[tuple[list[RankStatus | None], list[RankStatus | None]] | Exception] = queue.Queue()
 
         def read_twice() -> None:
             try:
-                before = self._read_all()
-                time.sleep(3 * self._tell_s)  # turns, of which one that lives can't miss all
-                answers.put((before, self._read_all()))
+                before = self._read_all(store)
+                time.sleep(3 * self._publish_s)  # turns, of which one that lives can't miss all
+                answers.put((before, self._read_all(store)))
             except Exception as error:  # whatever a store raises that is gone
                 answers.put(error)
 
         threading.Thread(target=read_twice, daemon=True).start()
         try:
-            return answers.get(timeout=3 * self._tell_s + 2 * _ANSWER_S)
+            return answers.get(timeout=3 * self._publish_s + 2 * _ANSWER_S)
         except queue.Empty:
             return TimeoutError("no answer")
 
-    def _end(self, told: str, *, speaks: bool) -> NoReturn:
+    def _end(self, statuses: str, *, speaks: bool) -> NoReturn:
         """Says where all ranks are and ends the process: the main thread may never come back from where it waits."""
         if speaks:
             logger.error(
@@ -169,49 +171,49 @@ class RankPlaces:
                 "raise parallel.timeout_s. Where they are:\n%s\n"
                 "The run ends here and goes on from its last checkpoint (train.resume=auto)",
                 self._patience_s,
-                told,
+                statuses,
             )
         else:
             # Leaving first would have the launcher end the one that speaks, which may have asked so much later.
-            time.sleep(_ANSWER_S / 2 + 4 * self._tell_s)
+            time.sleep(_ANSWER_S / 2 + 4 * self._publish_s)
         os._exit(STUCK)
 
-    def _read_all(self) -> list[Place | None]:
+    def _read_all(self, store: Store) -> list[RankStatus | None]:
         keys = [_key(rank) for rank in range(self._world)]
-        if self._store.check(keys):
-            return [_parsed(told) for told in self._store.multi_get(keys)]
-        return [_parsed(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+        if store.check(keys):
+            return [_parsed(status) for status in store.multi_get(keys)]
+        return [_parsed(store.get(key)) if store.check([key]) else None for key in keys]
 
 
-def tell_places(before: Sequence[Place | None], after: Sequence[Place | None]) -> list[str]:
-    """Lines about all ranks' places, read twice: those that are silent first, each alone; others by place, together."""
+def describe_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> list[str]:
+    """Lines about all ranks, read twice: those that are silent first, each alone; others by status, together."""
     silent = silent_ranks(before, after)
     lines = []
     for rank in silent:
-        place = after[rank]
+        status = after[rank]
         lines.append(
             f"rank {rank} IS SILENT and has never told where it is"
-            if place is None
-            else f"rank {rank} IS SILENT; it was at {_told(place)}"
+            if status is None
+            else f"rank {rank} IS SILENT; it was at {_described(status)}"
         )
     together: dict[tuple[int, str, str], list[int]] = {}
-    for rank, place in enumerate(after):
-        if place is not None and rank not in silent:
-            together.setdefault((place.step, place.doing, place.line), []).append(rank)
+    for rank, status in enumerate(after):
+        if status is not None and rank not in silent:
+            together.setdefault((status.step, status.doing, status.line), []).append(rank)
     for ranks in sorted(together.values()):
-        place = after[ranks[0]]
-        assert place is not None
-        lines.append(f"{_ranks(ranks)} at {_told(place)}, for {place.stood_s:.0f} s")
+        status = after[ranks[0]]
+        assert status is not None
+        lines.append(f"{_ranks(ranks)} at {_described(status)}, for {status.stood_s:.0f} s")
     return lines
 
 
-def silent_ranks(before: Sequence[Place | None], after: Sequence[Place | None]) -> list[int]:
+def silent_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> list[int]:
     """The ranks that have told nothing between two readings."""
-    heard = heard_places(before, after)
-    return [rank for rank in range(len(after)) if rank not in heard]
+    responding = responding_ranks(before, after)
+    return [rank for rank in range(len(after)) if rank not in responding]
 
 
-def heard_places(before: Sequence[Place | None], after: Sequence[Place | None]) -> dict[int, Place]:
+def responding_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> dict[int, RankStatus]:
     """The second reading's places of the ranks that have told something between two readings."""
     return {
         rank: second
@@ -220,12 +222,12 @@ def heard_places(before: Sequence[Place | None], after: Sequence[Place | None]) 
     }
 
 
-def _parsed(told: bytes) -> Place:
-    return Place(**json.loads(told))
+def _parsed(status: bytes) -> RankStatus:
+    return RankStatus(**json.loads(status))
 
 
-def _told(place: Place) -> str:
-    return f"step {place.step}, {place.doing} ({place.line})"
+def _described(status: RankStatus) -> str:
+    return f"step {status.step}, {status.doing} ({status.line})"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -28,13 +28,13 @@ class Metric:
 
 
 def reduce_metrics(
-    metrics: Mapping[str, Metric], *, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+    metrics: Mapping[str, Metric], *, gather: Callable[[torch.Tensor], torch.Tensor], torch_device: torch.device
 ) -> dict[str, float]:
     """The reduced value of every metric, on every rank; one `gather` ([K] → [world, K], fp64) for all of them."""
     if not metrics:
         return {}
     on_host = [0.0 if isinstance(m.value, torch.Tensor) else m.value for m in metrics.values()]
-    row_K = torch.tensor(on_host, dtype=torch.float64).to(device)  # one copy for all
+    row_K = torch.tensor(on_host, dtype=torch.float64).to(torch_device)  # one copy for all
     for column, metric in enumerate(metrics.values()):
         if isinstance(metric.value, torch.Tensor):
             row_K[column] = metric.value

@@ -62,12 +62,12 @@ def why_not_fp8(fp8: Fp8, device: Device, dtype: torch.dtype) -> str | None:
         return None
     return (
         why_not_transformer_engine(device, dtype)
-        or why_not_card(fp8.recipe, device.compute_capability())
+        or why_not_gpu(fp8.recipe, device.compute_capability())
         or _why_not_cuda(fp8.recipe, torch.version.cuda)
     )
 
 
-def why_not_card(recipe: str, capability: tuple[int, int]) -> str | None:
+def why_not_gpu(recipe: str, capability: tuple[int, int]) -> str | None:
     """What a card of this compute capability lacks for a recipe of Transformer Engine, as a clause."""
     shown = ".".join(map(str, capability))
     if recipe == "mxfp8" and capability[0] != 10:

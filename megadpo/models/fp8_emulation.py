@@ -83,10 +83,10 @@ class AmaxHistory:
         self.algorithm = algorithm
         self.amaxes: list[torch.Tensor] = []
 
-    def scale(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def scale(self, dtype: torch.dtype, torch_device: torch.device) -> torch.Tensor:
         """The scale of the next pass: 1 before the first."""
         if not self.amaxes:
-            return torch.ones((), device=device)
+            return torch.ones((), device=torch_device)
         amax = torch.stack(self.amaxes).amax() if self.algorithm == "max" else self.amaxes[-1]
         return _scale(amax, dtype)
 
@@ -157,8 +157,8 @@ class EmulatedLinear:
         return along_n, rounded(grad_TN, dtype, recipe, contracted=0)
 
 
-def kept_scales(chunks: Sequence[torch.nn.Module]) -> Callable[[], None]:
-    """What sets the amax histories of all emulated layers back to what they are now."""
+def amax_history_restorer(chunks: Sequence[torch.nn.Module]) -> Callable[[], None]:
+    """Returns a function that sets the amax histories of all emulated layers back to what they are now."""
     layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, EmulatedLinear)]
     kept = [(history, history.amaxes) for layer in layers for history in layer.histories.values()]
 

@@ -21,7 +21,7 @@ Attend: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | 
 PrepareAttention: TypeAlias = Callable[[AttentionPlan, torch.device], Attend]
 
 
-def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> Attend:
+def sdpa_attend(plan: AttentionPlan, torch_device: torch.device, dtype: torch.dtype) -> Attend:
     """Attention under the plan, prepared once a microbatch: every layer uses the same masks.
 
     A segment whose keys are its queries is causal without a mask. The others get one that is aligned at the bottom
@@ -29,7 +29,7 @@ def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -
     """
     segments = Segments.of(plan)
     lengths = list(zip(segments.query_lengths, segments.key_lengths, strict=True))
-    masks = [None if q == k else _bottom_right_mask(q, k, device, dtype) for q, k in lengths]
+    masks = [None if q == k else _bottom_right_mask(q, k, torch_device, dtype) for q, k in lengths]
 
     def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:
         # Split, not sliced: the gradient of a slice is a tensor of the whole stream's size.
@@ -41,9 +41,9 @@ def sdpa_attend(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -
     return attend
 
 
-def _bottom_right_mask(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _bottom_right_mask(queries: int, keys: int, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """0 where a query sees a key, minus infinity elsewhere: the last query sees all keys, each before it one less."""
-    mask_QL = torch.full((queries, keys), float("-inf"), dtype=dtype, device=device)
+    mask_QL = torch.full((queries, keys), float("-inf"), dtype=dtype, device=torch_device)
     return mask_QL.triu_(keys - queries + 1)
 
 

@@ -41,13 +41,13 @@ class Segments:
         )
         return cls(query_lengths, key_lengths, earlier)
 
-    def query_starts(self, device: torch.device) -> torch.Tensor:
+    def query_starts(self, torch_device: torch.device) -> torch.Tensor:
         """int32 [segments + 1]: where each segment's queries start, and where the last ones end."""
-        return _starts(self.query_lengths, device)
+        return _starts(self.query_lengths, torch_device)
 
-    def key_starts(self, device: torch.device) -> torch.Tensor:
+    def key_starts(self, torch_device: torch.device) -> torch.Tensor:
         """int32 [segments + 1]: where each segment's keys start among `gathered_keys`, and where the last ones end."""
-        return _starts(self.key_lengths, device)
+        return _starts(self.key_lengths, torch_device)
 
     def keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Each segment's rows [L, ...] of the keys (or values) [T, ...]; differentiable.
@@ -113,5 +113,5 @@ def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> list[torch.Tensor]:
     return [states[start:stop] for start, stop in ranges]
 
 
-def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
+def _starts(lengths: Sequence[int], torch_device: torch.device) -> torch.Tensor:
+    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), torch_device)

@@ -70,7 +70,7 @@ def dot_product_attention(*, heads: int, kv_heads: int, head_dim: int) -> Callab
     return core
 
 
-def te_attend(plan: AttentionPlan, device: torch.device, core: Callable[..., torch.Tensor]) -> Attend:
+def te_attend(plan: AttentionPlan, torch_device: torch.device, core: Callable[..., torch.Tensor]) -> Attend:
     """Attention under the plan by `core`, prepared once a microbatch; no layer waits for the device.
 
     The longest lengths are given as numbers, since Transformer Engine would read them back from the device, and as
@@ -78,8 +78,8 @@ def te_attend(plan: AttentionPlan, device: torch.device, core: Callable[..., tor
     """
     segments = Segments.of(plan)
     lengths: dict[str, Any] = {
-        "cu_seqlens_q": segments.query_starts(device),
-        "cu_seqlens_kv": segments.key_starts(device),
+        "cu_seqlens_q": segments.query_starts(torch_device),
+        "cu_seqlens_kv": segments.key_starts(torch_device),
         "max_seqlen_q": _power_of_two(max(segments.query_lengths)),
         "max_seqlen_kv": _power_of_two(max(segments.key_lengths)),
     }

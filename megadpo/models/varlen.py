@@ -47,7 +47,7 @@ def why_not_varlen(device: Device, dtype: torch.dtype, head_dim: int) -> str | N
     return None
 
 
-def varlen_attend(plan: AttentionPlan, device: torch.device) -> Attend:
+def varlen_attend(plan: AttentionPlan, torch_device: torch.device) -> Attend:
     """Attention under the plan, prepared once a microbatch; no layer waits for the device.
 
     The forward is the same to the last bit each time; the kernel's backward is with
@@ -58,7 +58,7 @@ def varlen_attend(plan: AttentionPlan, device: torch.device) -> Attend:
     kernel: Callable[..., Any] = varlen_attn
     options = _causal_options(kernel)
     segments = Segments.of(plan)
-    starts_q, starts_k = segments.query_starts(device), segments.key_starts(device)
+    starts_q, starts_k = segments.query_starts(torch_device), segments.key_starts(torch_device)
     longest_q, longest_k = max(segments.query_lengths), max(segments.key_lengths)
 
     def attend(q_TAD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float | None) -> torch.Tensor:

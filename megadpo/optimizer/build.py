@@ -25,7 +25,7 @@ from megadpo.optimizer.host_offload import HostOptimizer
 from megadpo.optimizer.sliced_state import SlicedOptimizer
 from megadpo.runtime.device import Device
 
-_WANTED_OF_FUSED_ADAM = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")
+_FUSED_ADAM_ARGUMENTS = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "use_decoupled_grad")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def why_not_fused_adam(device: Device, *, with_formats: bool) -> str | None:
     if not with_formats:
         return None
     known = inspect.signature(distrib_optimizer.Adam).parameters
-    lacks = [name for name in _WANTED_OF_FUSED_ADAM if name not in known]
+    lacks = [name for name in _FUSED_ADAM_ARGUMENTS if name not in known]
     return f"a newer Transformer Engine: its FusedAdam does not know {', '.join(lacks)}" if lacks else None
 
 

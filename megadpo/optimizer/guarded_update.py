@@ -33,7 +33,7 @@ def guarded_update(
     *,
     loss_sums: Sequence[torch.Tensor],
     votes: Callable[[], Sequence[float]],
-    device: torch.device,
+    torch_device: torch.device,
 ) -> Update:
     """Updates the weights by gradients that are reduced, unless a loss or a gradient of any rank is not finite.
 
@@ -44,8 +44,8 @@ def guarded_update(
     read the norm, and finds the votes there.
     """
     optimizer.prepare_grads()
-    flags = [_not_finite(loss_sums, device), _not_finite(_gradients_beside_norm(optimizer), device)]
-    voted_K = to_device(torch.tensor(votes(), dtype=torch.float64), device)
+    flags = [_not_finite(loss_sums, torch_device), _not_finite(_gradients_beside_norm(optimizer), torch_device)]
+    voted_K = to_device(torch.tensor(votes(), dtype=torch.float64), torch_device)
     heard_K = largest_over_ranks(torch.cat((voted_K, torch.stack(flags))))
     grad_norm = float(optimizer.get_grad_norm())  # read on the host, which waits here
     *agreed, bad_loss, bad_gradient = heard_K.tolist()
@@ -62,10 +62,10 @@ def guarded_update(
     return Update(grad_norm, tuple(agreed), tuple(skipped))
 
 
-def _not_finite(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def _not_finite(tensors: Sequence[torch.Tensor], torch_device: torch.device) -> torch.Tensor:
     """1 where NaN or an infinite number is in a tensor, or their norm exceeds fp32; else 0. Not read on the host."""
     if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.zeros((), dtype=torch.float64, device=torch_device)
     norm = torch.nn.utils.get_total_norm([tensor.detach().float() for tensor in tensors])
     return (~norm.isfinite()).double()
 

@@ -181,7 +181,7 @@ def _others(ranks: int) -> float:
 def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic: Traffic) -> Floor | None:
     """The least time of a step; None where the card is not known, or in fp32, for which no rate is listed."""
     cluster, layout = job.cluster, job.layout
-    if cluster.card is None or job.dtype.itemsize > 2:
+    if cluster.gpu is None or job.dtype.itemsize > 2:
         return None
     assert cluster.network_gb_per_s is not None
     node = cluster.gpus_per_node
@@ -192,30 +192,30 @@ def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic:
     ]
     inside = sum(sent for sent, reach in links if reach <= node)
     outside = sum(sent for sent, reach in links if reach > node)
-    compute = max(_stage_seconds(job, load, stages, place) for place in range(len(stages)))
+    compute = max(_stage_seconds(job, load, stages, stage) for stage in range(len(stages)))
     return Floor(
         compute=compute,
         bubble=compute * load.bubble(layout),
-        memory=max(_bytes_touched(job, load, stage) for stage in stages) / (cluster.card.memory_tb_per_s * 1e12),
-        nvlink=inside / (cluster.card.nvlink_gb_per_s * 1e9),
+        memory=max(_bytes_touched(job, load, stage) for stage in stages) / (cluster.gpu.memory_tb_per_s * 1e12),
+        nvlink=inside / (cluster.gpu.nvlink_gb_per_s * 1e9),
         network=outside / (cluster.network_gb_per_s * 1e9),
     )
 
 
-def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], place: int) -> float:
+def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], stage: int) -> float:
     """Seconds of matrix products of one stage's ranks, padding and what is computed again included."""
-    card, knobs = job.cluster.card, job.knobs
-    assert card is not None
-    quantised = job.fp8_share if card.fp8_tflops else 0.0
-    seconds_a_tflop = (1 - quantised) / card.bf16_tflops + (quantised / card.fp8_tflops if card.fp8_tflops else 0.0)
-    share = sum(stages[place].layers) / job.arch.num_layers
+    gpu, knobs = job.cluster.gpu, job.knobs
+    assert gpu is not None
+    quantised = job.fp8_share if gpu.fp8_tflops else 0.0
+    seconds_a_tflop = (1 - quantised) / gpu.bf16_tflops + (quantised / gpu.fp8_tflops if gpu.fp8_tflops else 0.0)
+    share = sum(stages[stage].layers) / job.arch.num_layers
     reference = load.reference_forward / (load.linear + load.attention + load.head)
-    passes = 3 + reference + _recomputed_layers(knobs.recompute, stages[place]) / sum(stages[place].layers)
+    passes = 3 + reference + _recomputed_layers(knobs.recompute, stages[stage]) / sum(stages[stage].layers)
     linear = load.linear * (load.computed_tokens / load.tokens) * (passes + _recomputed_linear(job))
     attention = load.attention * (passes + ("core_attn" in knobs.recompute.modules))
-    seconds = share * (linear * seconds_a_tflop + attention / card.bf16_tflops)
-    if place == len(stages) - 1:
-        seconds += load.head * (3 + reference + _recomputed_head(job, load)) / card.bf16_tflops
+    seconds = share * (linear * seconds_a_tflop + attention / gpu.bf16_tflops)
+    if stage == len(stages) - 1:
+        seconds += load.head * (3 + reference + _recomputed_head(job, load)) / gpu.bf16_tflops
     return seconds / 1e12 / (job.layout.tensor * job.layout.data)
 
 

@@ -12,7 +12,7 @@ from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
 from megadpo.models.options import PipelineSplit, Recompute
 from megadpo.optimizer.build import OptimizerOptions
-from megadpo.runtime.gpus import Card
+from megadpo.runtime.gpus import Gpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +68,8 @@ class MemoryKnobs:
 class Cluster:
     """The machines: what one card can do (None: not known), the memory to plan for (None: not judged)."""
 
-    gpu: str | None = None
-    card: Card | None = None
+    gpu_name: str | None = None
+    gpu: Gpu | None = None
     memory_gib: float | None = None
     gpus_per_node: int = 8
     network_gb_per_s: float | None = None

@@ -8,7 +8,7 @@ import torch
 
 from megadpo.planner.job import Job, MemoryKnobs
 from megadpo.planner.pipeline import peak_in_flight, stage_work
-from megadpo.planner.rehearsal import Footprint, Place, Rehearsals, Stream
+from megadpo.planner.rehearsal import Footprint, Rehearsals, StagePosition, Stream
 from megadpo.planner.shards import Shard
 
 # What a card holds besides tensors. Not measured by this project on a GPU: the CUDA context with its kernels, cuBLAS
@@ -153,10 +153,10 @@ def state_bytes(knobs: MemoryKnobs, dtype: torch.dtype) -> int:
     return moments + (_FP32 if has_main else 0)
 
 
-def _places(job: Job, stage: int, chunks: int, *, head: bool) -> list[Place]:
+def _positions(job: Job, stage: int, chunks: int, *, head: bool) -> list[StagePosition]:
     last = job.layout.pipeline - 1
     return [
-        Place(embeds=stage == 0 and chunk == 0, scores=head and stage == last and chunk == chunks - 1)
+        StagePosition(embeds=stage == 0 and chunk == 0, scores=head and stage == last and chunk == chunks - 1)
         for chunk in range(chunks)
     ]
 
@@ -164,10 +164,10 @@ def _places(job: Job, stage: int, chunks: int, *, head: bool) -> list[Place]:
 def _chunk_footprints(
     job: Job, stage: int, shard: Shard, stream: Stream, rehearsals: Rehearsals, *, head: bool
 ) -> list[Footprint]:
-    places = _places(job, stage, len(shard.layers), head=head)
+    positions = _positions(job, stage, len(shard.layers), head=head)
     footprints = [
-        rehearsals.chunk(job, job.arch, stream, place, layers)
-        for place, layers in zip(places, shard.layers, strict=True)
+        rehearsals.chunk(job, job.arch, stream, position, layers)
+        for position, layers in zip(positions, shard.layers, strict=True)
     ]
     return [item.less(layers * _fp8_saving(job, stream)) for item, layers in zip(footprints, shard.layers, strict=True)]
 
@@ -199,8 +199,8 @@ def _in_flight(job: Job, stage: int, footprints: list[Footprint], microbatches: 
 
 def _scoring_peak(job: Job, stage: int, reference: Shard, stream: Stream, rehearsals: Rehearsals) -> int:
     """A forward without gradients keeps nothing: its most is one chunk's, whichever its microbatch is in."""
-    places = _places(job, stage, len(reference.layers), head=True)
+    positions = _positions(job, stage, len(reference.layers), head=True)
     return max(
-        rehearsals.chunk(job, job.reference, stream, place, layers).scoring_peak
-        for place, layers in zip(places, reference.layers, strict=True)
+        rehearsals.chunk(job, job.reference, stream, position, layers).scoring_peak
+        for position, layers in zip(positions, reference.layers, strict=True)
     )

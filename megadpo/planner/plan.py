@@ -49,7 +49,7 @@ class Plan:
     def refusal(self) -> str:
         """Why a layout that does not fit does not, and what to change."""
         stage, capacity = self.fullest, self.job.cluster.memory_gib
-        card = f"the card ({self.job.cluster.gpu}) has" if self.job.cluster.gpu else "a card has"
+        card = f"the card ({self.job.cluster.gpu_name}) has" if self.job.cluster.gpu_name else "a card has"
         largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in _largest(stage))
         return (
             f"{self.job.layout} does not fit: a rank of stage {stage.stage} needs {stage.total / _GIB:.2f} GiB, "

@@ -22,11 +22,11 @@ from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.planner.job import Job, PairLengths
 from megadpo.planner.meter import LiveBytes
 from megadpo.planner.shards import model_options
-from megadpo.runtime.parallel_state import imagined_parallel_state
+from megadpo.runtime.parallel_state import simulated_parallel_state
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StagePosition:
     """Where a chunk stands: whether it embeds tokens, and whether it has the head."""
 
     embeds: bool
@@ -92,35 +92,35 @@ class Rehearsals:
     def __init__(self) -> None:
         self._known: dict[object, Footprint] = {}
 
-    def chunk(self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int) -> Footprint:
+    def chunk(self, job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int) -> Footprint:
         """The footprint of a chunk of `layers` layers under the job's recomputation."""
         recompute = job.knobs.recompute
         if not recompute.is_block:
-            return self._extrapolated(job, arch, stream, place, layers, recompute)
+            return self._extrapolated(job, arch, stream, position, layers, recompute)
         # Block: so many layers keep their input alone, and the others everything.
         thrifty = min(_together(recompute), layers)
         single = Recompute(granularity="full", method="uniform", num_layers=1)
         if thrifty == layers:
-            return self._extrapolated(job, arch, stream, place, layers, single)
-        rest = self._extrapolated(job, arch, stream, place, layers - thrifty, Recompute())
-        one, two = (self._rehearsed(job, arch, stream, place, n, single) for n in (1, 2))
+            return self._extrapolated(job, arch, stream, position, layers, single)
+        rest = self._extrapolated(job, arch, stream, position, layers - thrifty, Recompute())
+        one, two = (self._rehearsed(job, arch, stream, position, n, single) for n in (1, 2))
         return rest.less(-thrifty * (two.saved - one.saved))
 
     def _extrapolated(
-        self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+        self, job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int, recompute: Recompute
     ) -> Footprint:
         """The footprint of so many layers from those of one and two groups of layers that are recomputed together."""
         group = min(_together(recompute), layers) if recompute.granularity == "full" else 1
-        one, two = (self._rehearsed(job, arch, stream, place, n * group, recompute) for n in (1, 2))
+        one, two = (self._rehearsed(job, arch, stream, position, n * group, recompute) for n in (1, 2))
         return one.plus(two, times=-(-layers // group) - 1)
 
     def _rehearsed(
-        self, job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+        self, job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int, recompute: Recompute
     ) -> Footprint:
         layout = (job.layout.tensor, job.layout.sequence_parallel)
-        key = (arch, layout, job.dtype, job.logits_mib, job.attention, stream, place, layers, recompute)
+        key = (arch, layout, job.dtype, job.logits_mib, job.attention, stream, position, layers, recompute)
         if key not in self._known:
-            self._known[key] = rehearse(job, arch, stream, place, layers, recompute)
+            self._known[key] = rehearse(job, arch, stream, position, layers, recompute)
         return self._known[key]
 
 
@@ -131,14 +131,14 @@ def _together(recompute: Recompute) -> int:
 
 
 def rehearse(
-    job: Job, arch: Architecture, stream: Stream, place: Place, layers: int, recompute: Recompute
+    job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int, recompute: Recompute
 ) -> Footprint:
     """Runs a chunk's forward, its backward, and a forward without gradients; its footprint."""
-    stages = 1 if place.embeds and place.scores else 3
-    stage = 0 if place.embeds else 2 if place.scores else 1
+    stages = 1 if position.embeds and position.scores else 3
+    stage = 0 if position.embeds else 2 if position.scores else 1
     batch = stream.batch()
     with (
-        imagined_parallel_state(
+        simulated_parallel_state(
             tensor=job.layout.tensor, pipeline=stages, virtual_pipeline=None, data=1, stage=stage
         ) as state,
         LiveBytes() as meter,
@@ -147,7 +147,7 @@ def rehearse(
             model = replace(arch, num_layers=layers * stages)
             (chunk,) = build_model(model, state, model_options(job, recompute=recompute, split=PipelineSplit()))
             (wrapped,) = wrap_data_parallel([chunk])
-        run = _Run(wrapped, batch, place=place, meter=meter)
+        run = _Run(wrapped, batch, position=position, meter=meter)
         rows = stream.tokens // job.layout.sequence_ranks
         return run.footprint(rows=rows, hidden_size=arch.hidden_size, dtype=job.dtype)
 
@@ -156,9 +156,9 @@ class _Run:
     """One chunk's rehearsal; the hidden states between chunks are [`rows`, 1, H]."""
 
     def __init__(
-        self, chunk: DistributedDataParallel, batch: PreferenceBatch, *, place: Place, meter: LiveBytes
+        self, chunk: DistributedDataParallel, batch: PreferenceBatch, *, position: StagePosition, meter: LiveBytes
     ) -> None:
-        self.chunk, self.batch, self.place, self.meter = chunk, batch, place, meter
+        self.chunk, self.batch, self.position, self.meter = chunk, batch, position, meter
 
     def footprint(self, *, rows: int, hidden_size: int, dtype: torch.dtype) -> Footprint:
         """Measures everything; the chunk has not been run before."""
@@ -168,11 +168,11 @@ class _Run:
         hidden = torch.empty(rows, 1, hidden_size, dtype=dtype, device="meta", requires_grad=True)
         output = self._forward(hidden)
         forward_peak = meter.peak
-        if not self.place.scores:
+        if not self.position.scores:
             deallocate_output_tensor(output, True)
         saved = meter.now
         meter.reset_peak()
-        if self.place.scores:
+        if self.position.scores:
             output.sum().backward()
         else:
             custom_backward(output, torch.empty_like(hidden))
@@ -188,9 +188,9 @@ class _Run:
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states, or the response rows' log-probs where the chunk has the head."""
-        if not self.place.embeds:
+        if not self.position.embeds:
             self.chunk.module.set_input_tensor([hidden])
         batch = self.batch.to(hidden.device)
         output = self.chunk(batch.tokens_1T, batch.positions_T, batch.plan, batch.response_rows_N, batch.targets_N)
-        result: torch.Tensor = output.logps_N if self.place.scores else output
+        result: torch.Tensor = output.logps_N if self.position.scores else output
         return result

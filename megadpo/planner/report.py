@@ -21,7 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     job = plan.job
     console.print(
         f"[bold]{job.name}[/bold]: {plan.model_parameters:,} parameters on {job.layout.world_size} x "
-        f"{job.cluster.gpu or 'ranks'}: {job.layout}"
+        f"{job.cluster.gpu_name or 'ranks'}: {job.layout}"
         f"{', sequence parallel' if job.layout.sequence_parallel else ''}, recomputation {job.knobs.recompute}"
         f"{f', FP8 {job.knobs.fp8}' if job.knobs.fp8 else ''}"
     )

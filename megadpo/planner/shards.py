@@ -14,7 +14,7 @@ from megadpo.models.policy import PolicyModel
 from megadpo.optimizer.build import wrap_data_parallel
 from megadpo.planner.job import Job, Layout
 from megadpo.runtime.device import planning_device
-from megadpo.runtime.parallel_state import ParallelState, imagined_parallel_state
+from megadpo.runtime.parallel_state import ParallelState, simulated_parallel_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ def build_shard(job: Job, arch: Architecture, stage: int) -> Shard:
     """The shard of one stage's ranks, from the modules that Megatron builds for it; inside `megatron_device`."""
     layout = job.layout
     with (
-        imagined_parallel_state(
+        simulated_parallel_state(
             tensor=layout.tensor,
             pipeline=layout.pipeline,
             virtual_pipeline=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,

@@ -24,7 +24,7 @@ class CachedReference:
     chunks: Sequence[torch.nn.Module] = ()
 
     def __init__(
-        self, digests: Sequence[bytes], logps_n4: LogProbs, *, is_last_stage: bool, device: torch.device
+        self, digests: Sequence[bytes], logps_n4: LogProbs, *, is_last_stage: bool, torch_device: torch.device
     ) -> None:
         """`logps_n4` are the pairs' SequenceLogProbs, fp64, a field a column."""
         # Arrays, because every rank has them: a tenth of what objects would take.
@@ -33,7 +33,7 @@ class CachedReference:
         self._digests_n = unsorted_n[order_n]
         self._logps_n4 = logps_n4[order_n]
         self.is_last_stage = is_last_stage
-        self.device = device
+        self.torch_device = torch_device
 
     def prepare(self) -> None:
         """Does nothing: everything is there."""
@@ -52,7 +52,7 @@ class CachedReference:
 
     def _look_up(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
         logps_B4 = torch.from_numpy(self.kept(microbatch.pair_digests))
-        return SequenceLogProbs.of_columns(to_device(logps_B4, self.device))
+        return SequenceLogProbs.of_columns(to_device(logps_B4, self.torch_device))
 
     def device_bytes(self) -> int:
         """None."""

@@ -15,9 +15,9 @@ class NoReference:
 
     chunks: Sequence[torch.nn.Module] = ()
 
-    def __init__(self, *, is_last_stage: bool, device: torch.device) -> None:
+    def __init__(self, *, is_last_stage: bool, torch_device: torch.device) -> None:
         self.is_last_stage = is_last_stage
-        self.device = device
+        self.torch_device = torch_device
 
     def prepare(self) -> None:
         """Does nothing."""
@@ -27,7 +27,7 @@ class NoReference:
         if not self.is_last_stage:
             return []
         zeros = [
-            torch.zeros(microbatch.num_pairs, dtype=torch.float64, device=self.device)
+            torch.zeros(microbatch.num_pairs, dtype=torch.float64, device=self.torch_device)
             for microbatch in batch.microbatches
         ]
         return [SequenceLogProbs(*[zeros_B] * 4) for zeros_B in zeros]

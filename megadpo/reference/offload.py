@@ -18,9 +18,9 @@ class OffloadedReference(ResidentReference):
     step before has given back, so that it does not add to the peak of the policy's passes.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, device: torch.device) -> None:
-        super().__init__(chunks, device=device)
-        self._stream = SideStream(device)
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device) -> None:
+        super().__init__(chunks, torch_device=torch_device)
+        self._stream = SideStream(torch_device)
         self._host = [host_copy(parameter.detach()) for parameter in self.parameters()]
         self._is_in = True
         self._drop()
@@ -30,7 +30,7 @@ class OffloadedReference(ResidentReference):
         if self._is_in:
             return
         for parameter, host in zip(self.parameters(), self._host, strict=True):
-            parameter.data = torch.empty_like(host, device=self.device)
+            parameter.data = torch.empty_like(host, device=self.torch_device)
         with self._stream.queued(), torch.no_grad():
             for parameter, host in zip(self.parameters(), self._host, strict=True):
                 parameter.copy_(host, non_blocking=True)
@@ -51,5 +51,5 @@ class OffloadedReference(ResidentReference):
 
     def _drop(self) -> None:
         for parameter in self.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.torch_device)
         self._is_in = False

@@ -18,9 +18,9 @@ class ResidentReference:
     matrix product, and the reference would differ from an equal policy by rounding.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device) -> None:
         self.chunks = list(chunks)
-        self.device = device
+        self.torch_device = torch_device
 
     def prepare(self) -> None:
         """Does nothing: everything is there."""
@@ -28,7 +28,7 @@ class ResidentReference:
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Per-pair log-probs by a forward-only pass of the batch's schedule."""
         with self.weights():
-            return score(self.chunks, batch, device=self.device)
+            return score(self.chunks, batch, torch_device=self.torch_device)
 
     def weights(self, *, change: bool = False) -> AbstractContextManager[None]:
         """The weights are on the device for the duration of the context; with `change` what it makes of them stays."""

@@ -23,7 +23,7 @@ import torch
 from megadpo.errors import ConfigError
 from megadpo.runtime.cpus import usable_cpus
 from megadpo.runtime.gloo import megatron_over_gloo
-from megadpo.runtime.gpus import CARDS, find_card
+from megadpo.runtime.gpus import GPUS, find_gpu
 from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
@@ -95,20 +95,20 @@ class Device:
         if self.kind == "cpu":
             return None
         name = torch.cuda.get_device_name(self.torch_device)
-        known = find_card(name)
+        known = find_gpu(name)
         if known is None or dtype is not torch.bfloat16:
             logger.warning(
                 "throughput/mfu is left out: no peak rate is known for %s in %s (known: bf16 on %s)",
                 name,
                 str(dtype).removeprefix("torch."),
-                ", ".join(" ".join(card.words) for card in CARDS.values()),
+                ", ".join(" ".join(gpu.words) for gpu in GPUS.values()),
             )
             return None
         return known[1].bf16_tflops * 1e12
 
-    def card_name(self) -> str | None:
+    def gpu_name(self) -> str | None:
         """Name in the table of cards of the CUDA device; None on CPU and for a card that the table does not hold."""
-        known = find_card(torch.cuda.get_device_name(self.torch_device)) if self.kind == "cuda" else None
+        known = find_gpu(torch.cuda.get_device_name(self.torch_device)) if self.kind == "cuda" else None
         return None if known is None else known[0]
 
 
@@ -117,9 +117,13 @@ def planning_device() -> Device:
     return Device("cpu", torch.device("meta"))
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`: to CUDA from pinned memory, as any other copy waits for the device's queued work."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(tensor: torch.Tensor, torch_device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor to `torch_device`; to CUDA from pinned memory, since other copies wait for queued work."""
+    return (
+        tensor.pin_memory().to(torch_device, non_blocking=True)
+        if torch_device.type == "cuda"
+        else tensor.to(torch_device)
+    )
 
 
 def host_copy(tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,8 +143,8 @@ def host_copy(tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.T
 class SideStream:
     """A queue of work for the device beside its current one; on CPU the work is done at once."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, torch_device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(torch_device) if torch_device.type == "cuda" else None
 
     @contextlib.contextmanager
     def queued(self) -> Iterator[None]:
@@ -239,7 +243,7 @@ def _check_torch_optimizer() -> None:
         )
 
 
-def _cuda_patches(device: torch.device) -> list[Any]:
+def _cuda_patches(torch_device: torch.device) -> list[Any]:
     """Names in torch.cuda that Megatron calls unconditionally. To go when Megatron asks tensors for their device."""
 
     def nothing(*_: Any, **__: Any) -> None:
@@ -247,7 +251,7 @@ def _cuda_patches(device: torch.device) -> list[Any]:
 
     return [
         # `device=torch.cuda.current_device()` in p2p, DDP buffers and checkpoint code.
-        mock.patch.object(torch.cuda, "current_device", lambda: device),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch_device),
         # After batched p2p, before checkpoint writes, in timers.
         mock.patch.object(torch.cuda, "synchronize", nothing),
         mock.patch.object(torch.cuda, "empty_cache", nothing),
@@ -272,14 +276,14 @@ def _tensor_patches() -> list[Any]:
     ]
 
 
-def _factory_patches(device: torch.device) -> list[Any]:
+def _factory_patches(torch_device: torch.device) -> list[Any]:
     """torch.zeros(..., device='cuda') and its siblings, in schedules, gradient clipping and optimizer scalars."""
 
     def on_device(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-                kwargs["device"] = device
+                kwargs["device"] = torch_device
             return factory(*args, **kwargs)
 
         return wrapper

@@ -13,13 +13,13 @@ from megadpo.errors import MegaDPOError
 
 
 @contextmanager
-def writing(place: Path, kind: type[MegaDPOError] = MegaDPOError) -> Iterator[None]:
-    """Turns an OSError of the context, which writes `place`, into a `kind` that names the file and the remedy."""
+def writing(path: Path, error_type: type[MegaDPOError] = MegaDPOError) -> Iterator[None]:
+    """Turns an OSError of the context, which writes `path`, into an `error_type` that names the file and the remedy."""
     try:
         yield
     except OSError as error:
-        raise kind(
-            f"{error.filename or place}: can't be written ({error.strerror or error}): make room, or choose another "
+        raise error_type(
+            f"{error.filename or path}: can't be written ({error.strerror or error}): make room, or choose another "
             "directory"
         ) from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
+class Gpu:
     """Rates and memory of one kind of card.
 
     `bf16_tflops` and `fp8_tflops` are dense matrix products' (None: no such units). `memory_gib` is what CUDA reports
@@ -26,10 +26,10 @@ class Card:
     network_gb_per_s: float
 
 
-def _card(words: str, capability: tuple[int, int], *numbers: float | None) -> Card:
+def _gpu(words: str, capability: tuple[int, int], *numbers: float | None) -> Gpu:
     bf16, fp8, gib, memory, nvlink, network = numbers
     assert bf16 and gib and memory and nvlink and network
-    return Card(
+    return Gpu(
         words=tuple(words.split()),
         compute_capability=capability,
         bf16_tflops=bf16,
@@ -43,25 +43,25 @@ def _card(words: str, capability: tuple[int, int], *numbers: float | None) -> Ca
 
 # By the name that `cluster.gpu` takes. More words come before fewer, so that the first whose words fit is the card.
 # Cards without NVLink between all of a machine's have their PCI Express rate instead.
-CARDS = {
-    "gb200": _card("GB200", (10, 0), 2500.0, 5000.0, 184.0, 8.0, 900.0, 50.0),
-    "b200": _card("B200", (10, 0), 2250.0, 4500.0, 178.0, 8.0, 900.0, 50.0),
-    "gh200": _card("GH200", (9, 0), 989.4, 1978.9, 94.0, 4.0, 450.0, 50.0),
-    "h200_nvl": _card("H200 NVL", (9, 0), 835.5, 1671.0, 139.0, 4.8, 64.0, 50.0),
-    "h200": _card("H200", (9, 0), 989.4, 1978.9, 139.0, 4.8, 450.0, 50.0),
-    "h100_nvl": _card("H100 NVL", (9, 0), 835.5, 1671.0, 93.0, 3.9, 64.0, 50.0),
-    "h100_pcie": _card("H100 PCIe", (9, 0), 756.0, 1513.0, 79.0, 2.0, 64.0, 50.0),
-    "h100": _card("H100", (9, 0), 989.4, 1978.9, 79.0, 3.35, 450.0, 50.0),
-    "h800": _card("H800", (9, 0), 989.4, 1978.9, 79.0, 3.35, 200.0, 50.0),
-    "a100": _card("A100", (8, 0), 312.0, None, 79.0, 2.0, 300.0, 25.0),
-    "a800": _card("A800", (8, 0), 312.0, None, 79.0, 2.0, 200.0, 25.0),
-    "l40s": _card("L40S", (8, 9), 362.0, 733.0, 44.0, 0.864, 32.0, 25.0),
+GPUS = {
+    "gb200": _gpu("GB200", (10, 0), 2500.0, 5000.0, 184.0, 8.0, 900.0, 50.0),
+    "b200": _gpu("B200", (10, 0), 2250.0, 4500.0, 178.0, 8.0, 900.0, 50.0),
+    "gh200": _gpu("GH200", (9, 0), 989.4, 1978.9, 94.0, 4.0, 450.0, 50.0),
+    "h200_nvl": _gpu("H200 NVL", (9, 0), 835.5, 1671.0, 139.0, 4.8, 64.0, 50.0),
+    "h200": _gpu("H200", (9, 0), 989.4, 1978.9, 139.0, 4.8, 450.0, 50.0),
+    "h100_nvl": _gpu("H100 NVL", (9, 0), 835.5, 1671.0, 93.0, 3.9, 64.0, 50.0),
+    "h100_pcie": _gpu("H100 PCIe", (9, 0), 756.0, 1513.0, 79.0, 2.0, 64.0, 50.0),
+    "h100": _gpu("H100", (9, 0), 989.4, 1978.9, 79.0, 3.35, 450.0, 50.0),
+    "h800": _gpu("H800", (9, 0), 989.4, 1978.9, 79.0, 3.35, 200.0, 50.0),
+    "a100": _gpu("A100", (8, 0), 312.0, None, 79.0, 2.0, 300.0, 25.0),
+    "a800": _gpu("A800", (8, 0), 312.0, None, 79.0, 2.0, 200.0, 25.0),
+    "l40s": _gpu("L40S", (8, 9), 362.0, 733.0, 44.0, 0.864, 32.0, 25.0),
 }
 
 
-def find_card(device_name: str) -> tuple[str, Card] | None:
+def find_gpu(device_name: str) -> tuple[str, Gpu] | None:
     """Name and data of the card that CUDA calls `device_name`; None where the table has none, or for a card's part."""
     words = set(re.split(r"[\s-]+", device_name))
     if "MIG" in words:
         return None
-    return next(((name, card) for name, card in CARDS.items() if words.issuperset(card.words)), None)
+    return next(((name, gpu) for name, gpu in GPUS.items() if words.issuperset(gpu.words)), None)

@@ -91,7 +91,7 @@ def build_parallel_state(
 
 
 @contextmanager
-def imagined_parallel_state(
+def simulated_parallel_state(
     *, tensor: int, pipeline: int, virtual_pipeline: int | None, data: int, stage: int
 ) -> Iterator[ParallelState]:
     """The place of a pipeline stage's first rank in a world that is not there; its collectives return at once.

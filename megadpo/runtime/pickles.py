@@ -55,7 +55,7 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 
 @contextmanager
-def only_data(directory: Path) -> Iterator[None]:
+def data_only_unpickling(directory: Path) -> Iterator[None]:
     """While it is open, torch takes nothing but data from a checkpoint; CheckpointError where there is more.
 
     A patch of torch 2.13: `FileSystemReader.read_metadata` calls `pickle.load`, and `DefaultLoadPlanner.load_bytes`

@@ -63,7 +63,7 @@ class ProgressBar:
         """Moves the bar to `done`."""
         self._bar.update(self._task, completed=done, note=note)
 
-    def tell(self, done: int, note: str) -> None:
+    def update(self, done: int, note: str) -> None:
         """Moves the bar to `done`; without a terminal, logs a line now and then instead."""
         self.move(done, note)
         now = time.monotonic()
@@ -89,7 +89,7 @@ class ByteProgress(ProgressBar):
         """So many more are done."""
         with self._lock:
             self._done += count
-            self.tell(self._done, f"{self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB")
+            self.update(self._done, f"{self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB")
 
 
 class TrainingProgress(ProgressBar):

@@ -16,7 +16,7 @@ from megadpo.config.schema import Config, DataConfig
 from megadpo.data.dataset import Keys, validation_rows
 from megadpo.data.loader import BatchBuilder, BatchShape
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
-from megadpo.data.store import About, PairCounts, PairView, select_pairs, told_counts
+from megadpo.data.store import PairCounts, PairView, PreparationReport, described_counts, select_pairs
 from megadpo.data.tokenization import describe_pair, load_tokenizer
 from megadpo.models.fp8_recipes import token_multiple
 from megadpo.models.hf_config import Architecture
@@ -114,7 +114,7 @@ def prepare_stores(config: Config, tokenizer_dir: Path, *, trains: bool = True) 
         with ProgressBar(f"tokenizing {_title(name, trains)}", total=100, visible=True) as bar:
 
             def report(share: float, pairs: int, bar: ProgressBar = bar) -> None:
-                bar.tell(round(100 * share), f"{pairs} pairs, {share:.0%} of the data read")
+                bar.update(round(100 * share), f"{pairs} pairs, {share:.0%} of the data read")
 
             stores[name] = prepare_store(
                 specs,
@@ -152,7 +152,7 @@ def open_datasets(
         _log_counts(view.counts, _title(name, trains), data.max_length)
         _warn_oversized(view, _title(name, trains), data)
     for store in stores.values():
-        _log_findings(store.about)
+        _log_findings(store.report)
     train = views.pop(_TRAIN)
     if global_rank() == 0:
         logger.info(
@@ -164,7 +164,7 @@ def open_datasets(
         train=train,
         validation={name.removeprefix(_VALIDATION).strip(): view for name, view in views.items()},
         pad_token_id=_pad_token_id(prepared.pad_token_id, vocab_size),
-        skipped_rows=tuple(problem for store in stores.values() for problem in store.about.problems),
+        skipped_rows=tuple(problem for store in stores.values() for problem in store.report.problems),
     )
 
 
@@ -194,19 +194,19 @@ def _pad_token_id(wanted: int, vocab_size: int) -> int:
 
 def _log_counts(counts: PairCounts, title: str, max_length: int) -> None:
     logger.info("%s: %d read, %d kept at max_length %d", title, counts.read, counts.kept, max_length)
-    for what, number in told_counts(counts, max_length):
+    for what, number in described_counts(counts, max_length):
         logger.warning("%s: %s: %d of %d", title, what, number, counts.read)
 
 
-def _log_findings(about: About) -> None:
-    for problem in about.problems[:_PROBLEMS_SHOWN]:
+def _log_findings(report: PreparationReport) -> None:
+    for problem in report.problems[:_PROBLEMS_SHOWN]:
         logger.warning("skipped: %s", problem)
-    if about.moved_boundary:
+    if report.moved_boundary:
         logger.warning(
             "the tokenized prompt is not a prefix of the tokenized prompt with its responses (tokens merge across the "
             "boundary, or the chat template renders the prompt alone differently): the responses start where they "
             "part; the first such pair: %s",
-            about.moved_boundary,
+            report.moved_boundary,
         )
 
 

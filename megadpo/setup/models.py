@@ -62,9 +62,9 @@ def build_reference(
 ) -> Reference:
     """The reference that computes while the policy trains, or that there is none; not a cached one."""
     if config.reference.mode == ReferenceMode.none:
-        return NoReference(is_last_stage=state.is_last_stage, device=device.torch_device)
+        return NoReference(is_last_stage=state.is_last_stage, torch_device=device.torch_device)
     chunks = load_reference_model(config, source, arch, state, device)
-    return _REFERENCES[config.reference.mode](chunks, device=device.torch_device)
+    return _REFERENCES[config.reference.mode](chunks, torch_device=device.torch_device)
 
 
 def load_reference_model(

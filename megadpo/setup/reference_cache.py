@@ -106,7 +106,7 @@ def build_cached_reference(
             gc.collect()  # a model has cycles
             device.release_cached_memory()
         unique, logps_n4 = on_main(values)
-    return CachedReference(unique, logps_n4, is_last_stage=state.is_last_stage, device=device.torch_device)
+    return CachedReference(unique, logps_n4, is_last_stage=state.is_last_stage, torch_device=device.torch_device)
 
 
 def check_starting_policy(
@@ -328,7 +328,7 @@ class _Filling:
                 logps_n4 = finite_logps(self._chunks, batch, self._state, self._device)
                 self._judge.hold(name, partial(self._keep, view, group, logps_n4))
                 self._done += len(group)
-                bar.tell(self._done, f"{self._done} pairs")
+                bar.update(self._done, f"{self._done} pairs")
 
     def _keep(self, view: PairView, group: Places, logps_n4: LogProbs, limit: float) -> Disagreement | None:
         return keep(self._stores[0], [view[int(i)] for i in group], logps_n4, limit)

@@ -17,7 +17,7 @@ from megadpo.data.loader import GlobalBatch, TrainingData
 from megadpo.errors import MegaDPOError, TrainingError
 from megadpo.health.log import HealthLog
 from megadpo.health.replicas import check_finite, check_replicas
-from megadpo.health.watchdog import RankPlaces
+from megadpo.health.watchdog import HangWatchdog
 from megadpo.metrics.trackers import open_trackers
 from megadpo.models.conversion.side_files import SideFiles
 from megadpo.optimizer.build import Policy, gather_weights, set_hyperparameters
@@ -80,14 +80,14 @@ class RunLoop:
         self.start = start
         self.total_steps = total_steps
         self.loss = build_loss(self.config)
-        self.places = self._build_places()
+        self.watchdog = self._build_watchdog()
         self.bad_steps = BadSteps(
             run_dir / "bad_steps",
             most_in_a_row=self.config.train.max_bad_steps,
             total=start.progress.skipped,
             place=datasets.train.where,
             state=self.state,
-            device=self.device.torch_device,
+            torch_device=self.device.torch_device,
         )
         kept = self.config.checkpoint
         self.saver = CheckpointSaver(
@@ -110,32 +110,30 @@ class RunLoop:
         with ExitStack() as stack:
             stack.callback(self.saver.close)
             self.saver.tidy()
-            if self.places is not None:
-                stack.enter_context(self.places)
+            stack.enter_context(self.watchdog)
             self.at(step, "opening trackers")
             health = None
             if self.state.is_main:
                 facts, place = health_facts(config, self.loss), self.datasets.train.where
                 # A spike beside other pairs or another loss means nothing; another batch size changes no mean.
                 anew = bool({*self.start.changes} - {ResumeChange.batch_size})
-                health = HealthLog(self.run_dir, facts, resume_step=step, anew=anew, place=place)
+                health = HealthLog(self.run_dir, facts, resume_step=step, anew=anew, locate_row=place)
             names = [str(tracker) for tracker in config.trackers] if self.state.is_main else []
             trackers = stack.enter_context(
                 open_trackers(names, self.run_dir, resume_step=step, settings=config_to_dict(config))
             )
-            if self.places is not None:
-                stack.callback(self.places.then, "closing trackers")
+            stack.callback(self.watchdog.report_phase, "closing trackers")
             progress = stack.enter_context(TrainingProgress(step, self.total_steps, visible=self.state.is_main))
 
             def on_step(step: int, metrics: Mapping[str, float], rows: Sequence[int]) -> None:
                 progress.report(step, metrics)
                 if health is not None:
-                    health.hear(step, metrics, rows)
+                    health.observe(step, metrics, rows)
 
             trainer = Trainer(
                 update=self.update,
                 evaluate=partial(
-                    evaluate, self.policy.chunks, self.reference, self.loss, device=self.device.torch_device
+                    evaluate, self.policy.chunks, self.reference, self.loss, torch_device=self.device.torch_device
                 ),
                 sync_reference=self.sync_reference,
                 check_margins=self.check_margins,
@@ -165,17 +163,15 @@ class RunLoop:
             self.saver.finish()
             return LoopEnd(metrics, "" if health is None else health.finish(), trainer.stopped)
 
-    def _build_places(self) -> RankPlaces | None:
-        """What tells where this rank is; None where it is alone and waits for nobody."""
+    def _build_watchdog(self) -> HangWatchdog:
+        """Watches for hung ranks; a rank alone waits for nobody."""
         ranks = self.state.tensor_size * self.state.pipeline_size * self.state.data_size
-        if ranks == 1:
-            return None
-        return RankPlaces(own_store(), rank=global_rank(), world=ranks, patience_s=self.config.parallel.timeout_s)
+        store = None if ranks == 1 else own_store()
+        return HangWatchdog(store, rank=global_rank(), world=ranks, patience_s=self.config.parallel.timeout_s)
 
     def at(self, step: int, doing: str) -> None:
         """Hears what this rank does in which step."""
-        if self.places is not None:
-            self.places.at(step, doing)
+        self.watchdog.report(step, doing)
 
     def update(self, batch: GlobalBatch, *, lr: float, check_at: int | None) -> StepResult:
         """Makes one update; ranks compare their weights before it where `check_at` is the step's number."""
@@ -210,7 +206,12 @@ class RunLoop:
         """What FP8 does to the margins of the first pairs."""
         batch = self.data.builder.build(self.data.pairs[: self.config.precision.fp8_check_pairs])
         return margin_errors(
-            self.policy.chunks, self.reference, self.loss, batch, state=self.state, device=self.device.torch_device
+            self.policy.chunks,
+            self.reference,
+            self.loss,
+            batch,
+            state=self.state,
+            torch_device=self.device.torch_device,
         )
 
     def check_ranks(self, step: int) -> None:

@@ -21,7 +21,7 @@ def evaluate(
     loss: PreferenceLoss,
     batches: Iterable[GlobalBatch],
     *,
-    device: torch.device,
+    torch_device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients."""
     total: dict[str, torch.Tensor] = {}
@@ -39,6 +39,6 @@ def evaluate(
                 loss, microbatch, scores, reference_logps[index], mean_chosen_tokens=mean_chosen_tokens
             )[1]
 
-        for sums in run_schedule(chunks, batch, closure, device=device, forward_only=True):
+        for sums in run_schedule(chunks, batch, closure, torch_device=torch_device, forward_only=True):
             add_sums(total, sums)
     return total

@@ -23,7 +23,7 @@ def margin_errors(
     batch: GlobalBatch,
     *,
     state: ParallelState,
-    device: torch.device,
+    torch_device: torch.device,
 ) -> dict[str, float]:
     """Errors of the batch's reward margins under FP8, on every rank; four forward passes, two without a reference.
 
@@ -35,13 +35,15 @@ def margin_errors(
     def margins(policy: Sequence[SequenceLogProbs], frozen: Sequence[SequenceLogProbs]) -> torch.Tensor:
         # Tensor-parallel ranks have the same log-probs, and stages but the last have none: one speaks.
         return (
-            _margins(loss, batch, policy, frozen, device) if state.is_last_stage and state.tensor_rank == 0 else nothing
+            _margins(loss, batch, policy, frozen, torch_device)
+            if state.is_last_stage and state.tensor_rank == 0
+            else nothing
         )
 
     nothing = torch.zeros(0)
-    policy_in_fp8, frozen_in_fp8 = score(chunks, batch, device=device), reference.log_probs(batch)
+    policy_in_fp8, frozen_in_fp8 = score(chunks, batch, torch_device=torch_device), reference.log_probs(batch)
     with without_fp8([*chunks, *reference.chunks]):
-        policy, frozen = score(chunks, batch, device=device), reference.log_probs(batch)
+        policy, frozen = score(chunks, batch, torch_device=torch_device), reference.log_probs(batch)
     exact = margins(policy, frozen)
     errors = (margins(policy_in_fp8, frozen_in_fp8) - exact).abs()
     own_errors = (margins(policy_in_fp8, frozen) - exact).abs()
@@ -53,7 +55,7 @@ def margin_errors(
             "margin_error_max": Metric(float(errors.max()) if errors.numel() else 0.0, Reduction.MAX),
         },
         gather=gather_rows,
-        device=device,
+        torch_device=torch_device,
     )
     pairs = reduced.pop("pairs")
     largest = reduced.pop("margin_error_max")
@@ -65,12 +67,12 @@ def _margins(
     batch: GlobalBatch,
     policy: Sequence[SequenceLogProbs],
     reference: Sequence[SequenceLogProbs],
-    device: torch.device,
+    torch_device: torch.device,
 ) -> torch.Tensor:
     """Reward margins of all pairs of this rank's microbatches."""
     margins = []
     for microbatch, own, frozen in zip(batch.microbatches, policy, reference, strict=True):
-        on_device = microbatch.to(device)
+        on_device = microbatch.to(torch_device)
         logps = pair_log_probs(on_device, own, frozen, mean_chosen_tokens=batch.mean_chosen_tokens)
         chosen_B, rejected_B = loss.rewards(logps)
         margins.append(chosen_B - rejected_B)

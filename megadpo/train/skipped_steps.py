@@ -38,7 +38,7 @@ class BadSteps:
         total: int,
         place: Callable[[int], str],
         state: ParallelState,
-        device: torch.device,
+        torch_device: torch.device,
     ) -> None:
         self.total = total
         self.in_a_row = 0
@@ -46,7 +46,7 @@ class BadSteps:
         self._directory = directory
         self._place = place
         self._state = state
-        self._device = device
+        self._device = torch_device
 
     @property
     def too_many(self) -> bool:

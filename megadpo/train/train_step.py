@@ -22,7 +22,7 @@ from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.loss.logprobs import TokenScores
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.metrics.reduction import add_sums
-from megadpo.models.fp8_emulation import kept_scales
+from megadpo.models.fp8_emulation import amax_history_restorer
 from megadpo.optimizer.guarded_update import guarded_update
 from megadpo.reference import Reference
 from megadpo.runtime.device import Device, Mark, Span
@@ -81,9 +81,9 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    set_scales_back = kept_scales(chunks)
+    set_scales_back = amax_history_restorer(chunks)
     ready = _mark_ready_gradients(chunks, device)
-    per_microbatch = run_schedule(chunks, batch, closure, device=device.torch_device, forward_only=False)
+    per_microbatch = run_schedule(chunks, batch, closure, torch_device=device.torch_device, forward_only=False)
     if before_update is not None:
         before_update()
     total: dict[str, torch.Tensor] = {}
@@ -91,7 +91,7 @@ def train_step(
         add_sums(total, sums)
     # Megatron reads the norm in here, and has read the number of pairs before: a step's only waits for the device.
     update = guarded_update(
-        optimizer, loss_sums=[total["loss"]] if total else [], votes=votes, device=device.torch_device
+        optimizer, loss_sums=[total["loss"]] if total else [], votes=votes, torch_device=device.torch_device
     )
     if update.skipped:
         set_scales_back()

@@ -15,7 +15,7 @@ from megadpo.data.loader import GlobalBatch, TrainingData, evaluation_batches
 from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.errors import TrainingError
-from megadpo.health.stragglers import Busy, StragglerWatch
+from megadpo.health.stragglers import BusyTime, StragglerWatch
 from megadpo.loss.preference import SUMS
 from megadpo.metrics.flops import achieved_flops
 from megadpo.metrics.reduction import Metric, Reduction, preference_means, reduce_metrics
@@ -238,7 +238,9 @@ class Trainer:
         """
         counted = self.state.is_last_stage and self.state.tensor_rank == 0
         metrics = {name: Metric(sums[name] if counted and name in sums else 0.0, Reduction.SUM) for name in SUMS}
-        reduced = reduce_metrics({**metrics, **(further or {})}, gather=gather_rows, device=self.device.torch_device)
+        reduced = reduce_metrics(
+            {**metrics, **(further or {})}, gather=gather_rows, torch_device=self.device.torch_device
+        )
         return preference_means({name: reduced.pop(name) for name in SUMS}) | reduced
 
     def _log_interval(self, step: int, interval: Interval) -> None:
@@ -284,8 +286,8 @@ class Trainer:
         own = [self.state.data_rank, seconds, interval.data_s, interval.own_flops]
         rows = gather_rows(torch.tensor(own, dtype=torch.float64).to(self.device.torch_device)).tolist()
         if self.state.is_main:
-            busy = [Busy(int(replica), *numbers) for replica, *numbers in rows]
-            for line in self.stragglers.hear(step, interval.steps, busy):
+            busy = [BusyTime(int(replica), *numbers) for replica, *numbers in rows]
+            for line in self.stragglers.observe(step, interval.steps, busy):
                 logger.warning("%s", line)
 
     def _seconds(self, spans: Sequence[Span]) -> float:

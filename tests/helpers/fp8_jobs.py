@@ -63,7 +63,7 @@ class Trial:
         self.arch = read_architecture(model)
         self.device, self.state, self.fp8 = device, state, fp8
         self.modules = self._load(model)
-        self.reference = ResidentReference(self._load(model), device=device.torch_device)
+        self.reference = ResidentReference(self._load(model), torch_device=device.torch_device)
         self.chunks = wrap_data_parallel(self.modules)
         self.settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
         self.optimizer = build_optimizer(self.chunks, dtype=torch.bfloat16, clip_grad=1.0, **self.settings)
@@ -123,7 +123,7 @@ class Trial:
         """Log-prob margins of the first step's pairs, policy less reference."""
         device = self.device.torch_device
         batch = self.batch(0)
-        policy, reference = score(self.chunks, batch, device=device), self.reference.log_probs(batch)
+        policy, reference = score(self.chunks, batch, torch_device=device), self.reference.log_probs(batch)
         return torch.cat(
             [p.chosen_B - p.rejected_B - (r.chosen_B - r.rejected_B) for p, r in zip(policy, reference, strict=True)]
         )
@@ -176,7 +176,7 @@ def gates(model: str, recipes: Sequence[str], steps: int) -> dict[str, Gates]:
                 cosine=float(cosine),
                 loss_gap=max(abs(a - b) for a, b in zip(own_losses, losses, strict=True)),
                 checked=margin_errors(
-                    trial.chunks, trial.reference, _LOSS, trial.batch(0), state=state, device=device.torch_device
+                    trial.chunks, trial.reference, _LOSS, trial.batch(0), state=state, torch_device=device.torch_device
                 ),
                 errors=(_BETA * (trial.margins() - plain.margins())).abs().tolist(),
             )

@@ -125,7 +125,7 @@ def score_and_export(
             )
             batch = builder.build(pairs)
             results[model] = {}
-            scores = score(chunks, batch, device=device.torch_device)
+            scores = score(chunks, batch, torch_device=device.torch_device)
             for microbatch, logps in zip(batch.microbatches, scores, strict=False):
                 columns = (microbatch.pair_indices, logps.chosen_B.tolist(), logps.rejected_B.tolist())
                 for index, chosen, rejected in zip(*columns, strict=True):

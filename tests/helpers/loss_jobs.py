@@ -71,7 +71,7 @@ class _Trial:
         )
         self.arch = read_architecture(policy)
         self.modules = self._load(policy)
-        self.reference = ResidentReference(self._load(reference), device=self.device.torch_device)
+        self.reference = ResidentReference(self._load(reference), torch_device=self.device.torch_device)
         self.chunks = wrap_data_parallel(self.modules)
         self.settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
         self.optimizer = build_optimizer(self.chunks, dtype=torch.float32, clip_grad=0.0, **self.settings)
@@ -93,7 +93,7 @@ class _Trial:
     def reference_of(self, loss: PreferenceLoss) -> Reference:
         if loss.needs_reference:
             return self.reference
-        return NoReference(is_last_stage=self.state.is_last_stage, device=self.device.torch_device)
+        return NoReference(is_last_stage=self.state.is_last_stage, torch_device=self.device.torch_device)
 
     def mean(self, sums: Mapping[str, torch.Tensor]) -> float:
         """The mean loss over all pairs of all ranks."""
@@ -128,7 +128,7 @@ class _Trial:
             mean_chosen_tokens=mean_chosen_length(self.pairs),
         )
         reference, device = self.reference_of(loss), self.device.torch_device
-        return self.mean(evaluate(self.chunks, reference, loss, batches, device=device))
+        return self.mean(evaluate(self.chunks, reference, loss, batches, torch_device=device))
 
 
 def trials_of_every_loss(

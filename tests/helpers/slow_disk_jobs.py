@@ -22,7 +22,7 @@ from megadpo.checkpoint import saver as checkpoint_saver
 from megadpo.checkpoint import writer as checkpoint_writer
 from megadpo.checkpoint.directory import list_checkpoints, step_of
 from megadpo.errors import CheckpointError
-from megadpo.health.watchdog import RankPlaces
+from megadpo.health.watchdog import HangWatchdog
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
 from tests.helpers.saving_jobs import begin_save, tiny_saver
@@ -54,15 +54,15 @@ def slow_writing(seconds: float) -> Iterator[None]:
 
 def train_while_rank_1_writes_slowly(overrides: list[str], seconds: float) -> tuple[list[str], list[str]]:
     """`train`, in which rank 1 takes `seconds` for its part of each checkpoint; what it was at, and what is logged."""
-    places, tell = [], RankPlaces.at
+    places, tell = [], HangWatchdog.report
 
-    def at(self: RankPlaces, step: int, doing: str) -> None:
+    def report(self: HangWatchdog, step: int, doing: str) -> None:
         places.append(f"{step} {doing}")
         tell(self, step, doing)
 
     with (
         captured_log() as log,
-        mock.patch.object(RankPlaces, "at", at),
+        mock.patch.object(HangWatchdog, "report", report),
         slow_writing(seconds if os.environ["RANK"] == "1" else 0.0),
     ):
         train(overrides)

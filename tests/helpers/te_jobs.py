@@ -159,7 +159,7 @@ def _fp8_passes(model: str, data: str) -> Fp8Passes:
                 layer.mlp.linear_fc2.register_forward_hook(
                     lambda *_, number=number: seen.append(number) if FP8GlobalStateManager.is_fp8_enabled() else None
                 )
-            scores = score(chunks, builder.build(pairs), device=device.torch_device)
+            scores = score(chunks, builder.build(pairs), torch_device=device.torch_device)
             logps[name] = [value for microbatch in scores for value in microbatch.chosen_B.tolist()]
             for layer in chunks[0].decoder.layers:
                 layer.mlp.linear_fc2._forward_hooks.clear()

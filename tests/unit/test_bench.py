@@ -28,6 +28,7 @@ from tests.helpers.runs import write_jsonl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as `python tools/bench/dpo.py` has it
 
 from bench import report, tables
+from bench.ablation_patches import padded_batch
 from bench.ablations import ABLATIONS
 from bench.contenders import Contender, Turn, take_turns
 from bench.dpo import parse
@@ -36,7 +37,6 @@ from bench.matmul_child import products, response_share
 from bench.measure import LAYOUTS, RIVALS, Bench, Entry, reference_modes
 from bench.proc import busy_cpu_seconds, cpu_seconds, high_water_bytes
 from bench.report import Gate, Result
-from bench.taken_back import padded_batch
 from bench.workload import Shape, Workload, prompt_heavy_pairs, read_pairs, texts_of, write_model, write_workload
 
 from tests.helpers import bench_jobs

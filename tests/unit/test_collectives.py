@@ -37,7 +37,7 @@ def talk() -> dict[str, Any]:
             "disagreement": disagreement,
             "broadcast": broadcast_from_main({"run_dir": f"outputs/{rank}"}),
             "rows": gather_rows(torch.tensor([rank, 10.0 + rank], dtype=torch.float64)).tolist(),
-            "reduced": reduce_metrics(metrics, gather=gather_rows, device=CPU),
+            "reduced": reduce_metrics(metrics, gather=gather_rows, torch_device=CPU),
         }
 
 

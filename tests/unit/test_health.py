@@ -46,7 +46,7 @@ Lines = Iterable[tuple[int, Mapping[str, float]]]
 
 def heard(lines: Lines, facts: RunFacts = FACTS, *, begun_after: int = 0) -> tuple[Health, list[Change]]:
     health = Health(facts, begun_after=begun_after)
-    return health, [change for step, metrics in lines for change in health.hear(step, metrics)]
+    return health, [change for step, metrics in lines for change in health.observe(step, metrics)]
 
 
 def names(health: Health) -> list[str]:
@@ -160,7 +160,7 @@ def test_a_spike_is_told_with_its_step_and_rows(key: str, name: str) -> None:
     changes = []
     for step, metrics in training_lines(Course(), updates=120):
         larger = {key: 50 * metrics[key]} if step in (70, 75) else {}
-        changes += health.hear(step, metrics | larger, rows=[step, 7])
+        changes += health.observe(step, metrics | larger, rows=[step, 7])
     (change,) = changes
     assert (change.hint.name, change.hint.first_step, change.hint.last_step, change.hint.times) == (name, 70, 75, 2)
     assert change.hint.rows == (70, 7)
@@ -309,8 +309,8 @@ def test_other_lines_and_lines_with_holes_are_passed_over() -> None:
     others = [(20, {"eval/loss": 0.5}), (20, {"fp8/margin_error": 0.5}), (20, last | {"grad_norm": math.nan})]
     health, _ = heard([*lines, *others])
     assert health.history.updates == 19
-    assert not health.hear(step, dict.fromkeys(last))  # null in metrics.jsonl
-    health.hear(21, last)
+    assert not health.observe(step, dict.fromkeys(last))  # null in metrics.jsonl
+    health.observe(21, last)
     assert (health.history.updates, health.history.pairs) == (21, 21 * 64)  # the line with holes counts with the next
 
 
@@ -332,9 +332,9 @@ def spiky() -> list[tuple[int, dict[str, float]]]:
 
 
 def run(run_dir: Path, lines: Lines, *, resume_step: int = 0, anew: bool = False) -> HealthLog:
-    log = HealthLog(run_dir, FACTS, resume_step=resume_step, anew=anew, place=lambda row: f"pairs.jsonl:{row + 1}")
+    log = HealthLog(run_dir, FACTS, resume_step=resume_step, anew=anew, locate_row=lambda row: f"pairs.jsonl:{row + 1}")
     for step, metrics in lines:
-        log.hear(step, metrics, [step])
+        log.observe(step, metrics, [step])
     return log
 
 
@@ -437,10 +437,10 @@ def test_what_fails_is_said_once_and_stops_nothing(
         raise ArithmeticError("of a rule")
 
     log = run(tmp_path, [])
-    monkeypatch.setattr(Health, "hear", fail)
+    monkeypatch.setattr(Health, "observe", fail)
     monkeypatch.setattr(Health, "verdict", property(fail))
     for step, metrics in training_lines(Course(), updates=5):
-        log.hear(step, metrics, [])
+        log.observe(step, metrics, [])
     assert log.finish() == "not judged"
     texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert texts == [

@@ -15,42 +15,42 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))  # as `python tools/make_demo.py` has it
 
 import make_demo  # noqa: E402
-from demo import judge, teach, world  # noqa: E402
+from demo import corpus, measure, pretrain  # noqa: E402
 
 
-def words_of(pair: world.Pair) -> tuple[str, str]:
+def words_of(pair: corpus.Pair) -> tuple[str, str]:
     """The thing and the place that a pair's question names."""
     words = pair["prompt"][0]["content"].replace(".", " ").split()
-    return next(w for w in words if w in world.THINGS), next(w for w in words if w in world.PLACES)
+    return next(w for w in words if w in corpus.THINGS), next(w for w in words if w in corpus.PLACES)
 
 
 def test_pairs_are_a_function_of_the_seed() -> None:
-    assert world.make_pairs(20, seed=3, held_out=False) == world.make_pairs(20, seed=3, held_out=False)
-    assert world.make_pairs(20, seed=3, held_out=False) != world.make_pairs(20, seed=4, held_out=False)
+    assert corpus.make_pairs(20, seed=3, held_out=False) == corpus.make_pairs(20, seed=3, held_out=False)
+    assert corpus.make_pairs(20, seed=3, held_out=False) != corpus.make_pairs(20, seed=4, held_out=False)
 
 
 def test_no_held_out_combination_is_in_training() -> None:
-    train = {words_of(p) for p in world.make_pairs(make_demo.TRAIN_PAIRS, seed=10, held_out=False)}
-    held_out = {words_of(p) for p in world.make_pairs(make_demo.HELD_OUT_PAIRS, seed=11, held_out=True)}
+    train = {words_of(p) for p in corpus.make_pairs(make_demo.TRAIN_PAIRS, seed=10, held_out=False)}
+    held_out = {words_of(p) for p in corpus.make_pairs(make_demo.HELD_OUT_PAIRS, seed=11, held_out=True)}
     assert not train & held_out
     assert {thing for thing, _ in held_out} <= {thing for thing, _ in train}
     assert {place for _, place in held_out} <= {place for _, place in train}
 
 
 def test_both_answers_are_right_and_one_is_courteous() -> None:
-    for pair in world.make_pairs(200, seed=0, held_out=False):
+    for pair in corpus.make_pairs(200, seed=0, held_out=False):
         question, chosen, rejected = (pair[kind][0]["content"] for kind in ("prompt", "chosen", "rejected"))
         _, place = words_of(pair)
         assert place in chosen and place in rejected
-        assert world.is_courteous(chosen, question)
-        assert not world.is_courteous(rejected, question)
-        assert not world.is_courteous(chosen.replace(place, "moon"), question)
+        assert corpus.is_courteous(chosen, question)
+        assert not corpus.is_courteous(rejected, question)
+        assert not corpus.is_courteous(chosen.replace(place, "moon"), question)
 
 
 def test_neither_kind_is_likelier() -> None:
     """A form's expected log-probability (−entropy) is about the same for both kinds: no preference to start from."""
     expected = []
-    for forms, weights in ((world.COURTEOUS, world.COURTEOUS_WEIGHTS), (world.CURT, world.CURT_WEIGHTS)):
+    for forms, weights in ((corpus.COURTEOUS, corpus.COURTEOUS_WEIGHTS), (corpus.CURT, corpus.CURT_WEIGHTS)):
         assert len(forms) == len(weights)
         shares = [weight / sum(weights) for weight in weights]
         expected.append(sum(share * math.log(share) for share in shares))
@@ -59,26 +59,26 @@ def test_neither_kind_is_likelier() -> None:
 
 def test_forms_are_used_as_often_as_stated() -> None:
     rng = random.Random(0)
-    answers = [world.answers(s, rng) for s in islice(world.situations(rng, held_out=False), 4000)]
-    courteous = sum(answer.startswith(world.COURTEOUS[0]) for answer, _ in answers) / 4000
-    assert courteous == pytest.approx(world.COURTEOUS_WEIGHTS[0] / sum(world.COURTEOUS_WEIGHTS), abs=0.03)
+    answers = [corpus.answers(s, rng) for s in islice(corpus.situations(rng, held_out=False), 4000)]
+    courteous = sum(answer.startswith(corpus.COURTEOUS[0]) for answer, _ in answers) / 4000
+    assert courteous == pytest.approx(corpus.COURTEOUS_WEIGHTS[0] / sum(corpus.COURTEOUS_WEIGHTS), abs=0.03)
     curt = sum(answer.endswith(", obviously.") for _, answer in answers) / 4000
-    assert curt == pytest.approx(world.CURT_WEIGHTS[0] / sum(world.CURT_WEIGHTS), abs=0.03)
+    assert curt == pytest.approx(corpus.CURT_WEIGHTS[0] / sum(corpus.CURT_WEIGHTS), abs=0.03)
 
 
 def test_tokenizer_starts_the_response_after_the_prompt() -> None:
-    tokenizer = teach.build_tokenizer()
-    assert len(tokenizer) == teach.VOCABULARY
-    for pair in world.make_pairs(50, seed=0, held_out=True):
-        prompt = teach.chat_ids(tokenizer, pair["prompt"], prompt=True)
-        whole = teach.chat_ids(tokenizer, pair["prompt"] + pair["chosen"], prompt=False)
+    tokenizer = pretrain.build_tokenizer()
+    assert len(tokenizer) == pretrain.VOCABULARY
+    for pair in corpus.make_pairs(50, seed=0, held_out=True):
+        prompt = pretrain.chat_ids(tokenizer, pair["prompt"], prompt=True)
+        whole = pretrain.chat_ids(tokenizer, pair["prompt"] + pair["chosen"], prompt=False)
         assert whole[: len(prompt)] == prompt
         assert tokenizer.decode(whole[len(prompt) :]) == pair["chosen"][0]["content"] + "<|end|>"
         assert len(whole) <= 96
 
 
 def test_collate_labels_only_the_response() -> None:
-    batch = teach.collate([([5, 6, 7, 8], 2), ([5, 9], 1)], pad_id=0)
+    batch = pretrain.collate([([5, 6, 7, 8], 2), ([5, 9], 1)], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -88,39 +88,39 @@ def test_collate_labels_only_the_response() -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `prepare` writes, with a few steps of teaching."""
     root = tmp_path_factory.mktemp("demo")
-    make_demo.prepare(root, teach_steps=6, train_pairs=32, held_out=8)
+    make_demo.prepare(root, pretrain_steps=6, train_pairs=32, held_out=8)
     return root
 
 
 def test_teaching_lowers_the_loss_and_is_deterministic() -> None:
     losses = []
     for _ in range(2):
-        tokenizer = teach.build_tokenizer()
-        model = teach.build_model(tokenizer, seed=3)
-        losses.append(teach.teach(model, tokenizer, steps=8, prompts_per_step=4, lr=2e-3, seed=3))
+        tokenizer = pretrain.build_tokenizer()
+        model = pretrain.build_model(tokenizer, seed=3)
+        losses.append(pretrain.pretrain(model, tokenizer, steps=8, prompts_per_step=4, lr=2e-3, seed=3))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.5
 
 
 def test_response_logp_counts_the_end_token_and_no_prompt(prepared: Path) -> None:
-    model, tokenizer = judge.load(prepared / "model")
+    model, tokenizer = measure.load(prepared / "model")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    pair = world.read_jsonl(prepared / "data" / "heldout.jsonl")[0]
-    prompt = teach.chat_ids(tokenizer, pair["prompt"], prompt=True)
-    whole = teach.chat_ids(tokenizer, pair["prompt"] + pair["chosen"], prompt=False)
-    batch = teach.collate([(whole, len(prompt))], tokenizer.pad_token_id)
+    pair = corpus.read_jsonl(prepared / "data" / "heldout.jsonl")[0]
+    prompt = pretrain.chat_ids(tokenizer, pair["prompt"], prompt=True)
+    whole = pretrain.chat_ids(tokenizer, pair["prompt"] + pair["chosen"], prompt=False)
+    batch = pretrain.collate([(whole, len(prompt))], tokenizer.pad_token_id)
     with torch.no_grad():
         expected = -model(**batch).loss.item() * (len(whole) - len(prompt))
     assert whole[-1] == tokenizer.eos_token_id
-    got = judge.response_logp(model, tokenizer, pair["prompt"], pair["chosen"])
+    got = measure.response_logp(model, tokenizer, pair["prompt"], pair["chosen"])
     assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_rewards_against_arithmetic() -> None:
-    policy = judge.PairLogps(torch.tensor([-1.0, -5.0]).double(), torch.tensor([-2.0, -1.0]).double())
-    reference = judge.PairLogps(torch.tensor([-2.0, -2.0]).double(), torch.tensor([-1.0, -1.0]).double())
+    policy = measure.PairLogps(torch.tensor([-1.0, -5.0]).double(), torch.tensor([-2.0, -1.0]).double())
+    reference = measure.PairLogps(torch.tensor([-2.0, -2.0]).double(), torch.tensor([-1.0, -1.0]).double())
     assert policy.accuracy == 0.5
-    rewards = judge.rewards(policy, reference, beta=0.5)  # margins 0.5·(1+1) and 0.5·(−3−0)
+    rewards = measure.rewards(policy, reference, beta=0.5)  # margins 0.5·(1+1) and 0.5·(−3−0)
     assert rewards.accuracy == 0.5
     assert rewards.margin == pytest.approx(-0.25)
 

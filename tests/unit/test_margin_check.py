@@ -37,7 +37,7 @@ def errors(loss: PreferenceLoss) -> dict[str, float]:
         mock.patch.object(margin_check, "score", side_effect=[IN_FP8, PLAIN]),
         mock.patch.object(margin_check, "gather_rows", lambda values: values[None]),
     ):
-        return margin_check.margin_errors([], reference, loss, batch, state=state, device=CPU)
+        return margin_check.margin_errors([], reference, loss, batch, state=state, torch_device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,11 @@ def test_sums_and_maxima_share_one_gather() -> None:
         "time": Metric(6.5, Reduction.MAX),
         "below zero": Metric(torch.tensor(-2.0), Reduction.MAX),
     }
-    assert reduce_metrics(metrics, gather=gather, device=CPU) == {"tokens": 111.0, "time": 7.0, "below zero": -2.0}
+    assert reduce_metrics(metrics, gather=gather, torch_device=CPU) == {
+        "tokens": 111.0,
+        "time": 7.0,
+        "below zero": -2.0,
+    }
     (row_K,) = gather.calls
     assert row_K.dtype is torch.float64
 
@@ -41,18 +45,18 @@ def test_sums_and_maxima_share_one_gather() -> None:
 def test_values_keep_their_fp64_digits() -> None:
     value = 4000.0 + 1e-9
     metrics = {"a": Metric(value, Reduction.SUM), "b": Metric(torch.tensor(value, dtype=torch.float64), Reduction.SUM)}
-    assert reduce_metrics(metrics, gather=OtherRanks([0.0, 0.0]), device=CPU) == {"a": value, "b": value}
+    assert reduce_metrics(metrics, gather=OtherRanks([0.0, 0.0]), torch_device=CPU) == {"a": value, "b": value}
 
 
 @pytest.mark.parametrize("reduction", list(Reduction))
 def test_one_rank_that_is_not_finite_shows(reduction: Reduction) -> None:
-    reduced = reduce_metrics({"loss": Metric(1.0, reduction)}, gather=OtherRanks([math.nan], [2.0]), device=CPU)
+    reduced = reduce_metrics({"loss": Metric(1.0, reduction)}, gather=OtherRanks([math.nan], [2.0]), torch_device=CPU)
     assert math.isnan(reduced["loss"])
 
 
 def test_nothing_to_reduce_asks_nobody() -> None:
     gather = OtherRanks()
-    assert reduce_metrics({}, gather=gather, device=CPU) == {}
+    assert reduce_metrics({}, gather=gather, torch_device=CPU) == {}
     assert gather.calls == []
 
 

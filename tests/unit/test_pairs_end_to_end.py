@@ -302,7 +302,7 @@ def test_every_pair_comes_through_in_order_with_its_mask_or_is_counted(
         pairs = select()
         found = batched(pairs, group_size, data_size, budget, share_prompt)
         check_counts(pairs.counts, mode, whole, kept)
-        assert len(store.about.problems) == said.count(None)
+        assert len(store.report.problems) == said.count(None)
     assert list(found) == list(kept)
     assert found == kept
     for index, (prompt, *responses) in found.items():

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.dcp import BoxReader
-from megadpo.runtime.pickles import _NAMES, only_data
+from megadpo.runtime.pickles import _NAMES, data_only_unpickling
 from tests.helpers.hostile import HOSTILE, edit_metadata, in_common, in_metadata
 
 STATE = {"layers.w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
@@ -36,7 +36,7 @@ def saved(tmp_path: Path) -> Iterator[Path]:
 
 def load(directory: Path) -> dict[str, Any]:
     state: dict[str, Any] = {key: value * 0 for key, value in STATE.items()}
-    with only_data(directory):
+    with data_only_unpickling(directory):
         checkpoint.load(state, checkpoint_id=directory)
     return state
 
@@ -69,7 +69,10 @@ def test_objects_of_plain_files_are_data(saved: Path, tmp_path: Path, monkeypatc
     in_common(saved, tmp_path / "mark")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for options in ({}, {"weights_only": False}, {"map_location": "cpu"}):
-        with only_data(saved), pytest.raises(CheckpointError, match=r"common\.pt: holds more than .*posix\.mkdir"):
+        with (
+            data_only_unpickling(saved),
+            pytest.raises(CheckpointError, match=r"common\.pt: holds more than .*posix\.mkdir"),
+        ):
             torch.load(saved / "common.pt", **options)
     assert not (tmp_path / "mark").exists()
 
@@ -96,14 +99,14 @@ def test_names_are_found_as_they_are_listed_or_not_at_all(saved: Path, module: s
     (saved / ".metadata").write_bytes(b"\x80\x04" + text.encode("latin-1") + b"\x93.")
     with (
         pytest.raises(CheckpointError, match=rf"metadata: would run or make {module}\.{name}"),
-        only_data(saved),
+        data_only_unpickling(saved),
     ):
         FileSystemReader(saved).read_metadata()
 
 
 def read_metadata(saved: Path, pickled: bytes) -> None:
     (saved / ".metadata").write_bytes(pickled)
-    with only_data(saved):
+    with data_only_unpickling(saved):
         FileSystemReader(saved).read_metadata()
 
 

@@ -27,18 +27,21 @@ from megadpo.planner.cost import step_load, step_traffic
 from megadpo.planner.memory import stage_memory
 from megadpo.planner.meter import LiveBytes
 from megadpo.planner.pipeline import Work, bubble_share, peak_in_flight, stage_work
-from megadpo.planner.rehearsal import Footprint, Place, Rehearsals, Stream
+from megadpo.planner.rehearsal import Footprint, Rehearsals, StagePosition, Stream
 from megadpo.planner.report import overrides
 from megadpo.planner.shards import Shard, build_shard
 from megadpo.planner.suggest import layouts_of, suggest
 from megadpo.runtime.device import megatron_device, planning_device
-from megadpo.runtime.gpus import CARDS, find_card
+from megadpo.runtime.gpus import GPUS, find_gpu
 from tests.helpers.planning_jobs import end_left_world
 from tests.helpers.published import PUBLISHED
 from tools import plan as plan_tool
 
 H100 = Cluster(
-    gpu="h100", card=CARDS["h100"], memory_gib=CARDS["h100"].memory_gib, network_gb_per_s=CARDS["h100"].network_gb_per_s
+    gpu_name="h100",
+    gpu=GPUS["h100"],
+    memory_gib=GPUS["h100"].memory_gib,
+    network_gb_per_s=GPUS["h100"].network_gb_per_s,
 )
 FULL = Recompute(granularity="full", method="uniform", num_layers=1)
 # Of all tests: what is rehearsed twice is the same.
@@ -143,7 +146,9 @@ def test_outer_stages_hold_what_they_are_given() -> None:
 
 def saved_by_a_layer(planned: Job, stream: Stream) -> int:
     with megatron_device(planning_device()):
-        two, three = (REHEARSALS.chunk(planned, planned.arch, stream, Place(False, False), layers) for layers in (2, 3))
+        two, three = (
+            REHEARSALS.chunk(planned, planned.arch, stream, StagePosition(False, False), layers) for layers in (2, 3)
+        )
     return three.saved - two.saved
 
 
@@ -180,7 +185,7 @@ def test_shared_prompts_are_gathered_for_the_second_response() -> None:
 
 
 def test_block_recomputation_lies_between_none_and_all() -> None:
-    place, stream, arch = Place(True, False), Stream(512, PairLengths(40, 30, 20), True), small()
+    place, stream, arch = StagePosition(True, False), Stream(512, PairLengths(40, 30, 20), True), small()
     prints: dict[str, Footprint] = {}
     ways = {
         "none": Recompute(),
@@ -538,12 +543,12 @@ def test_every_layout_that_the_model_can_be_cut_into_is_looked_at() -> None:
 
 
 def test_cards_are_found_by_the_name_that_cuda_gives() -> None:
-    assert find_card("NVIDIA H100 80GB HBM3") == ("h100", CARDS["h100"])
-    assert find_card("NVIDIA H200 NVL") == ("h200_nvl", CARDS["h200_nvl"])
-    assert find_card("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
-    assert find_card("Tesla T4") is None
-    assert CARDS["l40s"].compute_capability == (8, 9)
-    assert CARDS["gb200"].bf16_tflops == 2500.0 and CARDS["a100"].fp8_tflops is None
+    assert find_gpu("NVIDIA H100 80GB HBM3") == ("h100", GPUS["h100"])
+    assert find_gpu("NVIDIA H200 NVL") == ("h200_nvl", GPUS["h200_nvl"])
+    assert find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert find_gpu("Tesla T4") is None
+    assert GPUS["l40s"].compute_capability == (8, 9)
+    assert GPUS["gb200"].bf16_tflops == 2500.0 and GPUS["a100"].fp8_tflops is None
 
 
 PLANNED = ("+model=llama3_8b", "cluster.gpus=8", "cluster.gpu=h100")

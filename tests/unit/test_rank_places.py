@@ -10,34 +10,34 @@ from datetime import timedelta
 
 import pytest
 
-from megadpo.health.watchdog import STUCK, Place, RankPlaces, silent_ranks, tell_places
+from megadpo.health.watchdog import STUCK, HangWatchdog, RankStatus, describe_ranks, silent_ranks
 
 PROGRAM = """
 import sys, threading, time
 from megadpo.runtime.rank_logging import configure_logging
-from megadpo.health.watchdog import RankPlaces
+from megadpo.health.watchdog import HangWatchdog
 from tests.unit.test_rank_places import Shelf, tell_as
 
 configure_logging()
 shelf = Shelf()
 tell_as(shelf, 1, sys.argv[1])
-with RankPlaces(shelf, rank=0, world=2, patience_s=0.4) as places:
+with HangWatchdog(shelf, rank=0, world=2, patience_s=0.4) as watchdog:
     for step in range(1, 8):  # longer than the patience, in steps that are not
-        places.at(step, "update")
+        watchdog.report(step, "update")
         time.sleep(0.1)
-    places.at(8, "exchange")
+    watchdog.report(8, "exchange")
     threading.Event().wait(20.0)
 """
 
 
 IN_TIME = """
 import time
-from megadpo.health.watchdog import RankPlaces
+from megadpo.health.watchdog import HangWatchdog
 from tests.unit.test_rank_places import Shelf
 
-with RankPlaces(Shelf(), rank=0, world=1, patience_s=4.0) as places:
+with HangWatchdog(Shelf(), rank=0, world=1, patience_s=4.0) as watchdog:
     for step in range(10):
-        places.at(step, "update")
+        watchdog.report(step, "update")
         time.sleep(0.5)
 print("ended in time")
 """
@@ -73,15 +73,15 @@ class Shelf:
 
 def tell_as(shelf: Shelf, rank: int, does: str) -> None:
     """Has another rank tell its place: once and never more, again and again, or for a while always a new one."""
-    other = RankPlaces(shelf, rank=rank, world=2, patience_s=0.4)
-    other.at(8, "reference pass")
-    other._tell()
+    other = HangWatchdog(shelf, rank=rank, world=2, patience_s=0.4)
+    other.report(8, "reference pass")
+    other._publish_once(shelf)
 
     def go_on() -> None:
         for turn in range(1000):
             if does == "moves" and 0.02 * turn < OTHERS_MOVE_S:
-                other.at(8, f"evaluation {turn}")
-            other._tell()
+                other.report(8, f"evaluation {turn}")
+            other._publish_once(shelf)
             time.sleep(0.02)
 
     if does != "stopped":
@@ -151,29 +151,36 @@ def test_a_run_that_ends_in_time_is_left_alone() -> None:
 def test_all_places_are_read_by_two_questions() -> None:
     """512 ranks that ask for each other's one by one ask a million."""
     shelf, world = Shelf(), 512
-    places = [RankPlaces(shelf, rank=rank, world=world, patience_s=60.0) for rank in range(world)]
+    places = [HangWatchdog(shelf, rank=rank, world=world, patience_s=60.0) for rank in range(world)]
     for rank, own in enumerate(places[:-1]):
-        own.at(rank, "update")
-        own._tell()
-    silent = places[0]._read_all()
+        own.report(rank, "update")
+        own._publish_once(shelf)
+    silent = places[0]._read_all(shelf)
     assert silent[-1] is None and [place.step for place in silent if place is not None] == [*range(world - 1)]
-    places[-1].at(7, "update")
-    places[-1]._tell()
+    places[-1].report(7, "update")
+    places[-1]._publish_once(shelf)
     shelf.asked.clear()
-    last = places[0]._read_all()[-1]
+    last = places[0]._read_all(shelf)[-1]
     assert last is not None and last.step == 7
     assert shelf.asked == ["check", "multi_get"]
 
 
 def test_many_ranks_are_told_together() -> None:
-    def at(step: int, doing: str, turn: int) -> Place:
-        return Place(step, doing, "forward, model/layer.py:3", 61.0, turn)
+    def at(step: int, doing: str, turn: int) -> RankStatus:
+        return RankStatus(step, doing, "forward, model/layer.py:3", 61.0, turn)
 
     before = [at(12, "update", 5), at(12, "update", 5), None, at(12, "reference pass", 5), at(12, "update", 7)]
     after = [at(12, "update", 6), at(12, "update", 6), None, at(12, "reference pass", 5), at(12, "update", 8)]
     assert silent_ranks(before, after) == [2, 3]
-    assert tell_places(before, after) == [
+    assert describe_ranks(before, after) == [
         "rank 2 IS SILENT and has never told where it is",
         "rank 3 IS SILENT; it was at step 12, reference pass (forward, model/layer.py:3)",
         "ranks 0-1, 4 at step 12, update (forward, model/layer.py:3), for 61 s",
     ]
+
+
+def test_a_rank_alone_watches_nothing() -> None:
+    with HangWatchdog(None, rank=0, world=1, patience_s=0.01) as watchdog:
+        watchdog.report(1, "update")
+        time.sleep(0.2)  # with a store it would end the process
+        watchdog.report_phase("saving")

@@ -344,7 +344,7 @@ def scored() -> Iterator[list[Any]]:
     """What stands in for a pass: the weights' values and the living bytes while it runs."""
     seen: list[Any] = []
 
-    def score(chunks: list[torch.nn.Module], batch: LiveBytes, *, device: torch.device) -> list[Any]:
+    def score(chunks: list[torch.nn.Module], batch: LiveBytes, *, torch_device: torch.device) -> list[Any]:
         seen.append((batch.now, [p.detach().float().numpy().copy() for chunk in chunks for p in chunk.parameters()]))
         return []
 
@@ -356,8 +356,8 @@ def test_offloaded_weights_are_on_the_device_during_the_pass_only(scored: list[A
     chunks = [torch.nn.Linear(300, 200), torch.nn.Linear(200, 100, bias=False)]
     expected = [p.detach().numpy().copy() for chunk in chunks for p in chunk.parameters()]
     size = 4 * (300 * 200 + 200 + 200 * 100)
-    assert ResidentReference(chunks, device=CPU).device_bytes() == size
-    reference = OffloadedReference(chunks, device=CPU)
+    assert ResidentReference(chunks, torch_device=CPU).device_bytes() == size
+    reference = OffloadedReference(chunks, torch_device=CPU)
     with LiveBytes() as meter:
         for _ in range(2):
             assert (meter.now, reference.device_bytes()) == (0, 0)
@@ -378,7 +378,7 @@ def test_mixing_moves_every_weight_towards_the_policy(
 ) -> None:
     own, policy = (torch.nn.Linear(50, 40).to(dtype) for _ in range(2))
     before, target = own.weight.detach().clone(), policy.weight.detach()
-    reference = kind([own], device=CPU)
+    reference = kind([own], torch_device=CPU)
     reference.mix_in([policy], 0.25)
     with LiveBytes() as meter:
         reference.log_probs(meter)  # type: ignore[arg-type]
@@ -403,7 +403,7 @@ def test_kept_and_missing_numbers_answer_on_the_last_stage_only() -> None:
     digests = [b"b\0".ljust(16), b"a\0".ljust(16), b"c" * 16]
     kept = digests, np.array([(-2.0, -math.e, 0.0, -0.25), (-math.pi, -1.0, -0.5, 0.0), (-3.0,) * 4])
     batch.microbatches[0].pair_digests = tuple(digests[:2])
-    cached = CachedReference(*kept, is_last_stage=True, device=CPU)
+    cached = CachedReference(*kept, is_last_stage=True, torch_device=CPU)
     first, empty = cached.log_probs(batch)
     assert torch.equal(first.columns(), torch.tensor(kept[1][:2])) and cached.kept(digests).tolist() == kept[1].tolist()
     for unknown in (b"0" * 16, b"bb" * 8, b"d" * 16):
@@ -412,10 +412,10 @@ def test_kept_and_missing_numbers_answer_on_the_last_stage_only() -> None:
     assert first.chosen_B.tolist() == [-2.0, -math.pi] and first.rejected_B.tolist() == [-math.e, -1.0]
     assert first.chosen_tail_B.tolist() == [0.0, -0.5] and first.rejected_tail_B.tolist() == [-0.25, 0.0]
     assert first.chosen_B.dtype is torch.float64 and empty.chosen_B.shape == (0,)
-    nothing = NoReference(is_last_stage=True, device=CPU).log_probs(batch)
+    nothing = NoReference(is_last_stage=True, torch_device=CPU).log_probs(batch)
     assert [scores.chosen_B.tolist() for scores in nothing] == [[0.0, 0.0], []]
     for reference in (
-        CachedReference(*kept, is_last_stage=False, device=CPU),
-        NoReference(is_last_stage=False, device=CPU),
+        CachedReference(*kept, is_last_stage=False, torch_device=CPU),
+        NoReference(is_last_stage=False, torch_device=CPU),
     ):
         assert reference.log_probs(batch) == [] and reference.device_bytes() == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadpo.checkpoint.removals import Removals
+from megadpo.checkpoint.removals import BackgroundRemoval
 
 
 def test_each_directory_is_removed_once(
@@ -24,18 +24,18 @@ def test_each_directory_is_removed_once(
         remove(directory)
 
     monkeypatch.setattr(shutil, "rmtree", slowly)
-    removals = Removals()
+    removals = BackgroundRemoval()
     for name in ("one", "two"):
         (tmp_path / name / "hf").mkdir(parents=True)
         (tmp_path / name / "file").write_text("content")
     with caplog.at_level(logging.WARNING, "megadpo"):
         for name in ("one", "two", "one"):
             removals.begin(tmp_path / name)
-        assert removals.left_after(0.01) == 6  # two directories in each, and a file
+        assert removals.wait(0.01) == 6  # two directories in each, and a file
         go_on.set()
-        assert removals.left_after(60.0) == 0
+        assert removals.wait(60.0) == 0
         removals.begin(tmp_path / "one")
-        assert removals.left_after(60.0) == 0
+        assert removals.wait(60.0) == 0
     assert removed == ["one", "two"]
     assert not caplog.records
 
@@ -55,11 +55,11 @@ def test_what_can_t_be_removed_is_said_and_does_not_keep_the_others(
         remove(directory)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    removals = Removals()
+    removals = BackgroundRemoval()
     with caplog.at_level(logging.WARNING, "megadpo"):
         for name in ("one", "two"):
             (tmp_path / name).mkdir()
             removals.begin(tmp_path / name)
-        assert removals.left_after(60.0) == 0
+        assert removals.wait(60.0) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     assert f"one can't be removed yet ({told}): the next save tries again" in caplog.text

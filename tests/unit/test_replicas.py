@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadpo.health.replicas import Held, bits_hash, odd_ones_out
+from megadpo.health.replicas import RankHashes, bits_hash, differing_ranks
 
 ODD = torch.arange(1, 128, 2)  # blocks of 64 words
 
@@ -50,30 +50,30 @@ def test_views_at_odd_places_hash_as_copies() -> None:
     assert value(odd) != before
 
 
-def held(tensor: int, pipeline: int, data: int, *, w: int = 1, norm: int = 2, tied: int | None = None) -> Held:
+def held(tensor: int, pipeline: int, data: int, *, w: int = 1, norm: int = 2, tied: int | None = None) -> RankHashes:
     own = {"w": 10 * tensor + w}
-    return Held(tensor, pipeline, data, own, {"norm": norm}, {} if tied is None else {"tied": tied})
+    return RankHashes(tensor, pipeline, data, own, {"norm": norm}, {} if tied is None else {"tied": tied})
 
 
 def test_ranks_that_agree_are_not_named() -> None:
-    assert odd_ones_out([held(t, p, d, tied=5) for t in (0, 1) for p in (0, 1) for d in (0, 1)]) == {}
+    assert differing_ranks([held(t, p, d, tied=5) for t in (0, 1) for p in (0, 1) for d in (0, 1)]) == {}
 
 
 def test_one_of_three_is_named_by_the_other_two() -> None:
-    assert odd_ones_out([held(0, 0, 0, w=7), held(0, 0, 1), held(0, 0, 2)]) == {0: {"w": 1}}
+    assert differing_ranks([held(0, 0, 0, w=7), held(0, 0, 1), held(0, 0, 2)]) == {0: {"w": 1}}
 
 
 def test_of_two_the_second_is_named() -> None:
-    assert odd_ones_out([held(0, 0, 0, w=7), held(0, 0, 1)]) == {1: {"w": 0}}
+    assert differing_ranks([held(0, 0, 0, w=7), held(0, 0, 1)]) == {1: {"w": 0}}
 
 
 def test_a_norm_is_compared_over_tensor_and_data_ranks() -> None:
     ranks = [held(t, 0, d, norm=9 if (t, d) == (1, 0) else 2) for d in (0, 1) for t in (0, 1)]
-    assert odd_ones_out(ranks) == {1: {"norm": 0}}
+    assert differing_ranks(ranks) == {1: {"norm": 0}}
     drifted = [held(t, 0, d, norm=9 if t == 1 else 2) for d in (0, 1) for t in (0, 1)]  # with all its data peers
-    assert odd_ones_out(drifted) == {1: {"norm": 0}, 3: {"norm": 0}}
+    assert differing_ranks(drifted) == {1: {"norm": 0}, 3: {"norm": 0}}
 
 
 def test_a_tied_embedding_is_compared_between_outer_stages() -> None:
     ranks = [held(0, 0, 0, tied=5), held(0, 1, 0, w=3, norm=4), held(0, 2, 0, w=8, norm=6, tied=7)]
-    assert odd_ones_out(ranks) == {2: {"tied": 0}}
+    assert differing_ranks(ranks) == {2: {"tied": 0}}

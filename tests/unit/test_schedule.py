@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.schedule import deal, pack_pairs, schedule_step
+from megadpo.data.schedule import assign_to_ranks, pack_pairs, schedule_step
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 100)
@@ -103,7 +103,7 @@ def test_bins_of_a_few_batches(lengths: list[int], budget: int, bins: list[tuple
 @quick
 @given(st.lists(st.integers(0, 1000), max_size=40), RANKS)
 def test_hands_are_equal_in_number_and_alike_in_cost(costs: list[int], ranks: int) -> None:
-    hands = deal(costs, ranks)
+    hands = assign_to_ranks(costs, ranks)
     assert sorted(position for hand in hands for position in hand) == list(range(len(costs)))
     sizes = [len(hand) for hand in hands]
     assert max(sizes) - min(sizes) <= 1
@@ -112,9 +112,9 @@ def test_hands_are_equal_in_number_and_alike_in_cost(costs: list[int], ranks: in
 
 
 def test_the_costliest_go_first_to_whoever_has_least() -> None:
-    assert deal([1, 7, 5, 6, 2, 3], 2) == [[1, 4, 5], [0, 2, 3]]
-    assert deal([3, 3, 3], 2) == [[0, 2], [1]]
-    assert deal([9], 3) == [[0], [], []]
+    assert assign_to_ranks([1, 7, 5, 6, 2, 3], 2) == [[1, 4, 5], [0, 2, 3]]
+    assert assign_to_ranks([3, 3, 3], 2) == [[0, 2], [1]]
+    assert assign_to_ranks([9], 3) == [[0], [], []]
 
 
 def test_bins_are_dealt_by_cost_and_made_by_length() -> None:

@@ -14,9 +14,9 @@ from megadpo.data.store import (
     DOUBLE_BOS,
     EQUAL,
     ROW,
-    About,
     PairStore,
     PairView,
+    PreparationReport,
     StoreWriter,
     select_pairs,
 )
@@ -42,7 +42,7 @@ def write(directory: Path, rows: Sequence[tuple[int, int, int, int]], *, chunk: 
                 start += sum(sizes)
             tokens = [100 * row + np.arange(sum(sizes[:3])) for row, sizes in enumerate(part, first)]
             writer.append(records, np.concatenate(tokens).astype(np.int32))
-        writer.finish(About(problems=["data.jsonl:3: no"], moved_boundary=""))
+        writer.finish(PreparationReport(problems=["data.jsonl:3: no"], moved_boundary=""))
     return PairStore(directory, ["data.jsonl:"])
 
 

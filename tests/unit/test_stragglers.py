@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from megadpo.data.schedule import schedule_step
-from megadpo.health.stragglers import Busy, StragglerWatch
+from megadpo.health.stragglers import BusyTime, StragglerWatch
 
 
 def hear(watch: StragglerWatch, step: int, seconds: Sequence[float], *, data_s: float = 0.0, size: int = 1) -> str:
     """What is said after a step in which ranks were busy so long, `size` of them to a replica; data_s is the last's."""
-    busy = [Busy(rank // size, own, 0.0, 1.0) for rank, own in enumerate(seconds)]
-    busy[-1] = Busy(busy[-1].replica, seconds[-1], data_s, 1.0)
-    return "\n".join(watch.hear(step, 1, busy))
+    busy = [BusyTime(rank // size, own, 0.0, 1.0) for rank, own in enumerate(seconds)]
+    busy[-1] = BusyTime(busy[-1].replica, seconds[-1], data_s, 1.0)
+    return "\n".join(watch.observe(step, 1, busy))
 
 
 def test_a_slow_rank_is_named_when_it_begins_and_when_it_ends() -> None:
@@ -48,10 +48,10 @@ def test_who_has_more_work_is_no_straggler(replicas: int, pairs: int, budget: in
         schedule = schedule_step(lengths, lengths, budget=budget, data_parallel=replicas)
         work = [sum(lengths[i] for members in bins for i in members) + 1 for bins in schedule.bins_by_rank]
         busy = [
-            Busy(replica, (0.05 + own / 8000 * rng.uniform(0.9, 1.1)) * (3 if replica == slow else 1), 0.0, own)
+            BusyTime(replica, (0.05 + own / 8000 * rng.uniform(0.9, 1.1)) * (3 if replica == slow else 1), 0.0, own)
             for replica, own in enumerate(work)
         ]
-        said += watch.hear(step, 1, busy)
+        said += watch.observe(step, 1, busy)
     assert len(said) == (0 if slow is None else 1), said
     assert slow is None or "rank 1 was busy" in said[0]
 

@@ -144,4 +144,4 @@ def take_turns(contenders: Sequence[Contender], *, turns: int, every: Mapping[st
             playing = [c for c in contenders if turn % every.get(c.name, 1) == 0]
             for contender in playing if turn % 2 == 0 else reversed(playing):
                 contender.step()
-            bar.tell(turn + 1, "  ".join(f"{c.name} {c.turns[-1].seconds:.2f} s" for c in playing))
+            bar.update(turn + 1, "  ".join(f"{c.name} {c.turns[-1].seconds:.2f} s" for c in playing))

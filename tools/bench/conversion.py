@@ -94,7 +94,7 @@ def write_random_model(directory: Path, *, layers: int, hidden: int, ffn: int, v
             bar.begin(layout.nbytes)
             for name, shape in shapes.items():
                 writer.write(name, torch.randn(shape, generator=generator, dtype=torch.bfloat16))
-                bar.advance(layout.places[name].nbytes)
+                bar.advance(layout.spans[name].nbytes)
         finish_files(directory, layout)
 
 

@@ -127,7 +127,7 @@ def measure_time(job: HeadJob, *, threads: int) -> tuple[Times, dict[str, float]
     with child(job, threads=threads) as process, ProgressBar(title, total=job.turns, visible=True) as bar:
         for turn in range(job.turns):
             turns.append(_answer(process)["seconds"])
-            bar.tell(turn + 1, "turns")
+            bar.update(turn + 1, "turns")
         distances = _answer(process)
     cpu, wall = ({name: [turn[name][clock] for turn in turns] for name in job.variants} for clock in (0, 1))
     return Times(cpu, wall), distances

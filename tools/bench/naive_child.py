@@ -21,16 +21,16 @@ Pair = Sequence[Sequence[int]]
 class NaiveDPO:
     """Policy, reference and AdamW; one step at a time."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, torch_device: torch.device) -> None:
         self.policy, self.reference = (
             AutoModelForCausalLM.from_pretrained(
                 job.model, dtype=DTYPES[job.dtype], attn_implementation="sdpa", local_files_only=True
             )
-            .to(device)
+            .to(torch_device)
             .train(mode)
             for mode in (True, False)
         )
-        self.device = device
+        self.torch_device = torch_device
         self.beta = job.beta
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=job.lr, weight_decay=0.0)
 
@@ -54,7 +54,7 @@ class NaiveDPO:
 
     def _logp(self, model: Any, prompt: Sequence[int], response: Sequence[int]) -> torch.Tensor:
         """Sum of the response tokens' log-probs."""
-        ids = torch.tensor([[*prompt, *response]], device=self.device)
+        ids = torch.tensor([[*prompt, *response]], device=self.torch_device)
         hidden_TH = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits_NV = model.lm_head(hidden_TH[len(prompt) - 1 : -1])
         targets_N1 = ids[0, len(prompt) :, None]

@@ -174,7 +174,7 @@ class Training:
     def __init__(self, case: PeakCase, state: ParallelState, device: Device) -> None:
         self.batch = _batch(case, state)
         self.device = device
-        self.reference = ResidentReference(_model(case, state, device, Recompute()), device=device.torch_device)
+        self.reference = ResidentReference(_model(case, state, device, Recompute()), torch_device=device.torch_device)
         self.chunks = wrap_data_parallel(
             _model(case, state, device, case.job().knobs.recompute),
             DataParallelOptions(grad_reduce_in_fp32=case.grad_reduce_in_fp32),

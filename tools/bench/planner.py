@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     with ProgressBar("measuring layouts", total=len(wanted), visible=True) as bar:
         for done, case in enumerate(wanted, 1):
             gates += _compare(case, make_plan(case.job()), measure(case), table)
-            bar.tell(done, case.name)
+            bar.update(done, case.name)
     console.print(table)
     console.print(tables.gate_table(gates))
     return int(not all(gate.holds for gate in gates))

@@ -68,7 +68,7 @@ def _write_pairs(path: Path, pairs: int, characters: int) -> None:
             }
             file.write(json.dumps(pair) + "\n")
             if number % 1000 == 0:
-                bar.tell(number, f"{number} pairs")
+                bar.update(number, f"{number} pairs")
     print(f"{pairs} pairs, {path.stat().st_size / _MIB:.0f} MiB")
 
 
@@ -81,7 +81,7 @@ def _tokenize(path: Path, tokenizer: Path, workers: int, cache: Path) -> Prepare
             recipe,
             cache_dir=cache,
             workers=workers,
-            report=lambda share, rows: bar.tell(round(100 * share), f"{rows} pairs"),
+            report=lambda share, rows: bar.update(round(100 * share), f"{rows} pairs"),
         )
     seconds = time.perf_counter() - started
     rows = len(open_store(prepared))

@@ -35,7 +35,7 @@ class ShownPair:
     full_tokens: tuple[int, int, int]
     """the same before truncation"""
 
-    def told_tokens(self) -> tuple[str, str, str]:
+    def described_tokens(self) -> tuple[str, str, str]:
         """Numbers of tokens of prompt, chosen and rejected in words."""
         told = [
             f"{kept:,} tokens" if kept == full else f"{kept:,} of {full:,} tokens"

@@ -93,7 +93,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _pair(pair: ShownPair) -> str:
-    prompt, chosen, rejected = pair.told_tokens()
+    prompt, chosen, rejected = pair.described_tokens()
     return (
         f"<article><h4>pair {pair.index} <small>{escape(pair.where)}</small></h4>"
         f'<div class="text prompt"><small>prompt · {prompt}</small><pre>{_text(pair.prompt)}</pre></div>'

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megadpo.data.batch import stream_tokens
-from megadpo.data.store import PairCounts, told_counts
+from megadpo.data.store import PairCounts, described_counts
 
 Ints = npt.NDArray[np.integer]
 
@@ -129,7 +129,7 @@ def spaced(total: int, wanted: int) -> list[int]:
 
 def counted_rows(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
     """(what, how many) of the rows read and kept, and of what deserves a look."""
-    return [("read", counts.read), ("kept", counts.kept), *told_counts(counts, max_length)]
+    return [("read", counts.read), ("kept", counts.kept), *described_counts(counts, max_length)]
 
 
 def dropped(counts: PairCounts) -> int:

@@ -93,7 +93,7 @@ def _print_cuts(report: SetReport, console: Console) -> None:
 def _print_pair(pair: ShownPair, console: Console) -> None:
     text = Text(f"{pair.where}\n", style="cyan")
     parts = (("prompt", "dim", pair.prompt), ("chosen", "green", pair.chosen), ("rejected", "red", pair.rejected))
-    for (name, style, pieces), told in zip(parts, pair.told_tokens(), strict=True):
+    for (name, style, pieces), told in zip(parts, pair.described_tokens(), strict=True):
         text.append(f"── {name} · {told}\n", style="cyan")
         text.append_text(_styled(pieces, style)).append("\n")
     text.rstrip()

@@ -36,7 +36,7 @@ from megadpo.errors import CheckpointError
 from megadpo.models.conversion.stored import Box
 from megadpo.models.conversion.threads import in_threads, shares
 from megadpo.runtime.files import writing
-from megadpo.runtime.pickles import only_data
+from megadpo.runtime.pickles import data_only_unpickling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +151,7 @@ class BoxReader:
 
     def __init__(self, directory: Path) -> None:
         self._files = FileSystemReader(directory)
-        with only_data(directory):
+        with data_only_unpickling(directory):
             metadata = self._files.read_metadata()
         self._files.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {

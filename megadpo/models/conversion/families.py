@@ -41,7 +41,7 @@ class HFTensor:
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """One Megatron parameter, and the Hugging Face tensors it is made of.
 
     `when` says which architectures have it. `copy_of_another` marks a parameter that repeats the tensors of another
@@ -59,7 +59,7 @@ class Row:
 class Family:
     """The table of one family, and the tensors (regular expressions) that its checkpoints may hold besides."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[WeightRow, ...]
     ignorable: tuple[str, ...]
 
 
@@ -81,12 +81,12 @@ def _layer(name: str, *axes: Axis) -> HFTensor:
     return HFTensor(_HF_LAYER + name, axes)
 
 
-_BEFORE_LAYERS = (Row("embedding.word_embeddings.weight", Split.VOCAB_ROWS, (EMBEDDING,)),)
+_BEFORE_LAYERS = (WeightRow("embedding.word_embeddings.weight", Split.VOCAB_ROWS, (EMBEDDING,)),)
 
-_INPUT_NORM = Row(
+_INPUT_NORM = WeightRow(
     _MEGATRON_LAYER + "input_layernorm.weight", Split.REPLICATED, (_layer("input_layernorm.weight", Axis.HIDDEN),)
 )
-_QKV_WEIGHT = Row(
+_QKV_WEIGHT = WeightRow(
     _MEGATRON_LAYER + "self_attention.linear_qkv.weight",
     Split.QKV_ROWS,
     (
@@ -95,7 +95,7 @@ _QKV_WEIGHT = Row(
         _layer("self_attn.v_proj.weight", Axis.KEY_VALUE, Axis.HIDDEN),
     ),
 )
-_QKV_BIAS = Row(
+_QKV_BIAS = WeightRow(
     _MEGATRON_LAYER + "self_attention.linear_qkv.bias",
     Split.QKV_ROWS,
     (
@@ -105,30 +105,30 @@ _QKV_BIAS = Row(
     ),
     when=lambda arch: arch.qkv_bias,
 )
-_Q_NORM = Row(
+_Q_NORM = WeightRow(
     _MEGATRON_LAYER + "self_attention.q_layernorm.weight",
     Split.REPLICATED,
     (_layer("self_attn.q_norm.weight", Axis.HEAD),),
     when=lambda arch: arch.qk_norm,
 )
-_K_NORM = Row(
+_K_NORM = WeightRow(
     _MEGATRON_LAYER + "self_attention.k_layernorm.weight",
     Split.REPLICATED,
     (_layer("self_attn.k_norm.weight", Axis.HEAD),),
     when=lambda arch: arch.qk_norm,
 )
-_ATTENTION_OUT = Row(
+_ATTENTION_OUT = WeightRow(
     _MEGATRON_LAYER + "self_attention.linear_proj.weight",
     Split.COLUMNS,
     (_layer("self_attn.o_proj.weight", Axis.HIDDEN, Axis.QUERY),),
 )
 _MLP = (
-    Row(
+    WeightRow(
         _MEGATRON_LAYER + "pre_mlp_layernorm.weight",
         Split.REPLICATED,
         (_layer("post_attention_layernorm.weight", Axis.HIDDEN),),
     ),
-    Row(
+    WeightRow(
         _MEGATRON_LAYER + "mlp.linear_fc1.weight",
         Split.GATE_UP_ROWS,
         (
@@ -136,7 +136,7 @@ _MLP = (
             _layer("mlp.up_proj.weight", Axis.FFN, Axis.HIDDEN),
         ),
     ),
-    Row(
+    WeightRow(
         _MEGATRON_LAYER + "mlp.linear_fc2.weight",
         Split.COLUMNS,
         (_layer("mlp.down_proj.weight", Axis.HIDDEN, Axis.FFN),),
@@ -144,10 +144,10 @@ _MLP = (
 )
 
 _AFTER_LAYERS = (
-    Row("decoder.final_layernorm.weight", Split.REPLICATED, (HFTensor("model.norm.weight", (Axis.HIDDEN,)),)),
-    Row("output_layer.weight", Split.VOCAB_ROWS, (LM_HEAD,), when=lambda arch: not arch.tied_embeddings),
+    WeightRow("decoder.final_layernorm.weight", Split.REPLICATED, (HFTensor("model.norm.weight", (Axis.HIDDEN,)),)),
+    WeightRow("output_layer.weight", Split.VOCAB_ROWS, (LM_HEAD,), when=lambda arch: not arch.tied_embeddings),
     # With tied embeddings the last of several pipeline stages keeps its own copy of the embedding as its head.
-    Row(
+    WeightRow(
         "output_layer.weight",
         Split.VOCAB_ROWS,
         (EMBEDDING,),

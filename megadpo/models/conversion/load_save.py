@@ -274,12 +274,14 @@ def _to_first_stage(
     plan: ShardPlan,
     stage: int,
     dtype: torch.dtype,
-    device: torch.device,
+    torch_device: torch.device,
     state: ParallelState,
 ) -> dict[str, torch.Tensor] | None:
     """Moves one parameter's tensors from `stage` to the first stage, where they are returned; None on other stages."""
     if state.pipeline_rank == 0:
-        received = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.hf_shapes.items()}
+        received = {
+            name: torch.empty(shape, dtype=dtype, device=torch_device) for name, shape in plan.hf_shapes.items()
+        }
         for tensor in received.values():
             dist.recv(tensor, src=dist.get_global_rank(state.pipeline_group, stage), group=state.pipeline_group)
         return received

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megadpo.errors import ConversionError
-from megadpo.models.conversion.families import FAMILIES, LM_HEAD, Axis, HFTensor, Row, Split
+from megadpo.models.conversion.families import FAMILIES, LM_HEAD, Axis, HFTensor, Split, WeightRow
 
 if TYPE_CHECKING:
     from megadpo.models.hf_config import Architecture
@@ -45,7 +45,7 @@ class ShardPlan:
         return (slice(None),) * self.axis + (slice(piece.start, piece.stop),)
 
 
-def weight_rows(arch: Architecture) -> Iterator[tuple[Row, str, int]]:
+def weight_rows(arch: Architecture) -> Iterator[tuple[WeightRow, str, int]]:
     """Every (row, Megatron name, global layer) of the model in table order; layer 0 for what is outside the layers.
 
     Names are global: `decoder.layers.{i}` counts over the whole model, not over one pipeline stage.
@@ -171,7 +171,7 @@ def _check_divisible(arch: Architecture, tp_size: int) -> None:
         raise ConversionError("; ".join(problems) + "; choose another parallel.tensor")
 
 
-def _shard_plan(arch: Architecture, row: Row, name: str, layer: int, *, tp_rank: int, tp_size: int) -> ShardPlan:
+def _shard_plan(arch: Architecture, row: WeightRow, name: str, layer: int, *, tp_rank: int, tp_size: int) -> ShardPlan:
     shapes = {tensor.name.format(layer=layer): _hf_shape(arch, tensor) for tensor in row.hf}
     names = list(shapes)
     whole = next(iter(shapes.values()))

@@ -23,7 +23,7 @@ _PARTIAL_DIR = ".export.partial"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FileSpan:
     """Where a tensor is to lie: the number of the file, the first byte in it, its shape and dtype."""
 
     file: int
@@ -43,12 +43,12 @@ class FileLayout:
 
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
-    places: Mapping[str, Place]
+    spans: Mapping[str, FileSpan]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(place.nbytes for place in self.places.values())
+        return sum(span.nbytes for span in self.spans.values())
 
 
 def lay_out(
@@ -58,43 +58,43 @@ def lay_out(
 
     `tensors` is {name: (shape, dtype)}. The files are byte for byte those that safetensors would write.
     """
-    files: list[dict[str, Place]] = []
+    files: list[dict[str, FileSpan]] = []
     room = 0
     for name, (shape, dtype) in tensors.items():
-        place = Place(len(files) - 1, 0, shape, dtype)
-        if not files or place.nbytes > room:
+        span = FileSpan(len(files) - 1, 0, shape, dtype)
+        if not files or span.nbytes > room:
             files.append({})
             room = max_shard_bytes
-        files[-1][name] = replace(place, file=len(files) - 1)
-        room -= place.nbytes
-    made = [_lay_out_file(places) for places in files]
+        files[-1][name] = replace(span, file=len(files) - 1)
+        room -= span.nbytes
+    made = [_lay_out_file(spans) for spans in files]
     return FileLayout(
         headers=tuple(header for header, _, _ in made),
         sizes=tuple(size for _, size, _ in made),
-        places={name: place for _, _, places in made for name, place in places.items()},
+        spans={name: span for _, _, spans in made for name, span in spans.items()},
     )
 
 
-def _lay_out_file(places: Mapping[str, Place]) -> tuple[bytes, int, dict[str, Place]]:
-    """(header, size, places with their offsets) of one file. Its tensors lie by dtype, then by name."""
+def _lay_out_file(spans: Mapping[str, FileSpan]) -> tuple[bytes, int, dict[str, FileSpan]]:
+    """(header, size, spans with their offsets) of one file. Its tensors lie by dtype, then by name."""
     dtypes = list(FLOAT_DTYPES.values())
-    order = sorted(places, key=lambda name: (dtypes.index(places[name].dtype), name))
+    order = sorted(spans, key=lambda name: (dtypes.index(spans[name].dtype), name))
     names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
     entries: dict[str, Any] = {METADATA: {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
     for name in order:
-        place, starts[name] = places[name], end
-        end += place.nbytes
+        span, starts[name] = spans[name], end
+        end += span.nbytes
         entries[name] = {
-            "dtype": names[place.dtype],
-            "shape": list(place.shape),
+            "dtype": names[span.dtype],
+            "shape": list(span.shape),
             "data_offsets": [starts[name], end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return header, len(header) + end, {n: replace(places[n], offset=len(header) + starts[n]) for n in order}
+    return header, len(header) + end, {n: replace(spans[n], offset=len(header) + starts[n]) for n in order}
 
 
 @contextmanager
@@ -129,7 +129,7 @@ class BlockWriter:
     """
 
     def __init__(self, directory: Path | str, layout: FileLayout) -> None:
-        self._places = layout.places
+        self._spans = layout.spans
         self._paths = [_partial_file(directory, number) for number in range(len(layout.sizes))]
         self._stack = ExitStack()
         self._files: list[int] = []
@@ -148,15 +148,15 @@ class BlockWriter:
 
     def write(self, name: str, values: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
         """Puts `values`, of any dtype and device, into the tensor from `row` and `column` on."""
-        place = self._places[name]
-        values = values.detach().to("cpu", place.dtype).contiguous()
-        width = math.prod(place.shape[1:]) * place.dtype.itemsize
-        start = place.offset + row * width + column * place.dtype.itemsize
+        span = self._spans[name]
+        values = values.detach().to("cpu", span.dtype).contiguous()
+        width = math.prod(span.shape[1:]) * span.dtype.itemsize
+        start = span.offset + row * width + column * span.dtype.itemsize
         memory = as_bytes(values)
-        run = len(memory) if values.shape[1:] == place.shape[1:] else len(memory) // len(values)
-        with writing(self._paths[place.file], ConversionError):
+        run = len(memory) if values.shape[1:] == span.shape[1:] else len(memory) // len(values)
+        with writing(self._paths[span.file], ConversionError):
             for number, first in enumerate(range(0, len(memory), run)):
-                _write_at(self._files[place.file], memory[first : first + run], start + number * width)
+                _write_at(self._files[span.file], memory[first : first + run], start + number * width)
 
     def flush(self) -> None:
         """Returns when all that was written is on disk."""
@@ -174,7 +174,7 @@ def finish_files(directory: Path | str, layout: FileLayout) -> None:
         for number, file in enumerate(files if count > 1 else [SINGLE_FILE]):
             os.replace(_partial_file(directory, number), directory / file)
         if count > 1:
-            weight_map = {name: files[place.file] for name, place in sorted(layout.places.items())}
+            weight_map = {name: files[span.file] for name, span in sorted(layout.spans.items())}
             index = directory / _PARTIAL_DIR / INDEX_FILE
             content = {"metadata": {"total_size": layout.nbytes}, "weight_map": weight_map}
             index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo import world
+from demo import corpus
 
 VOCABULARY = 509  # a prime: no tensor-parallel size divides it, so the padded vocabulary is exercised
 SPECIAL_TOKENS = ("<pad>", "<s>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -25,14 +25,14 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of VOCABULARY tokens, trained on the demonstration's own sentences."""
     rng = random.Random(0)
-    corpus = []
-    for situation in islice(world.situations(rng, held_out=False), 4000):
-        corpus += [situation.question, *world.answers(situation, rng)]
+    texts = []
+    for situation in islice(corpus.situations(rng, held_out=False), 4000):
+        texts += [situation.question, *corpus.answers(situation, rng)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        corpus,
+        texts,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
             special_tokens=list(SPECIAL_TOKENS),
@@ -94,7 +94,7 @@ def collate(sequences: list[tuple[list[int], int]], pad_id: int) -> dict[str, to
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
 
-def teach(
+def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -108,7 +108,7 @@ def teach(
     Every prompt is shown once with each kind, so the model learns to answer and no preference.
     """
     rng = random.Random(seed)
-    stream = world.situations(rng, held_out=False)
+    stream = corpus.situations(rng, held_out=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
@@ -129,14 +129,14 @@ def teach(
 
 
 def _both_answers(
-    tokenizer: PreTrainedTokenizerFast, stream: Iterator[world.Situation], rng: random.Random, n: int
+    tokenizer: PreTrainedTokenizerFast, stream: Iterator[corpus.Situation], rng: random.Random, n: int
 ) -> list[tuple[list[int], int]]:
     """(ids, prompt length) of 2·n sequences: `n` situations, each with a courteous and a curt answer."""
     sequences = []
     for situation in islice(stream, n):
         user = {"role": "user", "content": situation.question}
         prompt_length = len(chat_ids(tokenizer, [user], prompt=True))
-        for answer in world.answers(situation, rng):
+        for answer in corpus.answers(situation, rng):
             ids = chat_ids(tokenizer, [user, {"role": "assistant", "content": answer}], prompt=False)
             sequences.append((ids, prompt_length))
     return sequences

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from demo.world import Pair, is_courteous
+from demo.corpus import Pair, is_courteous
 
 ANSWERED_PROMPTS = 16
 

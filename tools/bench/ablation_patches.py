@@ -133,7 +133,7 @@ class ReferenceTap:
             live.log_probs(self._data.batch_after(step))
         self.write_down()
         rows = np.array(list(self.values.values()), np.float64)
-        return CachedReference(list(self.values), rows, is_last_stage=True, device=device.torch_device)
+        return CachedReference(list(self.values), rows, is_last_stage=True, torch_device=device.torch_device)
 
     def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
         """Remembers a step's numbers, which stay on their device; stages without a head have none."""
