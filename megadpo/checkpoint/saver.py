@@ -1,8 +1,9 @@
-"""Makes checkpoints: written beside the training, checked, named when they are complete, dropped when they are old.
+"""Saves checkpoints: written beside the training, named when they are complete, removed when they are old.
 
-A run's `step_00000010` holds the weights, the optimizer's state, `training.json`, which says what run it belongs to,
-and `manifest.json`, which says what all its files are; an imported checkpoint holds weights and `imported.json`. A
-directory appears under its name only when it is complete and on disk; `latest` names the newest one of a run.
+A run's `step_00000010` holds the weights, the optimizer's state, `training.json`, which describes the run and its
+progress, and `manifest.json`, which lists all files with their hashes; an imported checkpoint holds weights and
+`imported.json`. A directory appears under its name only when it is complete and on disk; `latest` names the newest one
+of a run.
 """
 
 from __future__ import annotations
@@ -25,15 +26,24 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megadpo.checkpoint.description import IMPORTED, TRAINED, ImportedModel, Progress, RunIdentity, training_json
+from megadpo.checkpoint.description import (
+    IMPORTED,
+    TRAINED,
+    ImportedModel,
+    Progress,
+    RunIdentity,
+    training_json,
+    write_evaluation,
+)
 from megadpo.checkpoint.directory import HF_DIRECTORY, LATEST, Retention, step_directory
 from megadpo.checkpoint.manifest import FileDigest, digest_files, write_manifest
 from megadpo.checkpoint.removals import BackgroundRemoval
 from megadpo.checkpoint.state import model_state, reference_state, renew_main_weights
 from megadpo.checkpoint.writer import METADATA, CheckpointWriter, removed_on_error, writable
-from megadpo.errors import CheckpointError
+from megadpo.errors import CheckpointError, MegaDPOError
+from megadpo.health.watchdog import HangWatchdog
 from megadpo.models.conversion.side_files import SideFiles, write_side_files
-from megadpo.optimizer.build import distributed_optimizers, gather_weights
+from megadpo.optimizer.build import distributed_optimizers
 from megadpo.runtime.collectives import on_main
 from megadpo.runtime.files import flush_directory, write_durably, writing
 from megadpo.runtime.rank_logging import get_logger, global_rank
@@ -61,13 +71,12 @@ class CheckpointSaver:
         dtype: torch.dtype,
         retention: Retention,
         asynchronous: bool,
-        check: Callable[[int], None] | None = None,
-        at: Callable[[int, str], None] = lambda step, doing: None,
+        resumed_from: Path | None,
+        watchdog: HangWatchdog,
     ) -> None:
-        """The configuration and tokenizer go inside each checkpoint as `hf/`, so that it stands alone.
+        """The side files, configuration and tokenizer, go inside each checkpoint as `hf/`, so that it stands alone.
 
-        `check` raises, on every rank, where the weights that a step has left must not be saved. `at` hears what is done
-        with the checkpoint of which step.
+        `resumed_from` is the checkpoint that the run was resumed from, None for a fresh start.
         """
         self._root = root
         self._chunks = chunks
@@ -76,22 +85,30 @@ class CheckpointSaver:
         self._side_files = side_files
         self._dtype = dtype
         self._retention = retention
-        self._check = check
-        self._at = at
+        self._resumed_from = resumed_from
+        self._watchdog = watchdog
         self._writer = CheckpointWriter(asynchronous=asynchronous)
         self._removals = BackgroundRemoval()
         self._step = 0
         self._began = 0.0
         self.last_save_s = 0.0
-        """From the beginning of a save until it had its name; 0 before the first."""
+        """Seconds from the beginning of a save until it had its name; 0 before the first."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint is under way; the same on every rank."""
+        """True while a checkpoint is under way; the same on every rank."""
         return self._writer.is_busy
 
+    @property
+    def seconds_to_stop(self) -> float:
+        """Seconds that a run needs to save before it ends: as long as the last save took, twice while one is under way.
+
+        That one is completed before the last one begins.
+        """
+        return self.last_save_s * (2 if self.is_busy else 1)
+
     def tidy(self) -> None:
-        """Goes on with removals that a killed start has left: a run that has nothing more to save begins none."""
+        """Continues the removals that a killed start has left; a run that saves nothing more begins no other."""
 
         def clear() -> None:
             for leftover in self._root.glob(".step_*"):
@@ -103,8 +120,8 @@ class CheckpointSaver:
     def save(self, progress: Progress, *, reference: Sequence[MegatronModule] = ()) -> None:
         """Begins the checkpoint of `progress.step`, when the one before is finished; waits for it unless asynchronous.
 
-        `reference` are the chunks of one that changes, which a run can't have from anywhere else when it goes on.
-        CheckpointError on every rank, also for the one before.
+        The weights must be gathered. `reference` are the chunks of one that changes, as a resumed run can have those
+        from nowhere else. CheckpointError on every rank, also for the checkpoint before.
         """
         self._complete_before()
         self._began, self._step = time.monotonic(), progress.step
@@ -112,10 +129,7 @@ class CheckpointSaver:
         unfinished = self._root / f".{final.name}.partial"
         self.tidy()
         self._await_removals()  # their room is needed
-        self._at(progress.step, "saving")
-        gather_weights(self._chunks)
-        if self._check is not None:
-            self._check(progress.step)
+        self._watchdog.report(progress.step, "saving")
         renew_main_weights(distributed_optimizers(self._optimizer))
         model = model_state([chunk.module for chunk in self._chunks])
         content = {
@@ -124,11 +138,11 @@ class CheckpointSaver:
             "optimizer": self._optimizer.sharded_state_dict(model, metadata=dict(METADATA)),
         }
         finish = partial(self._finish, unfinished, final, progress)
-        self._writer.start(unfinished, content, finish, report=partial(self._at, progress.step))
+        self._writer.start(unfinished, content, finish, report=partial(self._watchdog.report, progress.step))
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes its part of a checkpoint; once none does, `complete` does not wait."""
+        """True while this rank writes its part of a checkpoint; once none does, `complete` does not wait."""
         return not self._writer.is_written
 
     def complete(self) -> None:
@@ -137,8 +151,22 @@ class CheckpointSaver:
             self._writer.complete()
             self.last_save_s = time.monotonic() - self._began
 
+    def keep_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of the starting weights to their checkpoint, where that is one of this run; on rank 0.
+
+        A file that can't be written is a warning: it is no reason to end a run.
+        """
+        checkpoint = self._resumed_from
+        is_own = checkpoint is not None and checkpoint.parent.resolve() == self._root.resolve()
+        if checkpoint is None or not (is_own and metrics and global_rank() == 0):
+            return
+        try:
+            write_evaluation(checkpoint, metrics)
+        except MegaDPOError as error:  # as where it is protected
+            logger.warning("%s (checkpoint.keep_best can't judge it, another start from it evaluates again)", error)
+
     def finish(self) -> None:
-        """Completes what is under way, for a run that ends, and waits a minute at most for old ones to be removed."""
+        """Completes the checkpoint under way at the end of a run, and waits a minute at most for removals."""
         self.complete()
         if left := self._await_removals(_REMOVED_S):
             logger.warning(
@@ -149,14 +177,14 @@ class CheckpointSaver:
             )
 
     def close(self) -> None:
-        """Waits 5 seconds at most until this rank writes no more, on its own: what is under way never gets a name.
+        """Waits 5 seconds at most until this rank writes no more; no collectives. A checkpoint under way gets no name.
 
-        Not longer, because a run that ends in an error has to tell it; the threads end with the process.
+        Not longer, because a run that ends in an error has to report it; the threads end with the process.
         """
         self._writer.close(_CLOSE_S)
 
     def _complete_before(self) -> None:
-        """Completes the checkpoint before the next one, and says where that has kept the training waiting."""
+        """Completes the checkpoint before the next one; logs it where the training had to wait long."""
         asked, before = time.monotonic(), self._began
         self.complete()
         now = time.monotonic()
@@ -170,7 +198,7 @@ class CheckpointSaver:
             )
 
     def _await_removals(self, patience_s: float = math.inf) -> int:
-        """Waits until nothing is removed any more, or for about `patience_s` seconds; how many files are left.
+        """Waits until all removals are done, or for about `patience_s` seconds; returns how many files are left.
 
         A broadcast at once, and one a second, or a few sooner, while rank 0 removes.
         """
@@ -180,7 +208,7 @@ class CheckpointSaver:
             if waited_s >= patience_s:
                 return left
             if left != before:
-                self._at(self._step, f"waiting for old checkpoints to be removed, {left} files to go")
+                self._watchdog.report(self._step, f"waiting for old checkpoints to be removed, {left} files to go")
             pause_s, before = min(2 * pause_s, 1.0), left
         return 0
 
@@ -198,7 +226,7 @@ class CheckpointSaver:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        """Takes the names of checkpoints away that are not kept, and begins to remove their files; on one rank."""
+        """Hides the checkpoints that are not kept, and begins to remove their files; on one rank."""
         for old in self._retention.dropped(self._root):
             try:
                 self._removals.begin(_hide(old))
@@ -214,7 +242,7 @@ def save_imported(
     side_files: SideFiles,
     dtype: torch.dtype,
 ) -> None:
-    """Makes a checkpoint that stands alone of the distributed files that `write(DIRECTORY)` writes, and the side files.
+    """Makes a checkpoint that stands alone from the distributed files that `write(DIRECTORY)` writes, and side files.
 
     Collective over all ranks. `directory` must not exist, or be empty; it appears when every rank is done. Where it
     can't be made, nothing is left.
@@ -244,14 +272,14 @@ def save_imported(
 
 
 def _digest_together(directory: Path) -> dict[str, FileDigest]:
-    """What the files of a directory hold, on every rank; each rank reads its share."""
+    """Digests of a directory's files, on every rank; each rank reads its share."""
     of_ranks: list[dict[str, FileDigest]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, digest_files(directory, share=global_rank(), shares=len(of_ranks)))
     return {name: digest for own in of_ranks for name, digest in own.items()}
 
 
 class _FilesOf(SaveShardedStrategy):
-    """Has somebody else write the distributed files, instead of Megatron from tensors in memory."""
+    """A save strategy that calls a function for the distributed files, in place of Megatron's writer of tensors."""
 
     def __init__(self, write: Callable[[Path], None]) -> None:
         super().__init__("torch_dist", 1)
@@ -268,5 +296,5 @@ class _FilesOf(SaveShardedStrategy):
 
 
 def _hide(checkpoint: Path) -> Path:
-    """Takes the checkpoint's name away, so that it is not taken for a complete one while it is removed; where it is."""
+    """Renames a checkpoint, so that it is not taken for a complete one while it is removed; returns its new path."""
     return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))

@@ -1,4 +1,4 @@
-"""What the tools that read `+model=NAME key=value` words share: checks before anything is built, and exit statuses."""
+"""Checks before anything is built, and exit statuses: shared by the tools that read `+model=NAME key=value` words."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def run_tool(name: str, action: Callable[[logging.Logger], int]) -> int:
 
 
 def check_plan(config: Config) -> None:
-    """Raises one ConfigError with all that keeps the configuration from being planned, on the ranks that it names."""
+    """Raises one ConfigError with all reasons why the configuration can't be planned, on the ranks that it names."""
     model_ranks = max(1, config.parallel.tensor * config.parallel.pipeline)
     _check(config, world_size=config.cluster.gpus or model_ranks, planning=True)
 
 
 def check(config: Config) -> None:
-    """Raises one ConfigError with all that keeps the configuration from running on this launch's ranks."""
+    """Raises one ConfigError with all reasons why the configuration can't run on this launch's ranks."""
     _check(config, world_size=launched_world_size(), planning=False)
 
 

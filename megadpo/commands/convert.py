@@ -50,7 +50,7 @@ from megadpo.runtime.collectives import on_every, on_main
 from megadpo.runtime.cpus import usable_cpus
 from megadpo.runtime.progress import ByteProgress
 from megadpo.runtime.rank_logging import get_logger, global_rank
-from megadpo.setup.options import TORCH_DTYPES
+from megadpo.setup.backend import TORCH_DTYPES
 from megadpo.setup.session import open_world
 
 logger = get_logger(__name__)
@@ -132,7 +132,7 @@ def open_weights(checkpoint: Path, arch: Architecture) -> BoxReader:
 
 @contextmanager
 def at_work(what: str) -> Iterator[Worker]:
-    """This rank's place in a piece of work. Logs how long it took; meanwhile rank 0 shows how far its share is."""
+    """The worker of this rank for the duration of the context; rank 0 shows progress, and logs the time at the end."""
     started = time.perf_counter()
     with ByteProgress(what, visible=global_rank() == 0) as bar:
         yield Worker(
@@ -184,7 +184,7 @@ def _config_dtype(hf_dir: Path) -> Dtype:
 
 
 def _origin(checkpoint: Path) -> str:
-    """Where the weights come from, for the model card."""
+    """The origin of the weights as a sentence for the model card."""
     if is_trained(checkpoint):
         _, progress = read_training(checkpoint)
         return f"Trained for {progress.step} steps from {trained_setting(checkpoint, 'model.name')}."

@@ -1,4 +1,4 @@
-"""Plans of configurations: of tools/plan.py's, for which nothing need exist, and of a dry run's launch."""
+"""Jobs for the planner: of tools/plan.py's configuration, for which no file need exist, and of a dry run's launch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megadpo.setup.options import optimizer_options, pipeline_split, recomputati
 
 # Steps of the data whose schedules are looked at.
 _STEPS = 50
-_CARDS_OF_A_MACHINE = 8
+_GPUS_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def planned_job(config: Config) -> Job:
         gpu=config.cluster.gpu,
         steps=None if lengths is None else lengths.steps,
         longest_pair=0 if lengths is None else lengths.longest_pair,
-        attention=attention_of_cards(config),
+        attention=attention_on_gpus(config),
     )
 
 
@@ -80,14 +80,14 @@ def job_of(
     longest_pair: int = 0,
     attention: str = "varlen",
 ) -> Job:
-    """The job that a configuration describes on `world_size` ranks of the card `gpu` (a name of the table, or null).
+    """The job that a configuration describes on `world_size` ranks of the GPU `gpu` (a name of the table, or null).
 
     Without `steps`, those of real data, the lengths are assumed: `plan.prompt_tokens` and `plan.response_tokens`, by
-    default each a quarter of data.max_length. `memory_gib` of a card and `gpus_per_node` are a launch's; settings win
+    default each a quarter of data.max_length. `memory_gib` of a GPU and `gpus_per_node` are a launch's; settings win
     over them.
     """
     parallel, data, cluster, precision = config.parallel, config.data, config.cluster, config.precision
-    card = None if gpu is None else GPUS.get(gpu)
+    known = None if gpu is None else GPUS.get(gpu)
     lengths_from = "the data"
     if steps is None:
         pair = _assumed_pair(config)
@@ -117,10 +117,10 @@ def job_of(
         ),
         cluster=Cluster(
             gpu_name=gpu,
-            gpu=card,
-            memory_gib=cluster.memory_gib or memory_gib or (card.memory_gib if card else None),
-            gpus_per_node=cluster.gpus_per_node or gpus_per_node or _CARDS_OF_A_MACHINE,
-            network_gb_per_s=cluster.network_gb_per_s or (card.network_gb_per_s if card else None),
+            gpu=known,
+            memory_gib=cluster.memory_gib or memory_gib or (known.memory_gib if known else None),
+            gpus_per_node=cluster.gpus_per_node or gpus_per_node or _GPUS_OF_A_MACHINE,
+            network_gb_per_s=cluster.network_gb_per_s or (known.network_gb_per_s if known else None),
         ),
         dtype=torch_dtype(config),
         steps=tuple(tuple(step) for step in steps),
@@ -133,7 +133,7 @@ def job_of(
     )
 
 
-def attention_of_cards(config: Config) -> str:
+def attention_on_gpus(config: Config) -> str:
     """The kernel that a model is planned with for GPUs: varlen where this torch has it and the format allows."""
     if config.device.attention == AttentionKernel.sdpa:
         return "sdpa"
@@ -142,13 +142,13 @@ def attention_of_cards(config: Config) -> str:
 
 
 def _check_fp8(config: Config, models: Sequence[Architecture]) -> None:
-    """Raises ConfigError where the planned card or the models' sizes don't take the FP8 recipe."""
+    """Raises ConfigError where the planned GPU or the models' sizes don't take the FP8 recipe."""
     recipe = config.precision.fp8
     if recipe is None or config.precision.fp8_backend == Fp8Backend.emulate:
         return
-    card = GPUS.get(str(config.cluster.gpu))
+    gpu = GPUS.get(str(config.cluster.gpu))
     found = (
-        None if card is None else why_not_gpu(str(recipe), card.compute_capability),
+        None if gpu is None else why_not_gpu(str(recipe), gpu.compute_capability),
         *(unaligned_features(arch, str(recipe), tensor=config.parallel.tensor) for arch in models),
     )
     problems = [

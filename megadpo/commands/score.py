@@ -11,7 +11,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,13 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
 from megadpo.commands.score_files import Role, ScoreFiles, ScoreWriter
-from megadpo.commands.score_summary import Buckets, bucket_table, read_scores, summarise, with_reference
+from megadpo.commands.score_summary import Buckets, Scores, bucket_table, read_scores, summarise, with_reference
 from megadpo.config.compose import resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.data.loader import BatchBuilder, GlobalBatch, evaluation_batches
@@ -33,46 +31,36 @@ from megadpo.data.prefetch import prefetched
 from megadpo.data.store import PairView
 from megadpo.errors import MegaDPOError
 from megadpo.forward_step import score_batch
-from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.reference.agreement import Disagreement
 from megadpo.reference.store import LogProbs, LogProbStore
-from megadpo.runtime.collectives import check_all_agree, on_main
-from megadpo.runtime.device import Device
-from megadpo.runtime.parallel_state import ParallelState
+from megadpo.runtime.collectives import on_main
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger
-from megadpo.setup.datasets import Datasets, build_batches, load_datasets, warn_long_sequences
-from megadpo.setup.model_source import ModelSource, directory_name, model_source, resolve_model
-from megadpo.setup.models import check_weight_files, load_starting_model, weight_files
-from megadpo.setup.options import announce, fp8_settings
-from megadpo.setup.reference_cache import PATIENCE_S, Judge, keep, open_reference_store
-from megadpo.setup.session import open_session
+from megadpo.setup.datasets import build_batches, load_datasets
+from megadpo.setup.model_source import ModelSource, directory_name, resolve_model
+from megadpo.setup.models import check_weight_files, load_reference_model, load_starting_model, weight_files
+from megadpo.setup.options import check_and_log_options, fp8_settings
+from megadpo.setup.reference_cache import PATIENCE_S, AgreementCheck, keep, open_reference_store
+from megadpo.setup.session import Session, open_session
 
 logger = get_logger(__name__)
 
 _TITLES = {Role.policy: "scoring", Role.reference: "scoring with the reference"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model that scores the pairs; `kept` is the one that a training with this configuration has for reference."""
-
-    role: Role
-    name: str
-    source: ModelSource
-    arch: Architecture
-    kept: bool
-
-
 def run_scoring(config: Config, output: Path, buckets: Buckets | None = None) -> None:
     """Writes `output` and its summary on rank 0; collective over all ranks of the launch. `config` has been validated.
 
     With `reference.hf_path` that model scores the pairs too. A finished `output` of the same models and data is left as
-    it is, and its summary is parted anew where `buckets` are others; another one is a MegaDPOError on every rank.
+    it is, and its summary is split anew where `buckets` are others; another one is a MegaDPOError on every rank.
     """
     files = ScoreFiles(output)
     with open_session(config, partial(_begin, files)) as session:
-        _score_all(session.config, files, buckets or Buckets(), session.state, session.device)
+        check_and_log_options(session, trains=False)
+        on_main(lambda: check_weight_files(session))
+        datasets = load_datasets(session, trains=False)
+        scoring = _Scoring(session, files, datasets.train, build_batches(session, datasets.pad_token_id))
+        scoring.run(buckets or Buckets())
 
 
 def _begin(files: ScoreFiles, config: Config) -> Config:
@@ -89,118 +77,133 @@ def _begin(files: ScoreFiles, config: Config) -> Config:
     return resolve_defaults(resolve_model(replace(config, data=data)), datetime.now())
 
 
-def _score_all(config: Config, files: ScoreFiles, buckets: Buckets, state: ParallelState, device: Device) -> None:
-    models = _models(config)
-    policy = models[0]
-    announce(config, policy.arch, device, trains=False)
-    on_main(lambda: check_weight_files(config, policy.source, policy.arch))
-    datasets = load_datasets(config, policy.source.hf_dir, policy.arch.vocab_size, trains=False)
-    warn_long_sequences(datasets, min(model.arch.max_position_embeddings for model in models))
-    pairs = datasets.train
-    check_all_agree("data or model configuration", f"{datasets.digests} {[model.arch for model in models]}")
-    group_size = config.train.global_batch_size
-    # Rank 0 decides for all: file systems may show other ranks another moment.
-    identity = on_main(lambda: _identity(config, models, pairs))
-    begun = on_main(
-        lambda: files.begin(identity, [model.role for model in models], pairs=len(pairs), group_size=group_size)
-    )
-    finished = begun is None
-    if finished:
-        logger.info("%s is finished, with the same model and data.", files.output)
-    places = begun or {model.role: len(pairs) for model in models}
-    builder = build_batches(config, policy.arch, state, datasets.pad_token_id)
-    seconds = _score_rest(config, models, pairs, files, places, builder, state, device)
-    if finished:
-        on_main(lambda: _summarise_again(config, files, buckets, pairs))
-    else:
-        scored = {model.role: len(pairs) - places[model.role] for model in models}
-        on_main(lambda: _finish(config, files, identity, models, datasets, buckets, scored, seconds))
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """The scoring of a data set's pairs by the model, and by the reference where one is named.
 
-
-def _models(config: Config) -> list[_Model]:
-    """The scored model and, where one is named, the reference."""
-    source = model_source(config.model)
-    arch, alone = read_architecture(source.hf_dir), config.reference.hf_path is None
-    models = [_Model(Role.policy, config.model.name, source, arch, kept=alone)]
-    if config.reference.hf_path is not None:
-        hf_dir = Path(config.reference.hf_path)
-        own = ModelSource(hf_dir, checkpoint=None)
-        models.append(_Model(Role.reference, directory_name(hf_dir), own, read_architecture(hf_dir), kept=True))
-    return models
-
-
-def _score_rest(
-    config: Config,
-    models: Sequence[_Model],
-    pairs: PairView,
-    files: ScoreFiles,
-    places: Mapping[Role, int],
-    builder: BatchBuilder,
-    state: ParallelState,
-    device: Device,
-) -> float:
-    """Has each model score the pairs from its place on, one model after the other; seconds without loading."""
-    seconds = 0.0
-    with ExitStack() as stack:
-        stores: list[LogProbStore] = []  # one, on rank 0, where log-probs are kept for trainings
-        if config.reference.cache_dir is not None:
-            opening = partial(open_reference_store, config, models[0].source)
-            on_main(lambda: stores.append(stack.enter_context(opening())), patience_s=PATIENCE_S)
-        for model in models:
-            done = places[model.role]
-            if 0 < done < len(pairs):
-                logger.info("%s: going on after %d of %d pairs", _TITLES[model.role], done, len(pairs))
-            if done < len(pairs):
-                batches = evaluation_batches(
-                    pairs, group_size=config.train.global_batch_size, builder=builder, first=done
-                )
-                seconds += _score_pass(config, model, batches, pairs, files, stores, done, state, device)
-                gc.collect()  # modules refer to each other, and the next model is about to need the room
-        on_main(lambda: _tell_kept(stores, pairs))
-    return seconds
-
-
-def _score_pass(
-    config: Config,
-    model: _Model,
-    batches: Iterator[GlobalBatch],
-    pairs: PairView,
-    files: ScoreFiles,
-    stores: Sequence[LogProbStore],
-    done: int,
-    state: ParallelState,
-    device: Device,
-) -> float:
-    """Loads a model, has it score the batches, the first of which begins with pair `done`; seconds without loading.
-
-    Rank 0 writes a line for each pair and, for the reference of a training, a record in the store. The model is gone
-    afterwards.
+    The methods are collective over all ranks, unless they say that they are for one rank.
     """
-    chunks = load_starting_model(config, model.source, model.arch, state, device)
-    first, started = done, time.perf_counter()
-    with ExitStack() as stack:
-        sinks: list[_Sink] = []  # one, on rank 0
 
-        def open_sink() -> None:
-            writer = stack.enter_context(ScoreWriter(files.scores(model.role)))
-            sinks.append(_Sink(model.role, pairs, writer, stores if model.kept else ()))
+    session: Session
+    files: ScoreFiles
+    pairs: PairView
+    builder: BatchBuilder
 
-        on_main(open_sink)
-        judge = Judge(config, model_source(config.model))
-        title = _TITLES[model.role]
-        bar = stack.enter_context(ProgressBar(title, total=len(pairs), done=done, visible=state.is_main))
-        for batch in stack.enter_context(prefetched(batches)):
-            logps_G4 = score_batch(chunks, batch, state, device.torch_device)
-            judge.hold("the data", partial(_write, sinks, done, batch, logps_G4))
-            done += len(logps_G4)
-            pace = (done - first) / (time.perf_counter() - started)
-            bar.update(done, f"{done} of {len(pairs)} pairs, {pace:.1f} pairs/s")
-    return time.perf_counter() - started
+    @property
+    def roles(self) -> list[Role]:
+        """The models that score, in their order."""
+        return [Role.policy] if self.session.config.reference.hf_path is None else [Role.policy, Role.reference]
+
+    def run(self, buckets: Buckets) -> None:
+        """Scores what is not scored yet, and writes the summary, split by `buckets`."""
+        group_size = self.session.config.train.global_batch_size
+        # Rank 0 decides for all: file systems may show other ranks another moment.
+        identity = on_main(lambda: _identity(self.session, self.roles, self.pairs))
+        begun = on_main(lambda: self.files.begin(identity, self.roles, pairs=len(self.pairs), group_size=group_size))
+        if begun is None:
+            logger.info("%s is finished, with the same model and data.", self.files.output)
+        done = begun or dict.fromkeys(self.roles, len(self.pairs))
+        seconds = self._score_rest(done)
+        if begun is None:
+            on_main(lambda: self._summarise_again(buckets))
+        else:
+            scored = {role: len(self.pairs) - done[role] for role in self.roles}
+            on_main(lambda: self._finish(identity, buckets, scored, seconds))
+
+    def _score_rest(self, done: Mapping[Role, int]) -> float:
+        """Has each model score the pairs behind those that are `done`; returns the seconds without loading."""
+        seconds = 0.0
+        with ExitStack() as stack:
+            stores: list[LogProbStore] = []  # one, on rank 0, where log-probs are kept for trainings
+            if self.session.config.reference.cache_dir is not None:
+
+                def open_store() -> None:
+                    stores.append(stack.enter_context(open_reference_store(self.session)))
+
+                on_main(open_store, patience_s=PATIENCE_S)
+            for role in self.roles:
+                if 0 < done[role] < len(self.pairs):
+                    logger.info("%s: going on after %d of %d pairs", _TITLES[role], done[role], len(self.pairs))
+                if done[role] < len(self.pairs):
+                    seconds += self._score_pass(role, done[role], stores)
+                    gc.collect()  # modules refer to each other, and the next model is about to need the room
+            on_main(lambda: _log_kept(stores, self.pairs))
+        return seconds
+
+    def _score_pass(self, role: Role, first: int, stores: Sequence[LogProbStore]) -> float:
+        """Loads a model and has it score the pairs from `first` on; returns the seconds without loading.
+
+        Rank 0 writes a line for each pair and, for the model that a training has for reference, a record in the store.
+        The model is freed afterwards.
+        """
+        session = self.session
+        chunks = load_reference_model(session) if role is Role.reference else load_starting_model(session)
+        group_size, is_reference = session.config.train.global_batch_size, role is self.roles[-1]
+        batches = evaluation_batches(self.pairs, group_size=group_size, builder=self.builder, first=first)
+        done, started = first, time.perf_counter()
+        with ExitStack() as stack:
+            sinks: list[_Sink] = []  # one, on rank 0
+
+            def open_sink() -> None:
+                writer = stack.enter_context(ScoreWriter(self.files.scores(role)))
+                sinks.append(_Sink(role, self.pairs, writer, stores if is_reference else ()))
+
+            on_main(open_sink)
+            agreement = AgreementCheck(session)
+            title, visible = _TITLES[role], session.state.is_main
+            bar = stack.enter_context(ProgressBar(title, total=len(self.pairs), done=done, visible=visible))
+            for batch in stack.enter_context(prefetched(batches)):
+                logps_G4 = score_batch(chunks, batch, session.state, session.device.torch_device)
+                agreement.check("the data", partial(_write, sinks, done, batch, logps_G4))
+                done += len(logps_G4)
+                pace = (done - first) / (time.perf_counter() - started)
+                bar.update(done, f"{done} of {len(self.pairs)} pairs, {pace:.1f} pairs/s")
+        return time.perf_counter() - started
+
+    def _finish(
+        self, identity: Mapping[str, Any], buckets: Buckets, scored: Mapping[Role, int], seconds: float
+    ) -> None:
+        """Writes the summary, gives the scores their name, and prints the summary as tables; on one rank."""
+        config, pairs, lines = self.session.config, self.pairs, self.files.scores(Role.policy)
+        if Role.reference in scored:
+            lines = self.files.join(partial(with_reference, beta=config.loss.beta))
+        scores = read_scores(self.files.read(lines))
+        names = {"model": config.model.name}
+        if Role.reference in scored:
+            names["reference"] = directory_name(self.session.reference_source.hf_dir)
+        run = {
+            **names,
+            "pairs": pairs.counts.kept,
+            "dropped": pairs.counts.read - pairs.counts.kept,
+            "tokens": int(pairs.stream_lengths(share_prompt=False).sum()),
+            "scored_tokens": int(scores.response_tokens_n.sum()),
+            "pairs_scored_in_this_run": scored[Role.policy],
+            **({"reference_pairs_scored_in_this_run": scored[Role.reference]} if Role.reference in scored else {}),
+            "seconds": seconds,
+            "pairs_per_s": sum(scored.values()) / seconds if seconds else 0.0,
+        }
+        summary = {**run, **self._statistics(scores, buckets)}
+        self.files.finish({**summary, "identity": identity}, lines)
+        _show(self.files, summary)
+        logger.info("wrote %s and %s", self.files.output, self.files.summary)
+
+    def _summarise_again(self, buckets: Buckets) -> None:
+        """Splits a finished scoring's pairs by `buckets`, and rewrites its summary if that changes it; on one rank."""
+        known = self.files.read_summary()
+        summary = {**known, **self._statistics(read_scores(self.files.read(self.files.output)), buckets)}
+        if summary != known:
+            self.files.write_summary(summary)
+            logger.info("wrote %s", self.files.summary)
+        _show(self.files, summary)
+
+    def _statistics(self, scores: Scores, buckets: Buckets) -> dict[str, Any]:
+        tokens_n = self.pairs.stream_lengths(share_prompt=self.session.config.data.share_prompt)
+        return summarise(scores, tokens_n, buckets, self.session.config.loss.beta)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sink:
-    """Where the numbers of a pass go: a line a pair and, with a store, a record a pair."""
+    """The files of a pass: a line a pair and, with a store, a record a pair."""
 
     role: Role
     pairs: PairView
@@ -210,7 +213,7 @@ class _Sink:
     def write(self, first: int, batch: GlobalBatch, logps_G4: LogProbs, limit: float) -> Disagreement | None:
         """Writes the log-probs of the batch's pairs, of which the first is the `first` of all.
 
-        Instead it tells where they differ from what the store has by more than `limit`.
+        Returns instead, without writing, how they differ from the store's where that is by more than `limit`.
         """
         lines = [
             _line(self.role, self.pairs, place, index, chosen, rejected)
@@ -225,7 +228,7 @@ class _Sink:
         return None
 
 
-def _tell_kept(stores: Sequence[LogProbStore], pairs: PairView) -> None:
+def _log_kept(stores: Sequence[LogProbStore], pairs: PairView) -> None:
     for store in stores:
         known = int(store.known([pair.digest for pair in pairs]).sum())
         logger.info("%s has the log-probs of %d of %d pairs", store.directory, known, len(pairs))
@@ -243,7 +246,7 @@ def _write(
 
 
 def _line(role: Role, pairs: PairView, place: int, index: int, chosen: float, rejected: float) -> dict[str, Any]:
-    """What a pass writes of the pair at `place`, row `index` of the data."""
+    """The line of the pair at `place` of the set, row `index` of the data."""
     if not (math.isfinite(chosen) and math.isfinite(rejected)):
         whose = "the reference" if role is Role.reference else "the model"
         raise MegaDPOError(
@@ -261,16 +264,19 @@ def _line(role: Role, pairs: PairView, place: int, index: int, chosen: float, re
     }
 
 
-def _identity(config: Config, models: Sequence[_Model], pairs: PairView) -> dict[str, Any]:
-    """What the numbers depend on, the layout left out: pairs, weights and their format, in plain values."""
+def _identity(session: Session, roles: Sequence[Role], pairs: PairView) -> dict[str, Any]:
+    """Everything that the numbers depend on but the layout: pairs, weights and their format, in plain values."""
+    config = session.config
     fp8 = fp8_settings(config)
-    policy, *others = models
+    reference = {}
+    if Role.reference in roles:
+        reference["reference"] = {**_weights(session.reference_source), "beta": config.loss.beta}
     return {
         "data": pairs.digest,
         "rows": hashlib.sha256(pairs.rows_n.tobytes()).hexdigest(),
         "template_date": str(config.data.template_date),
-        **_weights(policy.source),
-        **({"reference": {**_weights(others[0].source), "beta": config.loss.beta}} if others else {}),
+        **_weights(session.source),
+        **reference,
         "dtype": str(config.precision.dtype),
         # A scale belongs to what is packed together, and to a tensor rank's part.
         **({} if fp8 is None else {"fp8": f"{fp8}, {config.parallel}, {config.data.tokens_per_microbatch} tokens"}),
@@ -278,7 +284,7 @@ def _identity(config: Config, models: Sequence[_Model], pairs: PairView) -> dict
 
 
 def _weights(source: ModelSource) -> dict[str, Any]:
-    """Directory, and size and age of the files, that a model is read from."""
+    """The directory that a model is read from, with the size and age of its files."""
     return {
         "model": str((source.checkpoint or source.hf_dir).resolve()),
         "weights": {
@@ -286,53 +292,6 @@ def _weights(source: ModelSource) -> dict[str, Any]:
             for path in (*weight_files(source), source.hf_dir / "config.json")
         },
     }
-
-
-def _finish(
-    config: Config,
-    files: ScoreFiles,
-    identity: dict[str, Any],
-    models: Sequence[_Model],
-    datasets: Datasets,
-    buckets: Buckets,
-    scored: Mapping[Role, int],
-    seconds: float,
-) -> None:
-    """Writes the summary, gives the scores their name, and prints the summary as tables; on one rank."""
-    pairs, lines = datasets.train, files.scores(Role.policy)
-    if Role.reference in scored:
-        lines = files.join(partial(with_reference, beta=config.loss.beta))
-    scores = read_scores(files.read(lines))
-    run = {
-        **{("model" if model.role is Role.policy else "reference"): model.name for model in models},
-        "pairs": pairs.counts.kept,
-        "dropped": pairs.counts.read - pairs.counts.kept,
-        "tokens": int(pairs.stream_lengths(share_prompt=False).sum()),
-        "scored_tokens": int(scores.response_tokens_n.sum()),
-        "pairs_scored_in_this_run": scored[Role.policy],
-        **({"reference_pairs_scored_in_this_run": scored[Role.reference]} if Role.reference in scored else {}),
-        "seconds": seconds,
-        "pairs_per_s": sum(scored.values()) / seconds if seconds else 0.0,
-    }
-    summary = {**run, **summarise(scores, _stream_tokens(config, pairs), buckets, config.loss.beta)}
-    files.finish({**summary, "identity": identity}, lines)
-    _show(files, summary)
-    logger.info("wrote %s and %s", files.output, files.summary)
-
-
-def _summarise_again(config: Config, files: ScoreFiles, buckets: Buckets, pairs: PairView) -> None:
-    """Parts a finished scoring's pairs by `buckets`, and writes its summary anew where that changes it; on one rank."""
-    known = files.read_summary()
-    scores = read_scores(files.read(files.output))
-    summary = {**known, **summarise(scores, _stream_tokens(config, pairs), buckets, config.loss.beta)}
-    if summary != known:
-        files.write_summary(summary)
-        logger.info("wrote %s", files.summary)
-    _show(files, summary)
-
-
-def _stream_tokens(config: Config, pairs: PairView) -> npt.NDArray[np.int64]:
-    return pairs.stream_lengths(share_prompt=config.data.share_prompt)
 
 
 def _show(files: ScoreFiles, summary: Mapping[str, Any]) -> None:

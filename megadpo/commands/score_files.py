@@ -1,4 +1,4 @@
-"""The files of a scoring: what is written while it runs, what it leaves behind, and what it may go on from."""
+"""The files of a scoring: those it writes while it runs, those it leaves, and those a killed one resumes from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINES_AT_ONCE = 10_000
 
 
 class Role(str, Enum):
-    """Whose log-probs a pass over the pairs gives; the name of its file while the scoring runs."""
+    """The model that scores in a pass over the pairs, and the name of its file while the scoring runs."""
 
     policy = "scores"
     reference = "reference"
@@ -71,7 +71,7 @@ class ScoreFiles:
     def begin(
         self, identity: Mapping[str, Any], roles: Sequence[Role], *, pairs: int, group_size: int
     ) -> dict[Role, int] | None:
-        """Of each pass, the number of pairs that have lines already; None where all is finished.
+        """The number of pairs that have lines already, by pass; None where all is finished.
 
         Unless a pass has the lines of all `pairs`, those beyond its last whole group of `group_size` are cut off, torn
         ones with them, so that the groups that follow are those of an uninterrupted scoring. MegaDPOError for scores of
@@ -104,7 +104,7 @@ class ScoreFiles:
         )
 
     def join(self, line_of_both: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]) -> Path:
-        """File of what `line_of_both` makes of each pair's two lines; both passes are complete."""
+        """Writes the line that `line_of_both` makes of each pair's two; returns the file. Both passes are complete."""
         joined = self.partial / "joined.jsonl"
         joined.unlink(missing_ok=True)  # of a start that ended here
         lines = (line_of_both(policy, reference) for policy, reference in self._both())
@@ -144,7 +144,7 @@ class ScoreFiles:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def read_summary(self) -> dict[str, Any]:
-        """What `write_summary` has written."""
+        """The summary that `write_summary` has written."""
         return _read(self.summary)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

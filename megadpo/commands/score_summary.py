@@ -1,4 +1,4 @@
-"""What a scoring shows: means over all pairs and over pairs of like length. Numbers only; legend: n pairs."""
+"""The summary of a scoring: means over all pairs and over pairs of like length. Numbers only; legend: n pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = ("logps/margins", "logps/accuracies", "rewards/margins", "rewards/acc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buckets:
-    """How pairs are parted by length: into `count` equally filled ones, or at `edges` where there are any."""
+    """The split of pairs by length: into `count` equally filled buckets, or at `edges` where there are any."""
 
     by: str = "response"
     """response: scored tokens of both responses; stream: tokens that the pair takes in a microbatch"""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the model of a Hugging Face directory: weights, side files, and log-probs on request."""
+"""Compares a checkpoint with a Hugging Face directory: weights, side files, and log-probs on request."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger, global_rank, launched_world_size
+from megadpo.setup.backend import TORCH_DTYPES
 from megadpo.setup.datasets import batch_shape
-from megadpo.setup.options import TORCH_DTYPES
 from megadpo.setup.session import build_pipeline, open_world
 
 logger = get_logger(__name__)
@@ -50,7 +50,7 @@ _PATIENCE_S = 86_400.0
 
 
 def verify(hf_dir: Path, checkpoint: Path, *, pairs_file: Path | None, max_pairs: int, device_kind: str) -> bool:
-    """Whether all weights, in the checkpoint's format, and side files are equal; prints what differs. On all ranks.
+    """True if all weights, in the checkpoint's format, and side files are equal; prints what differs. On all ranks.
 
     With `pairs_file`, the log-probs of its first `max_pairs` rows under the checkpoint and under transformers' own
     model must agree too, both in fp32. ConversionError for models that can't be compared.
@@ -98,7 +98,7 @@ def _check_same_model(ours: Architecture, theirs: Architecture, hf_dir: Path, ch
 
 
 def _compare_side_files(hf_dir: Path, checkpoint: Path) -> bool:
-    """Whether tokenizer, chat templates and configuration are the same; prints what differs. On one rank."""
+    """True if tokenizer, chat templates and configuration are the same; prints what differs. On one rank."""
     different = different_side_files(read_side_files(hf_dir), read_side_files(checkpoint / HF_DIRECTORY))
     if different:
         table = Table("file that differs", "how")
@@ -203,7 +203,7 @@ def _checkpoint_logps(
 def _compare_logps(
     hf_dir: Path, stored: Dtype, pairs: Sequence[TokenizedPair], ours: Mapping[int, tuple[float, float]]
 ) -> bool:
-    """Whether both models say the same of all pairs; prints what they say. On one rank."""
+    """True if both models' log-probs agree for all pairs; prints them. On one rank."""
     table = Table("pair", "response", "checkpoint", "transformers", "relative difference")
     agreeing = 0
     for pair, theirs in zip(pairs, _transformers_logps(hf_dir, stored, pairs), strict=True):

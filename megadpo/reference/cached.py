@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,14 @@ class CachedReference:
     def _look_up(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
         logps_B4 = torch.from_numpy(self.kept(microbatch.pair_digests))
         return SequenceLogProbs.of_columns(to_device(logps_B4, self.torch_device))
+
+    def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
+        """Raises TypeError: there are no weights."""
+        raise TypeError("stored log-probs can't follow the policy: the configuration must refuse reference.sync_every")
+
+    def saved(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """Nothing."""
+        return nullcontext(())
 
     def device_bytes(self) -> int:
         """None."""

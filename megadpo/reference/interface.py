@@ -1,8 +1,9 @@
-"""What a trainer asks of a reference."""
+"""The interface of a reference to the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -25,6 +26,17 @@ class Reference(Protocol):
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
         """Per-pair log-probs of this rank's microbatches, in their order; [] on all but the last pipeline stage."""
+        ...
+
+    def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
+        """Moves each weight by the share `mix` of its way to the policy's; TypeError for one without weights."""
+        ...
+
+    def saved(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """The chunks that a checkpoint must hold, on the device for the duration of the context.
+
+        Empty where the weights never change, so that they can be read again from where they came.
+        """
         ...
 
     def device_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -31,6 +32,16 @@ class NoReference:
             for microbatch in batch.microbatches
         ]
         return [SequenceLogProbs(*[zeros_B] * 4) for zeros_B in zeros]
+
+    def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
+        """Raises TypeError: there are no weights."""
+        raise TypeError(
+            "a loss without a reference can't follow the policy: the configuration must refuse reference.sync_every"
+        )
+
+    def saved(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """Nothing."""
+        return nullcontext(())
 
     def device_bytes(self) -> int:
         """None."""

@@ -18,8 +18,8 @@ class OffloadedReference(ResidentReference):
     step before has given back, so that it does not add to the peak of the policy's passes.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device) -> None:
-        super().__init__(chunks, torch_device=torch_device)
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device, follows: bool = False) -> None:
+        super().__init__(chunks, torch_device=torch_device, follows=follows)
         self._stream = SideStream(torch_device)
         self._host = [host_copy(parameter.detach()) for parameter in self.parameters()]
         self._is_in = True

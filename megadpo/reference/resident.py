@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -18,9 +18,11 @@ class ResidentReference:
     matrix product, and the reference would differ from an equal policy by rounding.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device, follows: bool = False) -> None:
+        """`follows`: its weights move towards the policy's in the course of the run (TR-DPO)."""
         self.chunks = list(chunks)
         self.torch_device = torch_device
+        self.follows = follows
 
     def prepare(self) -> None:
         """Does nothing: everything is there."""
@@ -34,15 +36,24 @@ class ResidentReference:
         """The weights are on the device for the duration of the context; with `change` what it makes of them stays."""
         return nullcontext()
 
-    def mix_in(self, policy: Sequence[torch.nn.Module], share: float) -> None:
-        """Moves each weight by `share` of its way to that of `policy`, chunks of the same architecture and layout.
+    def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
+        """Moves each weight by the share `mix` of its way to that of `policy`, chunks of the same shapes and layout.
 
-        TR-DPO's soft update (Gorbatovski et al. 2024, eq. 6), a hard one with share 1. Computed in fp32.
+        TR-DPO's soft update (Gorbatovski et al. 2024, eq. 6), a hard one with mix 1. Computed in fp32.
         """
         with self.weights(change=True), torch.no_grad():
             theirs = (parameter for chunk in policy for parameter in chunk.parameters())
             for parameter, target in zip(self.parameters(), theirs, strict=True):
-                parameter.copy_(torch.lerp(parameter.float(), target.float(), share))
+                parameter.copy_(torch.lerp(parameter.float(), target.float(), mix))
+
+    @contextmanager
+    def saved(self) -> Iterator[Sequence[torch.nn.Module]]:
+        """The chunks of a reference that follows the policy, on the device for the duration of the context; else ()."""
+        if not self.follows:
+            yield ()
+            return
+        with self.weights():
+            yield self.chunks
 
     def device_bytes(self) -> int:
         """Bytes of the parameters on the device."""

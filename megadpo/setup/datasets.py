@@ -14,17 +14,16 @@ from megadpo.config.choices import OnError
 from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config, DataConfig
 from megadpo.data.dataset import Keys, validation_rows
-from megadpo.data.loader import BatchBuilder, BatchShape
+from megadpo.data.loader import BatchBuilder, BatchShape, Cursor, TrainingData
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import PairCounts, PairView, PreparationReport, described_counts, select_pairs
 from megadpo.data.tokenization import describe_pair, load_tokenizer
 from megadpo.models.fp8_recipes import token_multiple
-from megadpo.models.hf_config import Architecture
-from megadpo.runtime.collectives import on_main
+from megadpo.runtime.collectives import check_all_agree, on_main
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.progress import ProgressBar
 from megadpo.runtime.rank_logging import get_logger, global_rank
-from megadpo.setup.models import reference_architecture
+from megadpo.setup.session import Session
 
 logger = get_logger(__name__)
 
@@ -36,7 +35,7 @@ _PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class PreparedStores:
-    """Where the token stores of a run's sets are, by name (`training`, `validation NAME`), and the pad token."""
+    """The token stores of a run's sets by name (`training`, `validation NAME`), and the pad token."""
 
     stores: Mapping[str, PreparedStore]
     pad_token_id: int
@@ -63,7 +62,7 @@ class Datasets:
         return {name: view.digest for name, view in self.views.items()}
 
     def report(self) -> dict[str, Any]:
-        """What became of the rows of each set, in plain values."""
+        """Counts of the rows of each set, kept and dropped, in plain values."""
         return {
             "sets": {
                 name: {
@@ -78,25 +77,20 @@ class Datasets:
         }
 
 
-def load_datasets(config: Config, tokenizer_dir: Path, vocab_size: int, *, trains: bool = True) -> Datasets:
+def load_datasets(session: Session, *, trains: bool = True) -> Datasets:
     """Every set of a run on every rank; rank 0 reads and tokenizes what is not in data.cache_dir yet.
 
-    Collective over all ranks, which wait for rank 0 without a time limit. The configuration is resolved. Unless it
-    `trains`, messages don't call the pairs training pairs. Raises DataError or ConfigError, the same on every rank.
+    Collective over all ranks, which wait for rank 0 without a time limit, and then agree that they see the same pairs.
+    Unless it `trains`, messages don't call the pairs training pairs. Raises DataError or ConfigError, the same on every
+    rank.
     """
+    config, tokenizer_dir, arch = session.config, session.source.hf_dir, session.arch
     prepared = on_main(lambda: prepare_stores(config, tokenizer_dir, trains=trains), patience_s=_PATIENCE_S)
-    return open_datasets(config, prepared, tokenizer_dir, vocab_size, trains=trains)
-
-
-def warn_long_sequences(datasets: Datasets, max_positions: int) -> None:
-    """Says in the log when a sequence is longer than the `max_positions` that the model was made for."""
-    longest = max(view.longest_sequence for view in datasets.views.values())
-    if longest > max_positions:
-        logger.warning(
-            "the longest sequence has %d tokens, the model was made for %d: lower data.max_length",
-            longest,
-            max_positions,
-        )
+    datasets = open_datasets(config, prepared, tokenizer_dir, arch.vocab_size, trains=trains)
+    models = (arch, session.reference_arch)
+    _warn_long_sequences(datasets, min(model.max_position_embeddings for model in models))
+    check_all_agree("data or model configuration", f"{datasets.digests} {models}")
+    return datasets
 
 
 def prepare_stores(config: Config, tokenizer_dir: Path, *, trains: bool = True) -> PreparedStores:
@@ -129,7 +123,7 @@ def prepare_stores(config: Config, tokenizer_dir: Path, *, trains: bool = True) 
 def open_datasets(
     config: Config, prepared: PreparedStores, tokenizer_dir: Path, vocab_size: int, *, trains: bool = True
 ) -> Datasets:
-    """The pairs of prepared stores that are kept, logged with what became of the others; any rank, no collectives.
+    """The retained pairs of prepared stores, with the counts of the others logged; any rank, no collectives.
 
     Raises DataError where a set has no pair left, or token ids that a vocabulary of `vocab_size` does not have.
     """
@@ -168,19 +162,60 @@ def open_datasets(
     )
 
 
+def build_training_data(session: Session, datasets: Datasets, start: Cursor) -> TrainingData:
+    """The global batches of the training pairs, in their order from `start` on."""
+    train = session.config.train
+    return TrainingData(
+        datasets.train,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        shuffle=train.shuffle,
+        builder=build_batches(session, datasets.pad_token_id),
+        start=start,
+    )
+
+
+def build_batches(session: Session, pad_token_id: int) -> BatchBuilder:
+    """The builder of this rank's microbatches."""
+    config = session.config
+    return BatchBuilder(
+        shape=batch_shape(
+            session.state, sequence_parallel=bool(config.parallel.sequence_parallel), fp8_recipe=config.precision.fp8
+        ),
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        pad_token_id=pad_token_id,
+        share_prompt=config.data.share_prompt,
+        flop_rates=session.arch.flop_rates,
+        reference_flop_rates=session.reference_arch.flop_rates if config.reference.mode in LIVE else None,
+    )
+
+
+def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: str | None = None) -> BatchShape:
+    """The shape of a batch that the layout and an FP8 recipe require."""
+    return BatchShape(
+        data_rank=state.data_rank,
+        data_size=state.data_size,
+        token_multiple=token_multiple(
+            fp8_recipe, tensor=state.tensor_size, context=1, sequence_parallel=sequence_parallel
+        ),
+        fixed_streams=state.pipeline_size > 1,
+        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
+    )
+
+
 def _sources(config: Config) -> dict[str, list[str]]:
-    """What each set is read from, by the name it has in messages."""
+    """The sources of each set, by the name that it has in messages."""
     validation = {f"{_VALIDATION} {name}".strip(): [path] for name, path in config.data.validation_files().items()}
     return {_TRAIN: list(config.data.train_path), **validation}
 
 
 def _title(name: str, trains: bool) -> str:
-    """What messages call the pairs of a set."""
+    """The name of a set's pairs in messages."""
     return f"{name} pairs" if trains or name != _TRAIN else "pairs"
 
 
 def _pad_token_id(wanted: int, vocab_size: int) -> int:
-    """The tokenizer's pad token where the model knows it; nothing sees padding, so that any other does as well."""
+    """The tokenizer's pad token if the model's vocabulary has it, else token 0: nothing attends to padding."""
     if wanted < vocab_size:
         return wanted
     logger.warning(
@@ -224,28 +259,11 @@ def _warn_oversized(view: PairView, title: str, data: DataConfig) -> None:
         )
 
 
-def batch_shape(state: ParallelState, *, sequence_parallel: bool, fp8_recipe: str | None = None) -> BatchShape:
-    """What the layout and an FP8 recipe ask of a batch."""
-    return BatchShape(
-        data_rank=state.data_rank,
-        data_size=state.data_size,
-        token_multiple=token_multiple(
-            fp8_recipe, tensor=state.tensor_size, context=1, sequence_parallel=sequence_parallel
-        ),
-        fixed_streams=state.pipeline_size > 1,
-        microbatch_multiple=state.pipeline_size if state.virtual_pipeline_size > 1 else 1,
-    )
-
-
-def build_batches(config: Config, arch: Architecture, state: ParallelState, pad_token_id: int) -> BatchBuilder:
-    """What turns pairs into this rank's microbatches."""
-    return BatchBuilder(
-        shape=batch_shape(
-            state, sequence_parallel=bool(config.parallel.sequence_parallel), fp8_recipe=config.precision.fp8
-        ),
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        pad_token_id=pad_token_id,
-        share_prompt=config.data.share_prompt,
-        flop_rates=arch.flop_rates,
-        reference_flop_rates=reference_architecture(config, arch).flop_rates if config.reference.mode in LIVE else None,
-    )
+def _warn_long_sequences(datasets: Datasets, max_positions: int) -> None:
+    longest = max(view.longest_sequence for view in datasets.views.values())
+    if longest > max_positions:
+        logger.warning(
+            "the longest sequence has %d tokens, the model was made for %d: lower data.max_length",
+            longest,
+            max_positions,
+        )

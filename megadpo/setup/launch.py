@@ -1,4 +1,4 @@
-"""One start of torchrun, told from another: ranks that it starts again go on, unless what stopped them was meant."""
+"""Tells one start of torchrun from another: ranks that it restarts resume, unless the launch was meant to stop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Launch:
 
 
 def find_launch(run_dir: Path) -> Launch:
-    """The launch that this start belongs to, as an earlier start of it has noted it in `run_dir`; for one rank.
+    """The launch that this start belongs to, as an earlier start of it noted it in `run_dir`; for one rank.
 
     Raises where an earlier start of the same launch was told to stop (Stopped) or has found its numbers wrong
     (TrainingError): torchrun takes any status but 0 for a failure, and would begin again what was just ended.
@@ -55,12 +55,12 @@ def find_launch(run_dir: Path) -> Launch:
 
 
 def note_launch(run_dir: Path, launch: Launch) -> None:
-    """Notes for later starts of the same launch when it began, and what has stopped it; for one rank."""
+    """Notes in the run directory when the launch began, and what has stopped it; for one rank."""
     write_durably(run_dir / _LAUNCH, json.dumps(asdict(launch)) + "\n")
 
 
 def forget_launch(run_dir: Path) -> None:
-    """Takes the note away when the run has come to its end; for one rank."""
+    """Removes the note of a finished run; for one rank."""
     (run_dir / _LAUNCH).unlink(missing_ok=True)
 
 
@@ -73,7 +73,7 @@ def _this_launch() -> Launch:
 
 
 def _is_same(before: Launch, now: Launch) -> bool:
-    """Whether a noted launch is the one of this start; never without torchrun, which alone starts ranks again.
+    """True if a noted launch is the one of this start; never without torchrun, which alone restarts ranks.
 
     torchrun's ids come again, and its count of restarts rises only on the machine whose rank has failed: what tells
     launches of one machine apart is the agent. Where rank 0 was on another machine before, the agent here belongs to

@@ -1,4 +1,4 @@
-"""Where a run's starting weights come from: a Hugging Face directory, or a Megatron checkpoint that stands alone."""
+"""The source of a run's starting weights: a Hugging Face directory, or a Megatron checkpoint that stands alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ANY_MODEL = "hf"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Configuration, tokenizer and side files are in `hf_dir`; weights too, unless `checkpoint` holds them."""
+    """The directory of configuration, tokenizer and side files; the weights are in `checkpoint` unless that is None."""
 
     hf_dir: Path
     checkpoint: Path | None

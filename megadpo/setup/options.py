@@ -1,20 +1,19 @@
-"""What computes a run: formats, layers, kernels and options of model and optimizer, by configuration and machine."""
+"""Options of the model and the optimizer, from the configuration and what this machine offers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from megadpo.config.choices import AttentionKernel, Backend, Dtype, Fp8Backend, MomentDtype
+from megadpo.config.choices import AttentionKernel, Backend, Fp8Backend, MomentDtype
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
 from megadpo.models import fp8_recipes
-from megadpo.models.backend import choose_backend, transformer_engine_version, why_not_transformer_engine
+from megadpo.models.backend import transformer_engine_version, why_not_transformer_engine
 from megadpo.models.builder import fuses_weight_gradients
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
-from megadpo.models.hf_config import Architecture, read_architecture
+from megadpo.models.hf_config import Architecture
 from megadpo.models.kernels import choose_attention
 from megadpo.models.options import ModelOptions, PipelineSplit, Recompute
 from megadpo.models.varlen import why_not_varlen
@@ -22,10 +21,11 @@ from megadpo.optimizer.build import DataParallelOptions, OptimizerOptions, adam_
 from megadpo.runtime.device import Device
 from megadpo.runtime.parallel_state import ParallelState
 from megadpo.runtime.rank_logging import get_logger
+from megadpo.setup.backend import layer_backend, torch_dtype
+from megadpo.setup.session import Session
 
 logger = get_logger(__name__)
 
-TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 _MOMENT_DTYPES = {
     MomentDtype.fp32: torch.float32,
     MomentDtype.bf16: torch.bfloat16,
@@ -34,20 +34,18 @@ _MOMENT_DTYPES = {
 }
 
 
-def torch_dtype(config: Config) -> torch.dtype:
-    """Number format of weights and activations."""
-    return TORCH_DTYPES[config.precision.dtype]
+def check_and_log_options(session: Session, *, trains: bool) -> None:
+    """Logs what computes here; ConfigError, of everything at once, where this machine can't serve what is configured.
 
-
-def announce(config: Config, arch: Architecture, device: Device, *, trains: bool) -> None:
-    """Says what computes here; ConfigError, of everything at once, where this machine can't serve what is asked for."""
-    own = config.reference.hf_path
-    models = (arch,) if own is None else (arch, read_architecture(own))
+    The optimizer is looked at only where the session `trains`.
+    """
+    config, device = session.config, session.device
+    models = [session.arch] if config.reference.hf_path is None else [session.arch, session.reference_arch]
     problems = [*fp8_problems(config, models, device), *(optimizer_problems(config, device) if trains else [])]
     if problems:
         raise ConfigError(problems)
     log_backend(config, device)
-    log_attention(config, arch, device)
+    log_attention(session)
     fp8 = fp8_settings(config)
     if fp8 is not None:
         how = "emulated: for the numbers, slower than without" if fp8.emulated else "by Transformer Engine"
@@ -56,28 +54,16 @@ def announce(config: Config, arch: Architecture, device: Device, *, trains: bool
             logger.warning("fp8: Transformer Engine would refuse this model: the recipe %s", unaligned)
 
 
-def log_attention(config: Config, arch: Architecture, device: Device) -> None:
-    """Says which kernel serves the model's attention, and why not the faster one; ConfigError as `choose_attention`."""
-    kernel = _attention(config, arch, device)
-    lacks = why_not_varlen(device, torch_dtype(config), arch.head_dim)
-    asked = config.device.attention != AttentionKernel.auto
+def log_attention(session: Session) -> None:
+    """Logs the kernel of the model's attention, and why not the faster one; ConfigError as `choose_attention`."""
+    kernel = _attention(session, session.arch)
+    lacks = why_not_varlen(session.device, torch_dtype(session.config), session.arch.head_dim)
+    asked = session.config.device.attention != AttentionKernel.auto
     logger.info("attention: %s%s", kernel, "" if asked or lacks is None else f" (varlen: {lacks})")
 
 
-def settle_backend(config: Config, device: Device) -> Config:
-    """A copy that says which layers models will be made of here; ConfigError as `choose_backend`."""
-    return replace(config, precision=replace(config.precision, backend=Backend(_backend(config, device))))
-
-
-def _backend(config: Config, device: Device) -> str:
-    precision = config.precision
-    is_emulated = precision.fp8 is not None and precision.fp8_backend == Fp8Backend.emulate  # in native layers only
-    wanted = Backend.native if is_emulated else precision.backend
-    return choose_backend(str(wanted), device=device, dtype=torch_dtype(config))
-
-
 def log_backend(config: Config, device: Device) -> None:
-    """Says what the layers are made of and why not of the faster ones, and what Megatron found for the update."""
+    """Logs the kind of the layers, why they are not the faster ones, and which AdamW Megatron found."""
     backend = config.precision.backend
     if backend == Backend.transformer_engine:
         layers = f"transformer_engine {transformer_engine_version()}"
@@ -91,14 +77,14 @@ def log_backend(config: Config, device: Device) -> None:
 
 
 def optimizer_problems(config: Config, device: Device) -> list[str]:
-    """What keeps the optimizer that is asked for from working on `device` with what is installed."""
+    """The reasons why the configured optimizer can't work on `device` with the packages installed; [] if it can."""
     asked = {"precision_aware": config.optimizer.precision_aware, "cpu_offload": config.optimizer.cpu_offload}
     lacks = {key: why_not_fused_adam(device, with_formats=key == "precision_aware") for key in asked if asked[key]}
     return [f"optimizer.{key}=true: needs {what}: drop it" for key, what in lacks.items() if what is not None]
 
 
 def fp8_settings(config: Config) -> Fp8 | None:
-    """FP8 as configured, None without."""
+    """The configured FP8; None without."""
     precision = config.precision
     if precision.fp8 is None:
         return None
@@ -115,7 +101,7 @@ def fp8_settings(config: Config) -> Fp8 | None:
 
 
 def fp8_problems(config: Config, models: Sequence[Architecture], device: Device) -> list[str]:
-    """What keeps the configured FP8 from being computed on `device` for such models."""
+    """The reasons why the configured FP8 can't be computed on `device` for such models; [] if it can."""
     fp8 = fp8_settings(config)
     if fp8 is None or fp8.emulated:
         return []
@@ -132,14 +118,15 @@ def _unaligned(fp8: Fp8, models: Sequence[Architecture], config: Config) -> list
     return [problem for problem in dict.fromkeys(found) if problem is not None]
 
 
-def model_options(config: Config, arch: Architecture, device: Device, *, trained: bool = False) -> ModelOptions:
-    """Options of a model; only one that is trained has activations to compute again."""
+def model_options(session: Session, arch: Architecture, *, trained: bool = False) -> ModelOptions:
+    """Options of a model of this architecture; only one that is trained has activations to compute again."""
+    config = session.config
     return ModelOptions(
-        device=device,
+        device=session.device,
         dtype=torch_dtype(config),
         sequence_parallel=bool(config.parallel.sequence_parallel),
-        backend=_backend(config, device),
-        attention=_attention(config, arch, device),
+        backend=layer_backend(config, session.device),
+        attention=_attention(session, arch),
         logits_mib=config.model.logits_mib,
         recompute=recomputation(config) if trained else Recompute(),
         split=pipeline_split(config),
@@ -148,7 +135,7 @@ def model_options(config: Config, arch: Architecture, device: Device, *, trained
 
 
 def recomputation(config: Config) -> Recompute:
-    """What the backward computes again of a model that is trained."""
+    """The activations that the backward of a trained model computes again."""
     model = config.model
     return Recompute(
         granularity=None if model.recompute_granularity is None else str(model.recompute_granularity),
@@ -167,7 +154,7 @@ def pipeline_split(config: Config) -> PipelineSplit:
 
 
 def data_parallel_options(config: Config, state: ParallelState) -> DataParallelOptions:
-    """How gradients and weights travel; a lone data-parallel rank overlaps nothing, and says so where it was asked to.
+    """The options of gradients' and weights' exchange; a lone data-parallel rank overlaps nothing, which is logged.
 
     That is no error: the number of data-parallel ranks is no key, it follows from how many ranks were started, and a
     configuration is to run, and a run to go on, on as many as there are.
@@ -188,7 +175,7 @@ def data_parallel_options(config: Config, state: ParallelState) -> DataParallelO
 
 
 def optimizer_options(config: Config) -> OptimizerOptions:
-    """Where the optimizer's states lie, and their formats."""
+    """The place of the optimizer's states, and their formats."""
     optimizer = config.optimizer
     return OptimizerOptions(
         precision_aware=optimizer.precision_aware,
@@ -199,7 +186,10 @@ def optimizer_options(config: Config) -> OptimizerOptions:
     )
 
 
-def _attention(config: Config, arch: Architecture, device: Device) -> str:
+def _attention(session: Session, arch: Architecture) -> str:
     return choose_attention(
-        str(config.device.attention), device=device, dtype=torch_dtype(config), head_dim=arch.head_dim
+        str(session.config.device.attention),
+        device=session.device,
+        dtype=torch_dtype(session.config),
+        head_dim=arch.head_dim,
     )

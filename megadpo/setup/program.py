@@ -1,4 +1,4 @@
-"""What a rank runs: versions, and a hash of this program's files."""
+"""Identity of the program that a rank runs: versions, and a hash of the package's files."""
 
 from __future__ import annotations
 

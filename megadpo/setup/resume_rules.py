@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that is to go on from it, and what may differ all the same."""
+"""The rules of resuming: what must be the same as when the checkpoint was saved, and what may differ."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _SEEN_BY_FP8 = ("parallel.tensor", "parallel.pipeline", "data.tokens_per_microba
 def check_resumable(
     directory: Path, saved: RunIdentity, now: RunIdentity, meant: Sequence[ResumeChange]
 ) -> tuple[ResumeChange, ...]:
-    """Which of what is `meant` to differ does; says what else does that may. CheckpointError where more does."""
+    """The changes among those `meant` that there are; logs other permitted ones. CheckpointError for any further."""
     problems = [
         *(f"{text}; resume with that value" for text in _settings_that_differ(saved, now, _DATA_ORDER)),
         *_check_vocabulary(saved, now),
@@ -69,12 +69,12 @@ def check_resumable(
             ]
     if problems:
         raise CheckpointError(f"{directory} can't be resumed:\n{listing(problems)}")
-    _tell_others(saved, now)
+    _log_other_changes(saved, now)
     return tuple(change for change, (differences, _) in changes.items() if differences)
 
 
 def _changes(saved: RunIdentity, now: RunIdentity) -> dict[ResumeChange, tuple[list[str], str]]:
-    """What differs of each kind that must be meant, and how to have it the same."""
+    """The differences of each kind that must be meant, with the remedy that avoids them."""
     data = [
         f"the training pairs differ from the checkpoint's ({now.num_pairs} now, {saved.num_pairs} then, by token ids)"
     ]
@@ -124,7 +124,7 @@ def _check_sync(saved: RunIdentity, now: RunIdentity) -> list[str]:
     ]
 
 
-def _tell_others(saved: RunIdentity, now: RunIdentity) -> None:
+def _log_other_changes(saved: RunIdentity, now: RunIdentity) -> None:
     for key, value in now.settings.items():
         # A scale of FP8 belongs to what is packed together, and to a tensor rank's part.
         counts = now.settings["precision.fp8"] is not None and key in _SEEN_BY_FP8

@@ -1,4 +1,4 @@
-"""A run directory belongs to one run at a time: a lock that goes with the process that holds it, however that ends."""
+"""The lock of a run directory: one run at a time has it, and the kernel releases it however that run's process ends."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def evaluate(
     *,
     torch_device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Sums over this rank's pairs of what is logged ({} on all but the last pipeline stage), without gradients."""
+    """Sums of the logged statistics over this rank's pairs ({} on all but the last pipeline stage); no gradients."""
     total: dict[str, torch.Tensor] = {}
     for batch in batches:
         reference_logps = reference.log_probs(batch)

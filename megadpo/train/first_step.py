@@ -1,4 +1,4 @@
-"""What the first update must show where policy and reference are the same weights."""
+"""The check of the first update where policy and reference are the same weights: its loss is known in advance."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from megadpo.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
-class NoPreference:
-    """The loss that a policy shows beside itself, how far from it the first one may be, why so far, what else to do.
+class ExpectedFirstLoss:
+    """The loss of a policy beside itself, and how far from it the first one may be.
 
-    `value` is None where a part of the loss has no reference, so that only rewards are known: they are 0.
+    `value` is None where a part of the loss has no reference, so that only rewards are known: they are 0. `reason`
+    says why the tolerance is what it is, `remedy` what to do where the loss is off.
     """
 
     value: float | None
@@ -21,7 +22,8 @@ class NoPreference:
     remedy: str
 
 
-def check_no_preference(step: int, means: Mapping[str, float], expected: NoPreference) -> None:
+def check_first_loss(step: int, means: Mapping[str, float], expected: ExpectedFirstLoss) -> None:
+    """Raises TrainingError where the means of the first update are not those of equal policy and reference."""
     chosen, rejected = means["rewards/chosen"], means["rewards/rejected"]
     if expected.value is None:
         error, allowed = max(abs(chosen), abs(rejected)), expected.tolerance

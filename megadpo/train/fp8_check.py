@@ -1,4 +1,4 @@
-"""What FP8 does to preference margins: the same weights score the same pairs with it and without."""
+"""The effect of FP8 on preference margins: the same weights score the same pairs with it and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to be told to stop: signals, and a budget of hours. All ranks of a run stop after the same update."""
+"""Requests to stop: signals, and a budget of hours. All ranks of a run stop after the same update."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from types import FrameType, TracebackType
 
 # What schedulers send before they take the machines away: torchrun and Kubernetes, Slurm's --signal.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# The vote of a rank whose hours are over: above the number of every signal, so that it is heard beside one.
 _OUT_OF_TIME = 1000.0
 # Who signals all processes of a job reaches torchrun too, which passes the signal on: that is one wish, not two.
 _ECHO_S = 2.0
 
 
 class StopRequests:
-    """Hears on this rank that it is to stop; a context manager, within which a first signal doesn't end the process.
+    """Collects this rank's reasons to stop; a context manager, within which a first signal doesn't end the process.
 
     A second one, two seconds later or more, ends it at once, with the status that shells give for that signal,
     wherever the program is: a thread hears it, since Python itself handles signals only between the main thread's
@@ -39,7 +40,7 @@ class StopRequests:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, _nothing)
+            self._before[number] = signal.signal(number, _ignore)
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
         self._thread.start()
         return self
@@ -55,10 +56,10 @@ class StopRequests:
         os.close(self._reader)
 
     def vote(self, save_s: float) -> float:
-        """What this rank votes for after an update: 0 to go on; else a number that `reason` knows.
+        """This rank's vote after an update: 0 to go on; else a number that `reason` knows.
 
-        Out of time is who could not make another round like the longest between two votes so far, and then a save like
-        the last one, which took `save_s` seconds.
+        A rank is out of time when it could not make another round like the longest between two votes so far, and then a
+        save like the last one, which took `save_s` seconds.
         """
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._asked)
@@ -70,7 +71,7 @@ class StopRequests:
         return 0.0
 
     def reason(self, vote: float) -> str | None:
-        """In words what the largest vote of all ranks says, None where it says to go on."""
+        """The reason to stop that the largest vote of all ranks stands for, in words; None to go on."""
         if vote == 0.0:
             return None
         return f"train.max_hours={self._max_hours:g}" if vote == _OUT_OF_TIME else signal.Signals(int(vote)).name
@@ -85,5 +86,5 @@ class StopRequests:
                 os._exit(128 + heard[0])
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """The thread has heard it."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Does nothing: the thread reads the signal's number from the wakeup pipe."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -23,28 +23,40 @@ from megadpo.loss.logprobs import TokenScores
 from megadpo.loss.preference import PreferenceLoss
 from megadpo.metrics.reduction import add_sums
 from megadpo.models.fp8_emulation import amax_history_restorer
-from megadpo.optimizer.guarded_update import guarded_update
+from megadpo.optimizer.guarded_update import Update, guarded_update
 from megadpo.reference import Reference
 from megadpo.runtime.device import Device, Mark, Span
 
 
+class RankVotes(NamedTuple):
+    """The votes of a rank at the end of a step; every rank gets the largest of each.
+
+    `stop` is 0 to train on, else a number that StopRequests can read. `still_writing` is 1 while the rank writes its
+    part of a checkpoint.
+    """
+
+    stop: float = 0.0
+    still_writing: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step leaves behind on this rank: sums over its pairs (last stage only), and the step's own numbers.
+    """Sums over this rank's pairs of a step (last stage only), the outcome of its update, and its times.
 
-    `grad_norm` is of the whole model before clipping; `reference_span` marks the reference pass in time,
-    `busy_span` all from there until this rank's gradients are ready to be exchanged. `votes` are the largest of all
-    ranks'. `skipped` says why no weight was changed, the same on every rank, and is empty where the update was
-    made. `pair_numbers` are PAIR_NUMBERS of each microbatch's pairs, [B, 5] (last stage only).
+    `reference_span` marks the reference pass in time, `busy_span` all from there until this rank's gradients are ready
+    to be exchanged. `pair_numbers` are PAIR_NUMBERS of each microbatch's pairs, [B, 5] (last stage only).
     """
 
     sums: dict[str, torch.Tensor]
-    grad_norm: float
+    update: Update
     reference_span: Span
     busy_span: Span
-    votes: tuple[float, ...] = ()
-    skipped: tuple[str, ...] = ()
     pair_numbers: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def votes(self) -> RankVotes:
+        """The largest of all ranks' votes."""
+        return RankVotes(*self.update.votes)
 
 
 def train_step(
@@ -55,15 +67,15 @@ def train_step(
     batch: GlobalBatch,
     *,
     device: Device,
-    votes: Callable[[], Sequence[float]] = tuple,
+    votes: Callable[[], RankVotes] = RankVotes,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Runs one update on the global batch; the parameter groups' hyperparameters are already set.
 
     Where the loss or a gradient is not finite on any rank, no rank changes anything, see `guarded_update`; FP8's amax
-    histories, where they are emulated, are set back too. `votes` gives finite numbers, as many on every
-    rank, when the step is all but done. `before_update` is
-    called when gradients are reduced and every rank has the weights that they were computed with.
+    histories, where they are emulated, are set back too. `votes` gives this rank's, asked when the step is
+    all but done. `before_update` is called when gradients are reduced and every rank has the weights that they were
+    computed with.
     """
     reference_started = device.mark()
     reference_logps = reference.log_probs(batch)
@@ -81,7 +93,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    set_scales_back = amax_history_restorer(chunks)
+    restore_amax_histories = amax_history_restorer(chunks)
     ready = _mark_ready_gradients(chunks, device)
     per_microbatch = run_schedule(chunks, batch, closure, torch_device=device.torch_device, forward_only=False)
     if before_update is not None:
@@ -94,20 +106,18 @@ def train_step(
         optimizer, loss_sums=[total["loss"]] if total else [], votes=votes, torch_device=device.torch_device
     )
     if update.skipped:
-        set_scales_back()
+        restore_amax_histories()
     return StepResult(
         sums=total,
-        grad_norm=update.grad_norm,
+        update=update,
         reference_span=reference_span,
         busy_span=(reference_started, ready[0]),
-        votes=update.votes,
-        skipped=update.skipped,
         pair_numbers=tuple(numbers_B5 for _, numbers_B5 in per_microbatch),
     )
 
 
 def _mark_ready_gradients(chunks: Sequence[DistributedDataParallel], device: Device) -> list[Mark]:
-    """Filled, in the schedule that follows, with the moment at which the backward is done and the exchange begins."""
+    """A list that the next schedule fills with the moment when the backward is done and the exchange begins."""
     marks: list[Mark] = []
 
     def finalize(*args: Any, **options: Any) -> None:

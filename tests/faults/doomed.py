@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-import megadpo.setup.run_loop
+import megadpo.train.trainer
 from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.jobs import train
 
@@ -36,7 +36,7 @@ def doomed(doom: str) -> AbstractContextManager[Any]:
     if not doom:
         return nullcontext()
     if event == "backward":
-        return mock.patch.object(megadpo.setup.run_loop, "train_step", _dying_step(int(name)))
+        return mock.patch.object(megadpo.train.trainer, "train_step", _dying_step(int(name)))
     _die_before(event, name)
     return nullcontext()
 

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 import megadpo.optimizer.build
-import megadpo.setup.run_loop
 import megadpo.setup.session
 import megadpo.train.train_step
+import megadpo.train.trainer
 from megadpo.errors import MegaDPOError
 from megadpo.models.fp8_emulation import EmulatedLinear
 from megadpo.optimizer.build import distributed_optimizers, gather_weights
+from megadpo.optimizer.guarded_update import Update, guarded_update
 from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.fault_jobs import captured_log
 from tests.helpers.jobs import train
@@ -58,7 +59,8 @@ def train_with_faults(overrides: list[str], faults: Mapping[int, Sequence[Fault]
     with ExitStack() as stack:
         seen.log = stack.enter_context(captured_log())
         stack.enter_context(plan.carried_out())
-        stack.enter_context(mock.patch.object(megadpo.setup.run_loop, "train_step", _watching(plan, seen)))
+        stack.enter_context(mock.patch.object(megadpo.train.trainer, "train_step", _watching(plan, seen)))
+        stack.enter_context(mock.patch.object(megadpo.train.train_step, "guarded_update", _voting_twice(plan, seen)))
         try:
             train(overrides)
         except MegaDPOError as error:
@@ -138,9 +140,7 @@ Votes = Callable[[], Sequence[float]]
 
 
 def _watching(plan: _Plan, seen: Seen) -> Callable[..., StepResult]:
-    def watched(
-        chunks: Any, optimizer: Any, *args: Any, votes: Callable[[], Sequence[float]], **options: Any
-    ) -> StepResult:
+    def watched(chunks: Any, optimizer: Any, *args: Any, **options: Any) -> StepResult:
         plan.step += 1
         for fault in plan.due("bit"):
             flip_a_bit(chunks, fault.name)
@@ -148,15 +148,25 @@ def _watching(plan: _Plan, seen: Seen) -> Callable[..., StepResult]:
             _weight(chunks, fault.name).data.view(-1)[-1] = math.nan
         gather_weights(chunks)  # those of the last update, where they would come with the forward
         before = _everything(chunks, optimizer)
-        rank = float(dist.get_rank())
-        result = train_step(chunks, optimizer, *args, votes=lambda: (*votes(), rank, -rank), **options)
+        result = train_step(chunks, optimizer, *args, **options)
         after = _everything(chunks, optimizer)
-        seen.skipped[plan.step] = result.skipped
-        seen.votes[plan.step] = result.votes[-2:]
+        seen.skipped[plan.step] = result.update.skipped
         seen.changed[plan.step] = len(before) != len(after) or not all(map(_equal_bits, before, after))
-        return replace(result, votes=result.votes[:-2])
+        return result
 
     return watched
+
+
+def _voting_twice(plan: _Plan, seen: Seen) -> Callable[..., Update]:
+    """An update to which each rank's number, and its negative, are further votes; `seen` gets the largest of them."""
+
+    def update(*args: Any, votes: Callable[[], Sequence[float]], **options: Any) -> Update:
+        rank = float(dist.get_rank())
+        made = guarded_update(*args, votes=lambda: (*votes(), rank, -rank), **options)
+        seen.votes[plan.step] = made.votes[-2:]
+        return replace(made, votes=made.votes[:-2])
+
+    return update
 
 
 def _everything(chunks: Any, optimizer: Any) -> list[torch.Tensor]:

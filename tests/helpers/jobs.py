@@ -16,7 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 import megadpo.setup.models
-import megadpo.setup.run_loop
+import megadpo.train.trainer
 from megadpo.commands.train import run_training
 from megadpo.config.choices import ReferenceMode
 from megadpo.config.compose import compose_config
@@ -32,7 +32,7 @@ from megadpo.reference import ResidentReference
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.setup.datasets import batch_shape
-from megadpo.train.train_step import StepResult, train_step
+from megadpo.train.train_step import RankVotes, StepResult, train_step
 from megadpo.train.trainer import Trainer
 from tests.helpers.host_reads import HostReads
 from tests.helpers.tokenized import tokenized_pairs
@@ -52,26 +52,26 @@ def train_while_a_directory_vanishes(overrides: list[str], directory: Path) -> s
         shutil.rmtree(directory, ignore_errors=True)
         return train_step(*args, **options)
 
-    with mock.patch.object(megadpo.setup.run_loop, "train_step", update):
+    with mock.patch.object(megadpo.train.trainer, "train_step", update):
         return train(overrides)
 
 
 def host_reads_of_a_step(overrides: list[str], silent_step: int) -> tuple[list[str], list[str]]:
     """`train`; the places that read tensors on the host in a step that does not log, and when the next line is due."""
     silent, logged = HostReads(), HostReads()
-    one_step, log_interval = Trainer._one_step, Trainer._log_interval
+    make_step, log_steps = Trainer._step, Trainer._log_steps
 
-    def watched_step(self: Trainer, step: int, *args: Any) -> tuple[float, ...]:
+    def watched_step(self: Trainer, step: int, *args: Any) -> RankVotes:
         with silent if step == silent_step else nullcontext():
-            return one_step(self, step, *args)
+            return make_step(self, step, *args)
 
     def watched_log(self: Trainer, *args: Any) -> None:
         with logged:
-            log_interval(self, *args)
+            log_steps(self, *args)
 
     with (
-        mock.patch.object(Trainer, "_one_step", watched_step),
-        mock.patch.object(Trainer, "_log_interval", watched_log),
+        mock.patch.object(Trainer, "_step", watched_step),
+        mock.patch.object(Trainer, "_log_steps", watched_log),
     ):
         train(overrides)
     return silent.files, logged.files

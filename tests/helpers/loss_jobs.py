@@ -118,7 +118,7 @@ class _Trial:
         batch = self.builder(cut).build(self.pairs)
         result = train_step(self.chunks, self.optimizer, self.reference_of(loss), loss, batch, device=self.device)
         own_pairs = sum(microbatch.num_pairs for microbatch in batch.microbatches)
-        return self.mean(result.sums), result.grad_norm, len(batch.microbatches), own_pairs
+        return self.mean(result.sums), result.update.grad_norm, len(batch.microbatches), own_pairs
 
     def evaluation(self, loss: PreferenceLoss, cut: Cut, group_size: int) -> float:
         batches = evaluation_batches(

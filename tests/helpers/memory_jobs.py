@@ -19,6 +19,7 @@ import megadpo.commands.train
 import megadpo.optimizer.build
 import megadpo.setup.options
 import megadpo.train.train_step
+import megadpo.train.trainer
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.data.batch import build_batch
 from megadpo.data.tokenization import TokenizedPair
@@ -26,7 +27,7 @@ from megadpo.forward_step import sum_log_probs
 from megadpo.models.builder import load_model
 from megadpo.models.hf_config import read_architecture
 from megadpo.models.options import ModelOptions, Recompute
-from megadpo.optimizer.build import wrap_data_parallel
+from megadpo.optimizer.build import gather_weights, wrap_data_parallel
 from megadpo.runtime.device import Device, megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from tests.helpers.fused_adam_installed import fused_adam_installed
@@ -112,7 +113,8 @@ def train_watching_exchanges(overrides: list[str]) -> Counter[str]:
                 during("updating", DistributedOptimizer.step_with_ready_grads),
             ),
             (CheckpointSaver, "save", during("saving", CheckpointSaver.save)),
-            (megadpo.commands.train, "gather_weights", during("saving", megadpo.commands.train.gather_weights)),
+            (megadpo.train.trainer, "gather_weights", during("saving", gather_weights)),
+            (megadpo.commands.train, "gather_weights", during("saving", gather_weights)),
         ):
             stack.enter_context(mock.patch.object(owner, name, watched))
         train(overrides)

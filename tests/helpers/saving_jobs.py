@@ -23,6 +23,7 @@ from megadpo.checkpoint.description import Progress
 from megadpo.checkpoint.directory import Retention, list_checkpoints, step_directories, step_of
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.checkpoint.state import damage_of, load_checkpoint
+from megadpo.health.watchdog import HangWatchdog
 from megadpo.models.builder import build_model
 from megadpo.models.hf_config import parse_architecture
 from megadpo.models.options import ModelOptions
@@ -99,6 +100,17 @@ def save_on_a_slow_disk(root: Path, seconds: float) -> float:
     return moments[1] - moments[0]
 
 
+class ReportsTo(HangWatchdog):
+    """A watchdog that watches nothing and hands on what it is told."""
+
+    def __init__(self, on_report: Callable[[int, str], None]) -> None:
+        super().__init__(None, rank=0, world=1, patience_s=60.0)
+        self.on_report = on_report
+
+    def report(self, step: int, doing: str) -> None:
+        self.on_report(step, doing)
+
+
 @contextmanager
 def tiny_saver(
     root: Path, *, asynchronous: bool, at: Callable[[int, str], None] = lambda step, doing: None
@@ -118,7 +130,8 @@ def tiny_saver(
             dtype=torch.float32,
             retention=Retention(last=KEPT),
             asynchronous=asynchronous,
-            at=at,
+            resumed_from=None,
+            watchdog=ReportsTo(at),
         )
         yield saver, policy, state
 

@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 import megadpo.checkpoint.writer
-import megadpo.commands.train
-import megadpo.setup.run_loop
+import megadpo.setup.run_directory
+import megadpo.train.trainer
 from megadpo.errors import MegaDPOError
 from megadpo.train.train_step import StepResult, train_step
 from tests.helpers.jobs import train
@@ -44,7 +44,7 @@ def train_with_room(overrides: list[str], free: int | None = None, largest: int 
     with (
         ExitStack() as full,
         mock.patch.object(shutil, "disk_usage", return_value=usage),
-        mock.patch.object(megadpo.setup.run_loop, "train_step") as update,
+        mock.patch.object(megadpo.train.trainer, "train_step") as update,
     ):
 
         def fill_up(*args: Any, **options: Any) -> StepResult:
@@ -79,7 +79,7 @@ def train_without_end(overrides: list[str]) -> str:
             time.sleep(600)
         return train_step(*args, **options)
 
-    with mock.patch.object(megadpo.setup.run_loop, "train_step", update):
+    with mock.patch.object(megadpo.train.trainer, "train_step", update):
         return train(overrides)
 
 
@@ -100,8 +100,8 @@ def train_while_the_clock_goes_back(overrides: list[str]) -> str:
     with (
         mock.patch.object(time, "time", side_effect=lambda: now() - back),
         mock.patch.object(time, "time_ns", side_effect=lambda: int(1e9 * (now() - back))),
-        mock.patch.object(megadpo.commands.train, "datetime", Clock),
-        mock.patch.object(megadpo.setup.run_loop, "train_step", update),
+        mock.patch.object(megadpo.setup.run_directory, "datetime", Clock),
+        mock.patch.object(megadpo.train.trainer, "train_step", update),
     ):
         return train(overrides)
 

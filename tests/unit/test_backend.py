@@ -17,7 +17,8 @@ from megadpo.errors import ConfigError
 from megadpo.models import backend
 from megadpo.models.backend import choose_backend, transformer_engine_version
 from megadpo.runtime.device import Device
-from megadpo.setup.options import log_backend, settle_backend
+from megadpo.setup.backend import settle_backend
+from megadpo.setup.options import log_backend
 
 CPU, CUDA = Device("cpu", torch.device("cpu")), Device("cuda", torch.device("cuda", 0))
 VERSION, CAPABILITY = "megadpo.models.backend.transformer_engine_version", "torch.cuda.get_device_capability"

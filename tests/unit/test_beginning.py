@@ -12,7 +12,7 @@ from megadpo.checkpoint.directory import step_directory
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config
 from megadpo.setup.model_source import resolve_model
-from megadpo.setup.resume import keep_beginning
+from megadpo.setup.run_directory import restore_starting_choices
 from tests.helpers.training_states import run_identity
 
 
@@ -38,7 +38,7 @@ def checkpoint(root: Path, step: int, settings: dict[str, str]) -> None:
 
 
 def date_of(config: Config) -> str | None:
-    return resolve_defaults(keep_beginning(config), datetime(2030, 1, 1)).data.template_date
+    return resolve_defaults(restore_starting_choices(config), datetime(2030, 1, 1)).data.template_date
 
 
 def test_a_fresh_run_takes_the_day_it_starts(run_dir: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_date_that_is_given_wins(run_dir: Path) -> None:
 
 def started_from(*words: str) -> str:
     words = ("model.hf_path=null", *words)
-    return Path(str(resolve_model(keep_beginning(configure(*words))).model.checkpoint)).name
+    return Path(str(resolve_model(restore_starting_choices(configure(*words))).model.checkpoint)).name
 
 
 def test_a_resumed_run_keeps_the_checkpoint_it_started_from(run_dir: Path) -> None:

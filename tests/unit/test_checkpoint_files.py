@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megadpo.checkpoint.description import (
     ImportedModel,
@@ -21,10 +21,12 @@ from megadpo.checkpoint.description import (
 )
 from megadpo.checkpoint.directory import Retention, find_checkpoint, list_checkpoints, name_latest, step_directory
 from megadpo.checkpoint.manifest import find_damage, write_manifest
+from megadpo.checkpoint.saver import CheckpointSaver
+from megadpo.checkpoint.writer import CheckpointWriter
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
+from megadpo.health.watchdog import HangWatchdog
 from megadpo.setup.model_source import model_source, resolve_model
-from megadpo.setup.run_loop import RunLoop
 from tests.helpers.training_states import PROGRESS, run_identity
 
 
@@ -199,6 +201,30 @@ def test_an_evaluation_that_came_later_judges_a_checkpoint_and_is_no_damage(tmp_
     assert metrics_of(first) == {"eval/loss": 0.5}, "what the manifest holds counts first"
 
 
+def saver_in(root: Path, resumed_from: Path | None = None) -> CheckpointSaver:
+    """A saver without a model, for what it does besides saving."""
+    unused: Any = None
+    return CheckpointSaver(
+        root,
+        *(unused, unused),
+        identity=run_identity(),
+        side_files={},
+        dtype=torch.float32,
+        retention=Retention(last=1),
+        asynchronous=False,
+        resumed_from=resumed_from,
+        watchdog=HangWatchdog(None, rank=0, world=1, patience_s=60.0),
+    )
+
+
+def test_a_run_that_stops_needs_time_for_a_save_under_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = saver_in(tmp_path)
+    saver.last_save_s = 40.0
+    for busy, needed in ((False, 40.0), (True, 80.0)):
+        monkeypatch.setattr(CheckpointWriter, "is_busy", busy)
+        assert saver.seconds_to_stop == needed
+
+
 def test_a_later_evaluation_is_kept_by_rank_0_of_the_run_and_ends_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,12 +232,13 @@ def test_a_later_evaluation_is_kept_by_rank_0_of_the_run_and_ends_none(
     there, elsewhere = (trained(step_directory(tmp_path / name / "checkpoints", 1)) for name in ("run", "other"))
     gone = step_directory(there.parent, 2)
 
-    def keep(checkpoint: Path | None, *, is_main: bool = True) -> None:
-        start, state = SimpleNamespace(checkpoint=checkpoint), SimpleNamespace(is_main=is_main)
-        loop: Any = SimpleNamespace(run_dir=tmp_path / "run", start=start, state=state)
-        RunLoop.keep_evaluation(loop, {"eval/loss": 0.5})
+    def keep(checkpoint: Path | None) -> None:
+        saver = saver_in(tmp_path / "run" / "checkpoints", checkpoint)
+        saver.keep_evaluation({"eval/loss": 0.5})
 
-    keep(there, is_main=False)
+    with pytest.MonkeyPatch.context() as elsewhere_than_rank_0:
+        elsewhere_than_rank_0.setenv("RANK", "1")
+        keep(there)
     keep(elsewhere)
     keep(None)
     assert metrics_of(there) == metrics_of(elsewhere) == {}

@@ -10,14 +10,13 @@ import pytest
 
 from megadpo.config.compose import compose_config
 from megadpo.errors import TrainingError
-from megadpo.runtime.device import select_device
-from megadpo.setup.trainer import build_loss, loop_settings
-from megadpo.train.first_step import NoPreference, check_no_preference
+from megadpo.setup.trainer import build_loss, trainer_settings
+from megadpo.train.first_step import ExpectedFirstLoss, check_first_loss
 
 
-def expected(*words: str) -> NoPreference | None:
+def expected(*words: str) -> ExpectedFirstLoss | None:
     config = compose_config(["+model=hf", "model.hf_path=x", "data.train_path=x", "device.kind=cpu", *words])
-    return loop_settings(config, build_loss(config), 10, select_device("cpu")).no_preference
+    return trainer_settings(config, build_loss(config), 10).expected_first_loss
 
 
 @pytest.mark.parametrize(
@@ -75,8 +74,8 @@ def means(loss: float, chosen: float, rejected: float) -> dict[str, float]:
 def test_a_first_step_that_is_off_is_told(
     value: float | None, right: dict[str, float], wrong: dict[str, float], said: str
 ) -> None:
-    expected = NoPreference(value, 1e-6, "live", "Look")
-    check_no_preference(1, right, expected)
+    expected = ExpectedFirstLoss(value, 1e-6, "live", "Look")
+    check_first_loss(1, right, expected)
     with pytest.raises(TrainingError) as caught:
-        check_no_preference(1, wrong, expected)
+        check_first_loss(1, wrong, expected)
     assert re.search(said, str(caught.value)), str(caught.value)

@@ -23,7 +23,9 @@ from megadpo.models.fp8_recipes import default_format, feature_multiple, token_m
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
 from megadpo.runtime.device import Device
-from megadpo.setup import options as compute
+from megadpo.setup import options
+from megadpo.setup.model_source import ModelSource
+from megadpo.setup.session import Session
 from tests.helpers.device_checks import fp8_words, run_words
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -207,14 +209,17 @@ def test_fp8_without_a_backend_is_refused(tmp_path: Path) -> None:
     """Megatron would train on without it."""
     config = built(tmp_path, "precision.fp8=tensorwise", "parallel.tensor=4")
     models = (arch(), arch(head_dim=20))  # the reference's sizes count too
-    said = compute.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
+    said = options.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
     assert said[0].startswith("precision.fp8=tensorwise: needs a CUDA device: set device.kind=cuda")
     assert said[1].startswith(
         "precision.fp8=tensorwise: needs multiples of 16, a tensor rank's are: query features 40, query, key and value"
     )
     assert all("precision.fp8_backend=emulate shows the recipe's effect" in line for line in said)
+    unused: Any = None
+    device, source = Device("cpu", torch.device("cpu")), ModelSource(tmp_path, checkpoint=None)
+    session = Session(config, unused, device, source, arch(), source, arch())
     with pytest.raises(ConfigError) as caught:
-        compute.announce(config, arch(), Device("cpu", torch.device("cpu")), trains=True)
+        options.check_and_log_options(session, trains=True)
     assert len(caught.value.violations) == 1
 
 
@@ -353,7 +358,7 @@ def test_the_words_of_the_tests_on_gpus_are_taken(recipe: str, tmp_path: Path) -
     config = compose_config([*run_words(tmp_path, "run", "device.kind=cuda"), *fp8_words(recipe)])
     validate(config, world_size=1)
     models = (read_architecture(config.model.hf_path),)
-    said = compute.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
+    said = options.fp8_problems(config, models, Device("cpu", torch.device("cpu")))
     assert len(said) == 1 and "needs a CUDA device" in said[0]
 
 

@@ -379,15 +379,25 @@ def test_mixing_moves_every_weight_towards_the_policy(
     own, policy = (torch.nn.Linear(50, 40).to(dtype) for _ in range(2))
     before, target = own.weight.detach().clone(), policy.weight.detach()
     reference = kind([own], torch_device=CPU)
-    reference.mix_in([policy], 0.25)
+    reference.follow([policy], 0.25)
     with LiveBytes() as meter:
         reference.log_probs(meter)  # type: ignore[arg-type]
     half_ulp = 2**-9 if dtype is torch.bfloat16 else 2**-24
     exact = 0.75 * before.double() + 0.25 * target.double()
     assert (torch.from_numpy(scored[0][1][0]).double() - exact).abs().max() <= half_ulp * float(exact.abs().max()) * 2
-    reference.mix_in([policy], 1.0)
+    reference.follow([policy], 1.0)
     with reference.weights():
         assert torch.equal(own.weight, target)
+
+
+@pytest.mark.parametrize("kind", [ResidentReference, OffloadedReference])
+def test_a_checkpoint_holds_the_weights_of_a_reference_that_follows(kind: type[ResidentReference]) -> None:
+    own = torch.nn.Linear(5, 4)
+    before = own.weight.detach().clone()
+    with kind([own], torch_device=CPU, follows=True).saved() as chunks:
+        assert torch.equal(chunks[0].weight, before)
+    with kind([own], torch_device=CPU).saved() as chunks:
+        assert list(chunks) == [], "one that never changes is read again from where it came"
 
 
 # Numbers without a model

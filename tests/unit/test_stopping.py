@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import psutil
 import pytest
@@ -20,7 +19,6 @@ import pytest
 from megadpo.errors import Stopped, TrainingError
 from megadpo.setup import launch as launches
 from megadpo.setup.launch import Launch, find_launch, note_launch
-from megadpo.setup.run_loop import RunLoop
 from megadpo.train import stop_requests
 from megadpo.train.stop_requests import StopRequests
 
@@ -190,11 +188,3 @@ def test_a_torn_note_is_no_note(
 ) -> None:
     (tmp_path / ".launch.json").write_text(content)
     assert start(agents[0]).id == "megadpo"
-
-
-def test_a_save_under_way_counts_too() -> None:
-    """A run that stops finishes it before it makes its last one."""
-    stops, saver = mock.Mock(vote=lambda save_s: save_s), mock.Mock(last_save_s=40.0, is_writing=True)
-    for busy, reserved in ((False, 40.0), (True, 80.0)):
-        saver.is_busy = busy
-        assert RunLoop.votes(mock.Mock(stops=stops, saver=saver)) == (reserved, 1.0)

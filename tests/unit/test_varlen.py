@@ -31,6 +31,7 @@ from megadpo.runtime.parallel_state import ParallelState
 from megadpo.setup.model_source import model_source
 from megadpo.setup.models import load_starting_model
 from megadpo.setup.options import log_attention
+from megadpo.setup.session import Session
 from tests.helpers.attention_jobs import outputs_of_kernels
 from tests.helpers.launch import launch
 from tests.helpers.plans import PLANS, assert_dense_under_plan, dense_under_plan, random_streams
@@ -213,11 +214,12 @@ def test_a_run_builds_its_models_with_the_kernel_it_logs(
         device=DeviceConfig(attention=AttentionKernel(attention)),
         precision=PrecisionConfig(dtype=Dtype(dtype)),
     )
-    arch, state = read_architecture(model), mock.create_autospec(ParallelState)
+    arch, source = read_architecture(model), model_source(config.model)
+    session = Session(config, mock.create_autospec(ParallelState), device, source, arch, source, arch)
     monkeypatch.setattr(megadpo.setup.models, "load_model", mock.create_autospec(load_model))
-    load_starting_model(config, model_source(config.model), arch, state, device)
+    load_starting_model(session)
     options = megadpo.setup.models.load_model.call_args.args[-1]
     assert options.attention == kernel
     with caplog.at_level(logging.INFO):
-        log_attention(config, arch, device)
+        log_attention(session)
     assert [record.getMessage() for record in caplog.records] == [line]

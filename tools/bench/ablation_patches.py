@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.policy import ResponseHead
 from megadpo.reference import CachedReference, Reference
 from megadpo.setup.models import build_reference
+from megadpo.setup.session import Session
 
 LogProbsOfPairs = dict[int, tuple[float, float]]
 
@@ -115,7 +117,7 @@ class ReferenceTap:
     def patches(self) -> Sequence[AbstractContextManager[Any]]:
         """Has the run build its reference through here."""
         return [
-            mock.patch("megadpo.commands.train.TrainingData", self._training_data),
+            mock.patch("megadpo.setup.datasets.TrainingData", self._training_data),
             mock.patch("megadpo.commands.train.build_reference", self._build),
         ]
 
@@ -123,9 +125,8 @@ class ReferenceTap:
         self._data = TrainingData(*args, **kwargs)
         return self._data
 
-    def _build(self, *args: Any, **kwargs: Any) -> Reference:
-        *_, device = args
-        live = _Live(build_reference(*args, **kwargs), self)
+    def _build(self, session: Session, checkpoint: Path | None) -> Reference:
+        live = _Live(build_reference(session, checkpoint), self)
         if not self.cached:
             return live
         assert self._data is not None
@@ -133,7 +134,7 @@ class ReferenceTap:
             live.log_probs(self._data.batch_after(step))
         self.write_down()
         rows = np.array(list(self.values.values()), np.float64)
-        return CachedReference(list(self.values), rows, is_last_stage=True, torch_device=device.torch_device)
+        return CachedReference(list(self.values), rows, is_last_stage=True, torch_device=session.device.torch_device)
 
     def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
         """Remembers a step's numbers, which stay on their device; stages without a head have none."""
@@ -161,6 +162,14 @@ class _Live:
     def prepare(self) -> None:
         """As the reference behind it."""
         self.inner.prepare()
+
+    def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
+        """As the reference behind it."""
+        self.inner.follow(policy, mix)
+
+    def saved(self) -> AbstractContextManager[Sequence[torch.nn.Module]]:
+        """Those of the reference behind it."""
+        return self.inner.saved()
 
     def device_bytes(self) -> int:
         """Those of the reference behind it."""

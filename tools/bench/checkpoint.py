@@ -29,10 +29,11 @@ from bench.peak_child import PeakCase, Training, case_of_sizes, seconds_of
 from megadpo.checkpoint.description import Progress, RunIdentity
 from megadpo.checkpoint.directory import Retention
 from megadpo.checkpoint.saver import CheckpointSaver
+from megadpo.health.watchdog import HangWatchdog
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.runtime.rank_logging import configure_logging, silence_libraries
-from megadpo.train.trainer import startup_kept
+from megadpo.train.trainer import startup_objects_frozen
 
 _TIMEOUT_S = 600.0
 # What a save beside the training may keep it waiting for, of one that is waited for.
@@ -94,11 +95,13 @@ def _measure(case: PeakCase, scratch: Path, saves: int) -> Costs:
                 dtype=torch.float32,
                 retention=Retention(last=1),
                 asynchronous=kind == "beside",
+                resumed_from=None,
+                watchdog=HangWatchdog(None, rank=0, world=1, patience_s=_TIMEOUT_S),
             )
             for kind in ("waited", "beside")
         }
         costs = Costs()
-        with startup_kept():  # as in a run
+        with startup_objects_frozen():  # as in a run
             _take_turns(training, savers, saves, costs)
         return costs
 

@@ -95,7 +95,7 @@ def run(job: Job, link: Link) -> None:
         gate = Gate(job, link, tap, stack.enter_context(LiveBytes()) if job.count_tensors else None)
         for patch in (*tap.patches(), *patches(ablation)):
             stack.enter_context(patch)
-        stack.enter_context(mock.patch("megadpo.setup.run_loop.train_step", gate.train_step))
+        stack.enter_context(mock.patch("megadpo.train.trainer.train_step", gate.train_step))
         run_training(config)
 
 
