@@ -110,7 +110,7 @@ class DataConfig:
     """YYYY-MM-DD that chat templates receive as today's date. Null: the day of the first start, kept on resuming."""
 
     cache_dir: str | None = None
-    """Directory of tokenized pairs, found again by content; runs may share it, all ranks see it. Null: RUN_DIR/tokens."""
+    """Directory of tokenized pairs found by content; all ranks must see it, runs may share it. Null: RUN_DIR/tokens."""
 
     workers: int | None = None
     """Processes that tokenize large sets, >= 1. Null: one for each CPU of rank 0's machine, at most 32."""
@@ -356,7 +356,7 @@ class TrainConfig:
     """Skipped updates in a row, >= 1, after which the run saves and stops. Updates that are not finite are skipped."""
 
     check_ranks_every: int | None = 100
-    """Updates between comparisons of weights that ranks share, >= 1; also at the start and before saving. Null: never."""
+    """Updates between comparisons of weights that ranks share, >= 1; also at start and before saving. Null: never."""
 
     max_hours: float | None = None
     """Hours, > 0, after which a launch saves and ends with status 75, ready to be resumed. Null: no limit.

@@ -168,6 +168,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert 'href="configuration.html"' in start and "demo.png" in start
     assert "fonts.googleapis" not in start
     assert "megadpo/config/schema.py" in (tmp_path / "configuration.html").read_text(encoding="utf-8")
+    for page in PAGES:  # the site's Markdown is stricter about tables and lists than a forge's
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        html = (tmp_path / site.ROOT_PAGES.get(page.name, page.name)).with_suffix(".html").read_text(encoding="utf-8")
+        article = html[html.index("<article") : html.index("</article")]
+        assert article.count("<table>") == len(re.findall(r"^ *\|[-|: ]+\|$", text, re.MULTILINE)), page.name
+        assert article.count("<li>") == len(re.findall(r"^ *(?:[-*]|\d+\.) ", text, re.MULTILINE)), page.name
 
 
 # The checks themselves
