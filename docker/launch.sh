@@ -12,7 +12,7 @@
 #   NODE_ADDRESS    address of this machine for the others, where its host name is not one
 #   JOIN_TIMEOUT_S  seconds to wait for the other machines (900)
 #   MAX_RESTARTS    how often all ranks are started again when one has failed (0); needs train.resume=auto
-#   SAVE_WITHIN_S   seconds that ranks have to save when torchrun is told to stop, before they are killed (600)
+#   SAVE_WITHIN_S   seconds that ranks have to save when torchrun is stopped by a signal, before they are killed (600)
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -23,22 +23,22 @@ node_rank="${NODE_RANK:-${SLURM_NODEID:?"set NODE_RANK to this machine's number,
 tool="${1:?"name the tool to run, such as tools/train.py; $usage"}"
 shift
 wait_s="${JOIN_TIMEOUT_S:-900}"
-# Said, not guessed from host names: a wrong guess leaves every machine waiting for another one to be the host.
+# Not guessed from host names: after a wrong guess every machine would wait for another one to be the host.
 is_host=false
 if [[ "$node_rank" == 0 ]]; then is_host=true; fi
 
-# With one queue to the GPU kernels start in the order of their launch; Megatron's overlap of tensor-parallel
-# communication with matrix products builds on that.
+# With one queue to the GPU, kernels start in the order of their launch; Megatron's overlap of tensor-parallel
+# communication with matrix products relies on that order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # NCCL names its version and what goes wrong, nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# torchrun keeps its store over a restart, and the new ranks would look for the old ones at the addresses in there. With
-# this rank 0 keeps a new one each time.
+# torchrun keeps its store over a restart, and the new ranks would use the addresses of the old ones in it. With this
+# variable rank 0 creates a new store each time.
 restarts="${MAX_RESTARTS:-${PET_MAX_RESTARTS:-0}}"
 if [[ "$restarts" != 0 ]]; then export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; fi
 
-# Torchrun passes these on to the ranks, which save and end. Older ones know neither: they pass SIGTERM on, and kill
-# after 30 seconds.
+# Torchrun forwards these to the ranks, which save and end. Older versions support neither variable: they forward
+# SIGTERM only, and kill after 30 seconds.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SAVE_WITHIN_S:-600}"
 

@@ -6,5 +6,5 @@ FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 WORKDIR /opt/megadpo
 COPY . .
 RUN docker/install.sh
-# A mistake in the installation shows here rather than on a cluster; neither should need a GPU.
+# A mistake in the installation appears here rather than on a cluster; neither command should need a GPU.
 RUN python tools/train.py --help && python -c "import megadpo.commands.train"

@@ -4,7 +4,7 @@
     python tools/make_demo.py run        prepare, train and report, one after the other
     python tools/make_demo.py prepare    outputs/demo/model and outputs/demo/data; no network
     python tools/make_demo.py train      the real command, tensor parallel 2 × pipeline parallel 2, to outputs/demo/run
-    python tools/make_demo.py report     before and after, on held-out pairs, with plain transformers
+    python tools/make_demo.py report     before and after, on held-out pairs, with plain transformers; the run's curves
 
 `train` and `run` pass further arguments on to tools/train.py, e.g. `train loss.beta=0.1 parallel.pipeline=1`.
 """
@@ -83,6 +83,7 @@ def report(root: Path) -> None:
     require(root / "model", "prepare")
     require(root / "run" / "hf", "train")
     from demo import measure
+    from inspection.curves import draw_curves
 
     beta = float(yaml.safe_load((root / "run" / "config.yaml").read_text(encoding="utf-8"))["loss"]["beta"])
     pairs = corpus.read_jsonl(root / "data" / "heldout.jsonl")
@@ -94,8 +95,9 @@ def report(root: Path) -> None:
     for pair, old, new in list(zip(pairs, before.answers, after.answers, strict=False))[:SHOWN_PROMPTS]:
         console.print(f"[bold]{pair['prompt'][0]['content']}[/bold]\n  before: {old}\n  after:  {new}", highlight=False)
     run = root / "run"
-    places = (("run directory", run), ("metrics", run / "metrics.jsonl"), ("TensorBoard", run / "tensorboard"))
-    for name, path in (*places, ("exported model", run / "hf")):
+    draw_curves(run / "metrics.jsonl", root / "curves.png", title=f"make demo: {RANKS} CPU ranks, β = {beta:g}")
+    places = (("run directory", run), ("metrics", run / "metrics.jsonl"), ("curves", root / "curves.png"))
+    for name, path in (*places, ("TensorBoard", run / "tensorboard"), ("exported model", run / "hf")):
         console.print(f"{name:>15}: {shown(path)}", highlight=False)
     shortfalls = find_shortfalls(before.logps.accuracy, after.logps.accuracy)
     if shortfalls:

@@ -45,7 +45,7 @@ class ModelConfig:
     """
 
     hf_path: str | None = None
-    """Hugging Face directory (config.json, tokenizer, safetensors) of the starting weights. Has no sensible default."""
+    """Hugging Face directory (config.json, tokenizer, safetensors) of the starting weights; or give `checkpoint`."""
 
     checkpoint: str | None = None
     """Megatron checkpoint to start from instead: an imported one, one step of a run, or a run (its latest step)."""
@@ -107,10 +107,10 @@ class DataConfig:
     """What happens to rows that cannot be used. Stopping is the default: a mistake in the data is seldom alone."""
 
     template_date: str | None = None
-    """YYYY-MM-DD that chat templates are told as today's date. Null: the day the run first starts, kept on resuming."""
+    """YYYY-MM-DD that chat templates receive as today's date. Null: the day of the first start, kept on resuming."""
 
     cache_dir: str | None = None
-    """Directory of tokenized pairs, found again by content; all ranks must see it. Null: RUN_DIR/tokens."""
+    """Directory of tokenized pairs found by content; all ranks must see it, runs may share it. Null: RUN_DIR/tokens."""
 
     workers: int | None = None
     """Processes that tokenize large sets, >= 1. Null: one for each CPU of rank 0's machine, at most 32."""
@@ -167,27 +167,27 @@ class ParallelConfig:
         return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     timeout_s: float = 1800.0
-    """Seconds that all ranks may stand still, > 0; then the run ends, and tells where all are.
+    """Seconds without progress on any rank, > 0, after which the run ends and logs the position of every rank.
 
-    More than an update, or the copy of what a checkpoint holds to the host, takes. A save may take longer while its
-    files grow; what the machine has not put on disk by their ends must be there within these seconds.
+    Must exceed the time of an update and of copying a checkpoint to the host. A save may take longer as long as its
+    files grow; data still in the system's write cache at that point must reach the disk within this time.
     """
 
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
-    """The loss of a pair. Which of its keys a loss reads is in `loss_table.py`; others must keep their defaults."""
+    """The loss of a pair. docs/numerics.md lists the keys that each loss reads; others must keep their defaults."""
 
     name: list[LossName] = field(default_factory=lambda: [LossName.sigmoid])
     """The loss, or several that are added up. Sigmoid is DPO as published."""
 
     weights: list[float] | None = None
-    """What each loss of `name` counts in the sum, > 0. Null: 1 each, as in TRL."""
+    """Weight of each loss of `name` in the sum, > 0. Null: 1 each, as in TRL."""
 
     beta: float = 0.1
     """Strength of the pull towards the reference (per nat), > 0. The value of the DPO paper and of TRL.
 
-    SimPO's paper uses 2 and more. ORPO's is the weight of the odds ratio, which its paper calls lambda.
+    SimPO's paper uses 2 and more. With ORPO it is the weight of the odds ratio, lambda in its paper.
     """
 
     label_smoothing: float = 0.0
@@ -209,7 +209,7 @@ class LossConfig:
     """The alpha of f_divergence=alpha, in (0, 1): 0 would be forward KL, 1 reverse KL. TRL's value."""
 
     ld_alpha: float | None = None
-    """What tokens beyond the length of a pair's shorter response count, in [0, 1) (LD-DPO). Null: as all others, 1."""
+    """Weight of tokens beyond the length of a pair's shorter response, in [0, 1) (LD-DPO). Null: 1, as all others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,8 +217,7 @@ class ReferenceConfig:
     """The model whose log-probs the policy is compared with."""
 
     mode: ReferenceMode = ReferenceMode.resident
-    """Where the reference's numbers come from; see docs/reference.md. Resident, because it asks for nothing but memory.
-    """
+    """Source of the reference's log-probs; see docs/reference.md. Resident, because it needs nothing but memory."""
 
     hf_path: str | None = None
     """Hugging Face directory of the reference. Null: the starting policy, as DPO defines it."""
@@ -244,9 +243,10 @@ class PrecisionConfig:
     """Modules of the layers. auto is settled when a run starts: its config.yaml holds what was chosen."""
 
     fp8: Fp8Recipe | None = None
-    """Quantise the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none.
+    """Recipe that quantises the layers' matrix products, of policy and reference alike; see docs/fp8.md. Null: none.
 
     `delayed`, and with it the two keys about its history, needs a run without a reference (reference.mode=none).
+    A recipe defines which values share a scale.
     """
 
     fp8_backend: Fp8Backend = Fp8Backend.transformer_engine
@@ -353,16 +353,16 @@ class TrainConfig:
     """Updates between checkpoints, >= 1. Null: at the end only."""
 
     max_bad_steps: int = 3
-    """Skipped updates in a row at which the run saves and stops, >= 1. What is not finite in loss or gradient skips."""
+    """Skipped updates in a row, >= 1, after which the run saves and stops. Updates that are not finite are skipped."""
 
     check_ranks_every: int | None = 100
-    """Updates between comparisons of the weights that ranks hold in common, >= 1; before saving too. Null: never."""
+    """Updates between comparisons of weights that ranks share, >= 1; also at start and before saving. Null: never."""
 
     max_hours: float | None = None
-    """Hours, > 0, after which a launch saves and ends with status 75, to be gone on with. Null: no limit.
+    """Hours, > 0, after which a launch saves and ends with status 75, ready to be resumed. Null: no limit.
 
-    They count from the start of torchrun on rank 0's machine, over restarts of its ranks; a round as long as the
-    longest so far and a save still fit in.
+    They count from the start of torchrun on rank 0's machine, including restarts of its ranks. It stops while another
+    round as long as the longest so far (an update, with an evaluation if one was due) and a save still fit in.
     """
 
     run_dir: str | None = None
@@ -375,7 +375,7 @@ class TrainConfig:
     """auto: newest valid checkpoint of run_dir, or a fresh start; never: run_dir must be empty; or a directory."""
 
     resume_changes: list[ResumeChange] = field(default_factory=list)
-    """What is meant to differ from the run that is continued; any other such difference is refused."""
+    """Differences from the resumed run that are intended; any other such difference is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -383,7 +383,7 @@ class CheckpointConfig:
     """Checkpoints of a run."""
 
     keep_last: int = 2
-    """Newest checkpoints kept, >= 1. Two, so that one is whole while the other is found to be damaged."""
+    """Newest checkpoints kept, >= 1. Two, so that an intact one is left when the newest turns out to be damaged."""
 
     keep_every: int | None = None
     """Checkpoints of steps that this divides are kept as well, >= 1. Null: none."""
@@ -391,7 +391,7 @@ class CheckpointConfig:
     keep_best: str | None = None
     """Metric of evaluations, as eval/loss or eval/rewards/accuracies: the best one's checkpoint is kept as well.
 
-    A checkpoint that a stop has made is judged where an evaluation was due, once the run that goes on has made it.
+    A checkpoint saved by a stop is judged only if an evaluation was due, after the resumed run has made it.
     """
 
     async_save: bool = True
@@ -400,7 +400,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DeviceConfig:
-    """What computes."""
+    """The device and its attention kernel."""
 
     kind: DeviceKind = DeviceKind.auto
     """auto takes CUDA where there is one."""
@@ -414,24 +414,24 @@ class ClusterConfig:
     """The machines that are planned for; only tools/plan.py and train.dry_run read it."""
 
     gpus: int | None = None
-    """Cards in all, >= 1; tools/plan.py needs it, a dry run has its own ranks."""
+    """Total number of cards, >= 1; tools/plan.py requires it, a dry run counts its own ranks."""
 
     gpu: str | None = None
     """Kind of GPU: a name in megadpo/runtime/gpus.py, or another with memory_gib. Null: the one a dry run is on."""
 
     gpus_per_node: int | None = None
-    """Cards that NVLink joins, >= 1: those of one machine. Null: 8, in a dry run the ranks of rank 0's machine."""
+    """Cards connected by NVLink, >= 1: those of one machine. Null: 8, in a dry run the ranks of rank 0's machine."""
 
     memory_gib: float | None = None
     """Memory of a card in GiB, > 0. Null: in a dry run on CUDA the device's, else the table's."""
 
     network_gb_per_s: float | None = None
-    """What the network carries for each card, one way, in 10**9 bytes a second, > 0. Null: the table's."""
+    """Network bandwidth per card in one direction, in 10**9 bytes a second, > 0. Null: the table's."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What tools/plan.py assumes of the pairs where no data are given."""
+    """Lengths of pairs that tools/plan.py assumes where no data are given."""
 
     prompt_tokens: int | None = None
     """Tokens of every prompt, >= 1. Null: a quarter of data.max_length."""

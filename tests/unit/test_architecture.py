@@ -43,6 +43,7 @@ HOMES = {
     "psutil": ["megadpo.setup.launch"],
     "pyarrow": ["megadpo.data.sources"],
     "matplotlib": ["tools.inspection", "tools.bench"],
+    "mkdocs": ["tools.docs"],
     "wandb": ["megadpo.metrics.trackers"],
     "tensorboard": ["megadpo.metrics.trackers"],
     "torch.utils.tensorboard": ["megadpo.metrics.trackers"],

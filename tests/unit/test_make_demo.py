@@ -131,11 +131,13 @@ def test_report_fails_when_nothing_was_learnt(prepared: Path, capsys: pytest.Cap
     run.mkdir()
     (run / "hf").symlink_to(prepared / "model")
     (run / "config.yaml").write_text("loss:\n  beta: 0.5\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.69}\n')
     with pytest.raises(SystemExit) as stopped:
         make_demo.report(prepared)
     assert isinstance(stopped.value.code, str) and "accuracy" in stopped.value.code
     printed = capsys.readouterr().out
-    assert "+0.000" in printed and "metrics.jsonl" in printed
+    assert "+0.000" in printed and "metrics.jsonl" in printed and "curves.png" in printed
+    assert (prepared / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_shortfalls() -> None:
