@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from demo import world
+from demo import corpus
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from demo.judge import Measured, Rewards
+    from demo.measure import Measured, Rewards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOT = REPOSITORY / "outputs" / "demo"
@@ -44,17 +44,17 @@ def prepare(
 ) -> None:
     """Writes root/data/{train,heldout}.jsonl and root/model, the same on every call; what was there is replaced."""
     shutil.rmtree(root, ignore_errors=True)
-    world.write_jsonl(root / "data" / "train.jsonl", world.make_pairs(train_pairs, seed=10, held_out=False))
-    world.write_jsonl(root / "data" / "heldout.jsonl", world.make_pairs(held_out, seed=11, held_out=True))
+    corpus.write_jsonl(root / "data" / "train.jsonl", corpus.make_pairs(train_pairs, seed=10, held_out=False))
+    corpus.write_jsonl(root / "data" / "heldout.jsonl", corpus.make_pairs(held_out, seed=11, held_out=True))
     console.print(f"{train_pairs} training pairs and {held_out} held-out pairs in {shown(root / 'data')}")
     console.print("loading torch and transformers …")
     # Imported here, for they take seconds: `train` does without them and the rest says first what it does
-    from demo import teach
+    from demo import pretrain
 
-    tokenizer = teach.build_tokenizer()
-    model = teach.build_model(tokenizer, seed=1)
-    teach.teach(model, tokenizer, steps=teach_steps, prompts_per_step=16, lr=2e-3, seed=1)
-    teach.save(model, tokenizer, root / "model")
+    tokenizer = pretrain.build_tokenizer()
+    model = pretrain.build_model(tokenizer, seed=1)
+    pretrain.teach(model, tokenizer, steps=teach_steps, prompts_per_step=16, lr=2e-3, seed=1)
+    pretrain.save(model, tokenizer, root / "model")
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, fp32, in {shown(root / 'model')}")
 
 
@@ -82,15 +82,15 @@ def report(root: Path) -> None:
     """Prints the before/after table of the held-out pairs; exits with status 1 if the demonstration fell short."""
     require(root / "model", "prepare")
     require(root / "run" / "hf", "train")
-    from demo import judge
+    from demo import measure
 
     beta = float(yaml.safe_load((root / "run" / "config.yaml").read_text(encoding="utf-8"))["loss"]["beta"])
-    pairs = world.read_jsonl(root / "data" / "heldout.jsonl")
+    pairs = corpus.read_jsonl(root / "data" / "heldout.jsonl")
     with console.status("measuring the starting model …"):
-        before = judge.measure(root / "model", pairs)
+        before = measure.measure(root / "model", pairs)
     with console.status("measuring the trained model …"):
-        after = judge.measure(root / "run" / "hf", pairs)
-    console.print(results_table(before, after, judge.rewards(after.logps, before.logps, beta=beta), beta=beta))
+        after = measure.measure(root / "run" / "hf", pairs)
+    console.print(results_table(before, after, measure.rewards(after.logps, before.logps, beta=beta), beta=beta))
     for pair, old, new in list(zip(pairs, before.answers, after.answers, strict=False))[:SHOWN_PROMPTS]:
         console.print(f"[bold]{pair['prompt'][0]['content']}[/bold]\n  before: {old}\n  after:  {new}", highlight=False)
     run = root / "run"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megadpo.checkpoint.directory import list_checkpoints, read_training_state, step_of
-from tests.helpers.jobs import train
+from tests.helpers.jobs.logprob import train_and_measure_chunks
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
-from tests.helpers.logprob_jobs import train_and_measure_chunks
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import (
     assert_close_weights,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadpo.setup.program import described_program
-from tests.helpers.bad_jobs import Fault, Seen, start_with_another_program, train_with_faults
+from tests.helpers.jobs.bad import Fault, Seen, start_with_another_program, train_with_faults
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl

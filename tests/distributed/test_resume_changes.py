@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megadpo.checkpoint.directory import list_checkpoints, read_training_state
-from tests.helpers.fault_jobs import Outcome, Start, start_each
+from tests.helpers.jobs.fault import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import training_lines, write_jsonl

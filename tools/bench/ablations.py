@@ -1,4 +1,4 @@
-"""The program with parts of it taken back: which parts, row by row. `taken_back` says how."""
+"""The program with parts of it taken back: which parts, row by row. `ablation_patches` says how."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 
+from bench.ablation_patches import ReferenceTap, patches
 from bench.ablations import ABLATIONS, Ablation
 from bench.job import Job, Link, play
-from bench.taken_back import ReferenceTap, patches
 from megadpo.commands.command_line import check
 from megadpo.commands.train import run_training
 from megadpo.config.compose import compose_config

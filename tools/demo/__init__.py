@@ -1,1 +1,1 @@
-"""The demonstration: `world` (what the pairs say), `teach` (the starting policy), `judge` (before and after)."""
+"""The demonstration: `corpus` (what the pairs say), `pretrain` (the starting policy), `measure` (before and after)."""
