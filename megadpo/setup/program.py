@@ -25,9 +25,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def described_program() -> str:
-    """All versions, and the sha256 of all of megadpo's modules, as one line."""
-    root = Path(megadpo.__file__).parent
+def described_program(root: Path = Path(megadpo.__file__).parent) -> str:
+    """All versions, and the sha256 of all modules below `root`, megadpo's own, as one line."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")

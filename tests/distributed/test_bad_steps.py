@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.bad_jobs import Fault, Seen, train_with_faults
+from tests.helpers.jobs.bad import Fault, Seen, train_with_faults
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_bit_equal, metrics, training_lines, write_jsonl

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadpo.checkpoint.manifest import write_manifest
-from tests.helpers.conversion_jobs import compare, export_hf, import_hf, import_hf_without_room
 from tests.helpers.hostile import HOSTILE
-from tests.helpers.jobs import train, train_while_a_directory_vanishes
+from tests.helpers.jobs.conversion import compare, export_hf, import_hf, import_hf_without_room
+from tests.helpers.jobs.training import train, train_while_a_directory_vanishes
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_trajectory, write_jsonl

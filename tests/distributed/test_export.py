@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.conversion_jobs import score_pairs
-from tests.helpers.jobs import export_with_ranks_apart, train
+from tests.helpers.jobs.conversion import score_pairs
+from tests.helpers.jobs.training import export_with_ranks_apart, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import load_hf, pair_logps
 from tests.helpers.pairs import make_pairs

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.fp8_jobs import (
+from tests.helpers.jobs.fp8 import (
     Gates,
     gates,
     refusal_of_a_plain_reference,
     refusal_of_layers_left_out,
     train_and_log,
 )
-from tests.helpers.jobs import train
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import metrics, numbers, training_lines, write_jsonl

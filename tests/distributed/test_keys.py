@@ -12,9 +12,9 @@ import torch
 
 from megadpo.checkpoint.description import read_training
 from megadpo.checkpoint.directory import list_checkpoints, step_of
-from tests.helpers.jobs import train
+from tests.helpers.jobs.logprob import train_and_measure_chunks
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
-from tests.helpers.logprob_jobs import train_and_measure_chunks
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import (
     assert_close_weights,

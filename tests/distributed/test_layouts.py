@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import train, train_with_a_skewed_reference
+from tests.helpers.jobs.training import train, train_with_a_skewed_reference
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_trajectory, training_lines, write_jsonl

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.jobs.loss import PAIRS, Cut, Found, Step, trials_of_every_loss
 from tests.helpers.launch import launch
 from tests.helpers.loss_cases import CASES
-from tests.helpers.loss_jobs import PAIRS, Cut, Found, Step, trials_of_every_loss
 from tests.helpers.tiny_models import write_tiny_model
 
 ALL, HALVES, SINGLY = Cut(10_000), Cut(290), Cut(1)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megadpo.models.options import Recompute
-from tests.helpers.jobs import main_weights_apart, train
+from tests.helpers.jobs.memory import kept_for_backward, train_pretending, train_watching_exchanges
+from tests.helpers.jobs.training import main_weights_apart, train
 from tests.helpers.launch import launch
-from tests.helpers.memory_jobs import kept_for_backward, train_pretending, train_watching_exchanges
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_evaluations, assert_same_trajectory, training_lines, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megadpo.reference.key import NUMERICS_VERSION
 from megadpo.reference.store import _RECORD
-from tests.helpers.fault_jobs import Start, start_each
+from tests.helpers.jobs.fault import Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl

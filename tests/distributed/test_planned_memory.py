@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megadpo.planner import make_plan
+from tests.helpers.jobs.planning import dry_run, end_left_world, measured_peak
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
-from tests.helpers.planning_jobs import dry_run, end_left_world, measured_peak
 from tests.helpers.runs import write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import megadpo
 from megadpo.setup.program import described_program
-from tests.helpers.bad_jobs import Fault, Seen, start_with_another_program, train_with_faults
+from tests.helpers.jobs.bad import Fault, Seen, start_with_another_program, train_with_faults
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import write_jsonl
@@ -96,7 +98,15 @@ def test_another_program_is_refused_at_the_start(words: list[str], tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_program_is_described_by_its_files_and_versions() -> None:
+def test_a_program_is_described_by_its_files_and_versions(tmp_path: Path) -> None:
     described = described_program()
     assert described == described_program()
     assert f"torch {torch.__version__}" in described and re.search(r"files [0-9a-f]{16}$", described)
+    copy = shutil.copytree(Path(megadpo.__file__).parent, tmp_path / "megadpo")
+    assert described_program(copy) == described, "all of the package's files are described, wherever it is installed"
+    changed = copy / "train" / "train_step.py"
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    other = described_program(copy)
+    assert other != described
+    changed.rename(changed.with_name("renamed.py"))
+    assert described_program(copy) not in (described, other)

@@ -17,16 +17,16 @@ from megadpo.reference.key import _checksum as checksum_of
 from megadpo.reference.key import _identity as identity_of
 from megadpo.reference.key import read_key
 from megadpo.reference.store import _RECORD, open_store
-from tests.helpers.conversion_jobs import export_hf, score_and_die, score_pairs
-from tests.helpers.fault_jobs import Start, start_each
-from tests.helpers.jobs import train
-from tests.helpers.launch import launch
-from tests.helpers.pairs import make_pairs
-from tests.helpers.reference_jobs import (
+from tests.helpers.jobs.conversion import export_hf, score_and_die, score_pairs
+from tests.helpers.jobs.fault import Start, start_each
+from tests.helpers.jobs.reference import (
     die_while_filling,
     read_checkpoint,
     train_and_watch,
 )
+from tests.helpers.jobs.training import train
+from tests.helpers.launch import launch
+from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import (
     assert_bit_equal,
     assert_same_trajectory,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.jobs import train
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import (

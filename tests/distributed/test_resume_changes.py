@@ -9,7 +9,7 @@ import pytest
 
 from megadpo.checkpoint.description import read_training
 from megadpo.checkpoint.directory import list_checkpoints
-from tests.helpers.fault_jobs import Outcome, Start, start_each
+from tests.helpers.jobs.fault import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import training_lines, write_jsonl

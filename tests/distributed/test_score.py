@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megadpo.commands.score_summary import Buckets
-from tests.helpers.conversion_jobs import (
+from tests.helpers.jobs.conversion import (
     export_hf,
     import_hf,
     refused_scorings,

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as a b
 
 from bench.conversion import write_random_model
 
-from tests.helpers.conversion_jobs import (
+from tests.helpers.jobs.conversion import (
     differing_parameters,
     import_by_building_the_model,
     import_hf,
@@ -24,7 +24,7 @@ from tests.helpers.conversion_jobs import (
     peaks_of_conversions,
     refusals,
 )
-from tests.helpers.jobs import compare_checkpoints
+from tests.helpers.jobs.training import compare_checkpoints
 from tests.helpers.launch import launch
 from tests.helpers.tiny_models import write_tiny_model
 

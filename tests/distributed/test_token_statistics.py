@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.jobs import train
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.naive import load_hf
 from tests.helpers.pairs import make_pairs

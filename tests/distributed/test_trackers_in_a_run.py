@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.helpers.jobs import train_in_environment
+from tests.helpers.jobs.training import train_in_environment
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import metrics, write_jsonl

@@ -1,7 +1,7 @@
 """Layers of Transformer Engine compute what the native ones do, from and into the same checkpoints and files.
 
-Transformer Engine is a stand-in that computes in plain torch (tests/helpers/te_stand_in): what is shown is which layers
-are built, what they are called with, and where weights and optimizer state go.
+Transformer Engine is a stand-in that computes in plain torch (tests/helpers/stand_ins/te): what is shown is which
+layers are built, what they are called with, and where weights and optimizer state go.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.helpers.fault_jobs import Start
-from tests.helpers.jobs import compare_checkpoints, train
+from tests.helpers.jobs.fault import Start
+from tests.helpers.jobs.te import STAND_IN, Served, start_and_score
+from tests.helpers.jobs.training import compare_checkpoints, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import pair_logps
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_same_trajectory, training_lines, write_jsonl
-from tests.helpers.te_jobs import STAND_IN, Served, start_and_score
 from tests.helpers.tiny_models import write_tiny_model
 from tests.helpers.tokenized import tokenized_pairs
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.faults import data_cases, hostile_cases, model_cases, settings_cases
-from tests.faults.accepted_cases import ACCEPTED, OTHER_ROWS, SAME_ROWS, skipping
-from tests.faults.cases import Base, Case, row
-from tests.helpers.fault_jobs import Outcome, Start, start_each
+from tests.faults.cases import data, hostile, model, settings
+from tests.faults.cases.accepted import ACCEPTED, OTHER_ROWS, SAME_ROWS, skipping
+from tests.faults.cases.case import Base, Case, row
+from tests.helpers.jobs.fault import Outcome, Start, start_each
 from tests.helpers.launch import launch
 from tests.helpers.tiny_models import write_tiny_model
 
-_ALL = [*data_cases.CASES, *model_cases.CASES, *hostile_cases.CASES, *settings_cases.CASES]
+_ALL = [*data.CASES, *model.CASES, *hostile.CASES, *settings.CASES]
 CASES = {case.name: case for case in _ALL}
 SKIPPABLE = [case for case in CASES.values() if case.skippable]
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"

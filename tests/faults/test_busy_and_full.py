@@ -17,13 +17,9 @@ import pytest
 
 from megadpo.checkpoint.directory import list_checkpoints
 from megadpo.checkpoint.manifest import find_damage
-from tests.helpers.jobs import train
-from tests.helpers.launch import launch, start_ranks
-from tests.helpers.pairs import make_pairs
-from tests.helpers.runs import assert_bit_equal, write_jsonl
-from tests.helpers.saving_jobs import save_on_a_slow_disk
-from tests.helpers.tiny_models import write_tiny_model
-from tests.helpers.trouble_jobs import (
+from tests.helpers.jobs.saving import save_on_a_slow_disk
+from tests.helpers.jobs.training import train
+from tests.helpers.jobs.trouble import (
     ALONE,
     train_on_a_disk_that_rank_0_finds_full,
     train_on_a_slow_disk,
@@ -31,6 +27,10 @@ from tests.helpers.trouble_jobs import (
     train_with_room,
     train_without_end,
 )
+from tests.helpers.launch import launch, start_ranks
+from tests.helpers.pairs import make_pairs
+from tests.helpers.runs import assert_bit_equal, write_jsonl
+from tests.helpers.tiny_models import write_tiny_model
 
 DAY_S = 86_400.0
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.damage import DAMAGES, Damage
-from tests.helpers.fault_jobs import MeetingPlaces, Outcome, Start, export_each, start_each
+from tests.faults.cases.damage import DAMAGES, Damage
+from tests.helpers.jobs.fault import MeetingPlaces, Outcome, Start, export_each, start_each
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import exported_weights, metrics, numbers, write_jsonl

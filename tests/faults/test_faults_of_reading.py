@@ -18,10 +18,10 @@ from torch.distributed.checkpoint import CheckpointException
 from megadpo.checkpoint.manifest import MANIFEST, DamageKind, find_damage
 from megadpo.checkpoint.state import readable
 from megadpo.errors import CheckpointError
-from tests.helpers import loading_jobs
-from tests.helpers.jobs import train
+from tests.helpers.jobs import loading as loading_jobs
+from tests.helpers.jobs.loading import train_and_die_loading, train_and_hear, train_unable_to_read
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch, start_ranks
-from tests.helpers.loading_jobs import train_and_die_loading, train_and_hear, train_unable_to_read
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import metrics, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model

@@ -12,9 +12,9 @@ from megadpo.commands.command_line import check
 from megadpo.config.compose import compose_config, config_from_yaml, config_to_yaml, known_keys
 from megadpo.config.schema import Config
 from megadpo.errors import ConfigError
-from tests.faults.cases import row
+from tests.faults.cases.case import row
 from tests.helpers.tiny_models import write_tiny_model
-from tests.unit.test_config import KEYS
+from tests.unit.config.test_validation import KEYS
 
 LAUNCHES = 450
 SECONDS = 20.0

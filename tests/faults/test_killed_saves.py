@@ -1,7 +1,7 @@
 """kill -9 in the middle of saving: at random moments, and before each single change of files that a save makes.
 
 After every kill the next process finds a newest checkpoint that is whole and holds bit for bit what belongs to its
-step: `saving_jobs` checks it, and every start here is one that follows a kill.
+step: `tests.helpers.jobs.saving` checks it, and every start here is one that follows a kill.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import psutil
 
 from megadpo.checkpoint.directory import find_checkpoint, list_checkpoints, step_directories, step_directory, step_of
 from megadpo.checkpoint.manifest import find_damage
+from tests.helpers.jobs.saving import KEPT, save_until_killed
 from tests.helpers.launch import CONTEXT, Rank, start_ranks
-from tests.helpers.saving_jobs import KEPT, save_until_killed
 
 # A process that may be saving; longer than any save here, with other processes on the machine.
 PATIENCE_S = 60.0

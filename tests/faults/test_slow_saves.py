@@ -12,10 +12,7 @@ from megadpo.checkpoint.directory import list_checkpoints
 from megadpo.checkpoint.manifest import find_damage
 from megadpo.health.watchdog import STUCK
 from megadpo.runtime.device import host_copy
-from tests.helpers.launch import launch, start_ranks
-from tests.helpers.pairs import make_pairs
-from tests.helpers.runs import write_jsonl
-from tests.helpers.slow_disk_jobs import (
+from tests.helpers.jobs.slow_disk import (
     collects_garbage_while_writing,
     end_beside_a_removal_without_end,
     save_beside_a_slow_removal,
@@ -24,6 +21,9 @@ from tests.helpers.slow_disk_jobs import (
     train_while_rank_1_does_not_write,
     train_while_rank_1_writes_slowly,
 )
+from tests.helpers.launch import launch, start_ranks
+from tests.helpers.pairs import make_pairs
+from tests.helpers.runs import write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
 
 # Who stands still for so long is ended 4 seconds later: a slow save takes longer than both.

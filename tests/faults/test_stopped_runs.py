@@ -14,11 +14,11 @@ import pytest
 
 from megadpo.checkpoint.description import metrics_of
 from megadpo.checkpoint.directory import list_checkpoints, step_of
-from tests.helpers.jobs import train
+from tests.helpers.jobs.stopping import Told, train_and_stop, train_beside_a_slow_rank
+from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_bit_equal, metrics, write_jsonl
-from tests.helpers.stopping_jobs import Told, train_and_stop, train_beside_a_slow_rank
 from tests.helpers.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.jobs import score_and_export, train
+from tests.helpers.jobs.training import score_and_export, train
 from tests.helpers.launch import launch
 from tests.helpers.naive import pair_logps
 from tests.helpers.pairs import make_pairs

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from tests.helpers.fused_adam_installed import fused_adam_installed
+from tests.helpers.stand_ins.fused_adam_installed import fused_adam_installed
 
 
 class _HostTensor(torch.Tensor):

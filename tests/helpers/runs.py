@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.jobs import compare_checkpoints
+from tests.helpers.jobs.training import compare_checkpoints
 from tests.helpers.launch import launch
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.jobs import score_and_export
+from tests.helpers.jobs.training import score_and_export
 from tests.helpers.launch import launch
 from tests.helpers.naive import pair_logps
 from tests.helpers.pairs import make_pairs

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "helpers" / "te_stand_in" / "transformer_engine"
+PACKAGE = Path(__file__).parents[1] / "helpers" / "stand_ins" / "te" / "transformer_engine"
 CALLABLES = [
     "pytorch.Linear.__init__",
     "pytorch.Linear.forward",

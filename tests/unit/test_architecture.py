@@ -1,6 +1,6 @@
 """The house stands: imports point down only, third-party packages stay in their rooms, torch.cuda in one file.
 
-The checks read the syntax trees of megadpo/ and tools/ and run nothing.
+Unit tests lie in the rooms of what they test. The checks read syntax trees and names of files, and run nothing.
 """
 
 from __future__ import annotations
@@ -150,6 +150,18 @@ def cycle(modules: dict[str, str]) -> list[str]:
     return []
 
 
+def misplaced_tests(root: Path) -> Iterator[str]:
+    """Test files of the rooms' unit tests that no module of megadpo at the same place has given its name."""
+    unit = root / "tests" / "unit"
+    for path in sorted(unit.rglob("test_*.py")):
+        room = path.relative_to(unit).parent
+        name = path.stem.removeprefix("test_")
+        modules = [module.stem for module in (root / "megadpo" / room).glob("*.py")]
+        mirrors = any(name == module or name.startswith(f"{module}_") for module in modules)
+        if room != Path("tools") and path != Path(__file__) and not mirrors:
+            yield str(path.relative_to(root))
+
+
 # The house as it is
 
 
@@ -172,6 +184,11 @@ def test_packages_stay_in_their_rooms() -> None:
 def test_pure_modules_import_torch_only() -> None:
     assert all(any(within(module, pure) for module in sources()) for pure in PURE)
     assert list(impurities(sources())) == []
+
+
+def test_unit_tests_lie_where_their_module_lies() -> None:
+    """megadpo/loss/logprobs.py is tested in tests/unit/loss/test_logprobs.py, and may be in test_logprobs_memory.py."""
+    assert list(misplaced_tests(ROOT)) == []
 
 
 # The checks themselves
@@ -223,6 +240,13 @@ def test_a_cycle_is_found() -> None:
         "megadpo.metrics.reduction": "import megadpo.loss.preference",
     }
     assert set(cycle(modules)) == set(modules)
+
+
+def test_a_misplaced_test_is_found(tmp_path: Path) -> None:
+    for file in ("megadpo/loss/logprobs.py", "tests/unit/loss/test_logprobs.py", "tests/unit/data/test_logprobs.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert list(misplaced_tests(tmp_path)) == ["tests/unit/data/test_logprobs.py"]
 
 
 def test_downward_imports_pass() -> None:
