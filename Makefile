@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-fast test-te soak lint format image-ngc image-cpu clean
+.PHONY: help venv demo docs test test-fast test-te soak compare lint format image-ngc image-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,11 +46,14 @@ test-te:  ## signatures and FP8 recipes of a real Transformer Engine; needs Pyth
 soak: $(STAMP)  ## kill a tiny training 200 times, resume it, compare; SOAK='--cycles 20 --seed 1' for others
 	$(BIN)/python -m tests.soak $(SOAK)
 
+compare: $(STAMP)  ## compare every number of tiny runs at two commits: BASE=COMMIT [HEAD=COMMIT], else with what is here
+	$(BIN)/python -m tests.compare_commits $(BASE) $(HEAD)
+
 lint: $(STAMP)  ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*.sbatch tests/te/*.sh
+	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*.sbatch tests/fixtures/*.sh tests/te/*.sh
 	$(BIN)/hadolint docker/*.Dockerfile
 
 format: $(STAMP)  ## let ruff rewrite what it can
