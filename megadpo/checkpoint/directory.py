@@ -1,8 +1,8 @@
-"""What checkpoint directories say about themselves, and which one a path means. Plain files; no Megatron, no tensors.
+"""Checkpoint directories: their descriptions, and finding the one that a path means. Plain files, no tensors.
 
 A checkpoint is a directory with Megatron's distributed files, `hf/` (configuration and tokenizer) and a description:
 `training.json` when a run wrote it, `imported.json` when it was made from Hugging Face weights. `evaluation.json` may
-come later, where a run was stopped before it could evaluate what it saved; no manifest knows it.
+be added later, if a run was stopped before it could evaluate what it saved; it is not in the manifest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a checkpoint says about its run besides weights: everything else follows from step and pairs.
+    """The state of a run in a checkpoint, besides the weights; everything else follows from step and pairs.
 
     `pairs_consumed` counts the pairs that its updates have taken, those of every epoch. `data_digest` is a hash of the
     retained pairs' token ids; `vocab_size` is the model's, without padding; `reference` a fingerprint of the
@@ -57,9 +57,9 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which checkpoints of a run stay: the `last` newest, those of every `every`th step, the one with the best metric.
+    """Rules of the checkpoints to keep: the `last` newest, those of every `every`th step, the one with the best metric.
 
-    `best` is a key of `metrics_of`; a loss is best where it is least, anything else where it is most.
+    `best` is a key of `metrics_of`; of a loss the lowest value is best, of other metrics the highest.
     """
 
     last: int
@@ -67,7 +67,7 @@ class Retention:
     best: str | None = None
 
     def dropped(self, root: Path) -> list[Path]:
-        """Those under `root` that don't stay, oldest first."""
+        """The checkpoints under `root` that are not kept, oldest first."""
         found = list_checkpoints(root)
         kept = {*found[-self.last :], *self._best(found)}
         if self.every is not None:
@@ -77,7 +77,7 @@ class Retention:
     def _best(self, found: list[Path]) -> list[Path]:
         if self.best is None:
             return []
-        # A description that can't be read stops those who go on from there, not a run that gets on.
+        # A description that can't be read is an error for a resuming run, but not for one that is in progress.
         values = {path: metrics_of(path).get(self.best) for path in found if is_readable(path)}
         known = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
         choose = min if self.best.endswith("loss") else max
@@ -86,7 +86,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class ImportedModel:
-    """What an imported checkpoint says: the directory it was made from, and format and vocabulary of its weights."""
+    """The description of an imported checkpoint: the directory of its source, format and vocabulary of its weights."""
 
     source: str
     dtype: str
@@ -95,17 +95,17 @@ class ImportedModel:
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives under the run's checkpoint directory."""
+    """Path of the checkpoint of `step` under the run's checkpoint directory."""
     return root / f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint directory's name says."""
+    """The step in a checkpoint directory's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def step_directories(root: Path) -> list[Path]:
-    """Directories under `root` that have a checkpoint's name, oldest first."""
+    """Directories under `root` that are named like checkpoints, oldest first."""
     return sorted(p for p in root.iterdir() if _STEP_DIRECTORY.match(p.name)) if root.is_dir() else []
 
 
@@ -115,12 +115,12 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def is_trained(directory: Path) -> bool:
-    """Whether a run wrote this checkpoint, with the training state to go on from."""
+    """True if a run wrote this checkpoint, with a training state to resume from."""
     return (directory / TRAINED).is_file()
 
 
 def name_latest(checkpoint: Path) -> None:
-    """Has the run's `latest` name this checkpoint, where it does not yet."""
+    """Makes the run's `latest` name this checkpoint, unless it already does."""
     latest = checkpoint.with_name(LATEST)
     try:
         named = latest.read_text(encoding="utf-8", errors="replace").strip()
@@ -131,13 +131,13 @@ def name_latest(checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself; or of a run or its checkpoint directory, the one that `latest` names.
+    """Finds the checkpoint that `path` means: itself, or, for a run or its checkpoint directory, the one in `latest`.
 
-    Where there is no `latest`, the newest. One that names what isn't there is a CheckpointError.
+    Without a `latest` it is the newest. Raises CheckpointError if `latest` names one that does not exist.
     """
     try:
         return _find(path)
-    except OSError as error:  # of a path too long, or in a directory that is closed to this user
+    except OSError as error:  # the path is too long, or in a directory without permission
         raise CheckpointError(
             f"{error.filename}: can't be looked up ({error.strerror}): check the path and its permissions"
         ) from error
@@ -174,12 +174,12 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def read_training_state(directory: Path) -> TrainingState:
-    """The description that a run saved with a checkpoint."""
+    """Reads the description that a run saved with a checkpoint."""
     return _read(directory / TRAINED, TrainingState)
 
 
 def is_readable(directory: Path) -> bool:
-    """Whether a checkpoint's description of its run can be read."""
+    """True if a checkpoint's description of its run can be read."""
     try:
         read_training_state(directory)
     except CheckpointError:
@@ -188,9 +188,9 @@ def is_readable(directory: Path) -> bool:
 
 
 def metrics_of(checkpoint: Path) -> dict[str, float]:
-    """What an evaluation of a trained checkpoint's weights has found, before it was saved or after; {} without one.
+    """Metrics of an evaluation of a trained checkpoint's weights, before it was saved or after; {} without one.
 
-    One that came later and can't be read counts as none: it is made again, or decides nothing.
+    A later one that can't be read counts as none: it is made again, or has no influence.
     """
     before = read_training_state(checkpoint).metrics
     if before:
@@ -203,17 +203,17 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
 
 
 def keep_evaluation(checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    """Adds to a trained checkpoint what an evaluation has found that came after it was saved."""
+    """Adds the metrics of a later evaluation to a trained checkpoint."""
     write_durably(checkpoint / EVALUATED, json.dumps(metrics, indent=1) + "\n")
 
 
 def read_imported(directory: Path) -> ImportedModel:
-    """The description of an imported checkpoint."""
+    """Reads the description of an imported checkpoint."""
     return _read(directory / IMPORTED, ImportedModel)
 
 
 def stored_dtype(directory: Path) -> str:
-    """Format of a checkpoint's weights, one of WEIGHT_FORMATS."""
+    """The format of a checkpoint's weights, one of WEIGHT_FORMATS."""
     if is_trained(directory):
         path, said = directory / TRAINED, trained_setting(directory, "precision.dtype")
     else:
@@ -226,7 +226,7 @@ def stored_dtype(directory: Path) -> str:
 
 
 def stored_vocab_size(directory: Path) -> int:
-    """Entries of the vocabulary of a checkpoint's weights, without padding."""
+    """Vocabulary size of a checkpoint's weights, without padding."""
     return (read_training_state(directory) if is_trained(directory) else read_imported(directory)).vocab_size
 
 

@@ -1,4 +1,4 @@
-"""No reference at all, for losses of the policy's log-probs alone."""
+"""No reference, for losses that only use the policy's log-probs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadpo.forward_step import SequenceLogProbs
 
 
 class NoReference:
-    """Answers with zeros, which such losses don't look at."""
+    """Returns zeros, which such losses ignore."""
 
     chunks: Sequence[torch.nn.Module] = ()
 
@@ -23,7 +23,7 @@ class NoReference:
         """Does nothing."""
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Zeros for every pair of this rank's microbatches; [] on all but the last pipeline stage."""
+        """Zeros for every pair of this rank's microbatches; [] except on the last pipeline stage."""
         if not self.is_last_stage:
             return []
         zeros = [
@@ -33,5 +33,5 @@ class NoReference:
         return [SequenceLogProbs(*[zeros_B] * 4) for zeros_B in zeros]
 
     def device_bytes(self) -> int:
-        """None."""
+        """Zero."""
         return 0

@@ -12,10 +12,10 @@ from megadpo.forward_step import SequenceLogProbs, score
 
 
 class ResidentReference:
-    """Scores every batch with its own weights, on the policy's schedule and through the policy's forward path.
+    """Scores every batch with its own weights, by the policy's schedule and forward path.
 
-    The parameters keep `requires_grad`: for a weight that is frozen by the flag, torch takes another path through the
-    matrix product, and the reference would differ from an equal policy by rounding.
+    The parameters keep `requires_grad`: without it torch computes the matrix product differently, and the reference
+    would differ from an equal policy by rounding.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device) -> None:
@@ -23,21 +23,21 @@ class ResidentReference:
         self.torch_device = torch_device
 
     def prepare(self) -> None:
-        """Does nothing: everything is there."""
+        """Does nothing, since the weights are on the device."""
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Per-pair log-probs by a forward-only pass of the batch's schedule."""
+        """Log-probs per pair, by a forward-only pass of the batch's schedule."""
         with self.weights():
             return score(self.chunks, batch, torch_device=self.torch_device)
 
     def weights(self, *, change: bool = False) -> AbstractContextManager[None]:
-        """The weights are on the device for the duration of the context; with `change` what it makes of them stays."""
+        """Has the weights on the device for the duration of the context; with `change` changes to them are kept."""
         return nullcontext()
 
     def mix_in(self, policy: Sequence[torch.nn.Module], share: float) -> None:
-        """Moves each weight by `share` of its way to that of `policy`, chunks of the same architecture and layout.
+        """Moves each weight towards that of `policy` by `share` of the difference; the layouts must be the same.
 
-        TR-DPO's soft update (Gorbatovski et al. 2024, eq. 6), a hard one with share 1. Computed in fp32.
+        TR-DPO's soft update (Gorbatovski et al. 2024, eq. 6), a hard one for share 1. Computed in fp32.
         """
         with self.weights(change=True), torch.no_grad():
             theirs = (parameter for chunk in policy for parameter in chunk.parameters())
@@ -45,9 +45,9 @@ class ResidentReference:
                 parameter.copy_(torch.lerp(parameter.float(), target.float(), share))
 
     def device_bytes(self) -> int:
-        """Bytes of the parameters on the device."""
+        """Number of bytes of the parameters on the device."""
         return sum(parameter.untyped_storage().nbytes() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The parameters of all chunks, each once."""
+        """Yields the parameters of all chunks, without repetition."""
         return (parameter for chunk in self.chunks for parameter in chunk.parameters())
