@@ -1,4 +1,4 @@
-"""Every error that megadpo raises on purpose, and the redaction that keeps secrets out of messages and log lines.
+"""All errors that megadpo raises on purpose, and the redaction that keeps secrets out of messages and log lines.
 
 An error's message names the key, the value, the requirement and the remedy.
 """
@@ -11,28 +11,29 @@ from collections.abc import Sequence
 
 _LINES_SHOWN = 50
 _HIDDEN = "***"
-# User name, password or token of a URL. Looked for where a word begins only, or a long word would take a square.
-_LOGIN = re.compile(r"(?<![\w+.-])([\w+.-]*):(//?)([^/\s]+)@")
+# User name, password or token of a URL. Only searched from the beginning of a word: from every letter of a long word
+# the search would take quadratic time.
+_URL_LOGIN = re.compile(r"(?<![\w+.-])([\w+.-]*):(//?)([^/\s]+)@")
 _KEY = r"(?:access|account|api|auth|encryption|private|secret|shared|signing|subscription)[_-]?key"
-_SHAPES = (
+_SECRET_PATTERNS = (
     (
         re.compile(
             rf"(?i)([?&](?:[\w-]*(?:token|secret|password|signature|{_KEY})|(?:[\w-]*[_-])?sig|key)=)[^&\s'\"]+"
         ),
         rf"\1{_HIDDEN}",
     ),
-    # Hugging Face's own: 34 letters of both cases, sometimes digits.
+    # Hugging Face tokens: `hf_` and at least 30 letters of both cases and digits.
     (re.compile(r"\bhf_(?=[A-Z0-9]*[a-z])(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{30,}"), _HIDDEN),
 )
-_NAMES = re.compile(rf"(?i)(^|_)(token|secret|credentials?|pass|passphrase|pat|{_KEY})$|(password|passwd)$")
-_SHORTEST = 12
-# Line ends and tabs stay; a terminal would act on the rest.
+_SECRET_NAMES = re.compile(rf"(?i)(^|_)(token|secret|credentials?|pass|passphrase|pat|{_KEY})$|(password|passwd)$")
+_MIN_SECRET_LENGTH = 12
+# Control characters, on which a terminal would act, except line ends and tabs.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def listing(lines: Sequence[str]) -> str:
-    """The lines one below the other, indented, for the end of a message; of more than 50 the rest is only counted."""
+    """The lines one below the other, indented, for the end of a message; after the first 50 only their number."""
     shown = [*lines[:_LINES_SHOWN], *([f"and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else [])]
     return "\n".join(f"  {line}" for line in shown)
 
@@ -40,7 +41,7 @@ def listing(lines: Sequence[str]) -> str:
 class MegaDPOError(Exception):
     """Base of all errors that a user can act on; the command line prints the message without a traceback.
 
-    Secrets in a message, as in a path or what a library says, are hidden.
+    Secrets in the message, for instance in a path or in a library's text, are hidden.
     """
 
     def __init__(self, message: str) -> None:
@@ -48,7 +49,7 @@ class MegaDPOError(Exception):
 
 
 class ConfigError(MegaDPOError):
-    """Configuration that cannot be run: holds every violation found, not only the first."""
+    """A configuration that cannot be run; `violations` holds all that were found, not only the first."""
 
     def __init__(self, violations: str | Sequence[str]) -> None:
         self.violations = [redact(text) for text in ([violations] if isinstance(violations, str) else violations)]
@@ -68,38 +69,38 @@ class CheckpointError(MegaDPOError):
 
 
 class CacheError(MegaDPOError):
-    """Kept log-probs of a reference that can't be read, written or trusted."""
+    """Cached log-probs of a reference that can't be read, written or trusted."""
 
 
 class ConversionError(MegaDPOError):
-    """Hugging Face weights or a configuration that do not map to the model, named one by one."""
+    """Hugging Face weights or a configuration that do not map to the model; the message names each one."""
 
 
 class Stopped(MegaDPOError):
-    """A run that was told to stop, by a signal or its budget of hours, and has saved what updates it has made."""
+    """A run that was stopped by a signal or its budget of hours, after it saved the updates it had made."""
 
 
 class TrainingError(MegaDPOError):
-    """A run whose numbers are known to be wrong (the ln 2 check, a non-finite loss) and that must not go on."""
+    """A run that must not continue because its numbers are wrong (the ln 2 check, a non-finite loss)."""
 
 
 def redact(text: str) -> str:
-    """The text with *** for credentials and tokens of URLs, Hugging Face tokens, and secrets of the environment.
+    """Returns the text with *** for credentials in URLs, Hugging Face tokens, and secrets of the environment.
 
-    The last are values of at least 12 characters of variables that are called something like HF_TOKEN or
-    WANDB_API_KEY, but for numbers and places in the file system.
+    Secrets of the environment are values of at least 12 characters, neither numbers nor paths, of variables with names
+    like HF_TOKEN or WANDB_API_KEY.
     """
-    # One may begin like another.
+    # The longest first: one secret may begin with another.
     for _, value in sorted(_secrets(), key=lambda secret: -len(secret[1])):
         text = text.replace(value, _HIDDEN)
-    text = _LOGIN.sub(_without_login, text)
-    for shape, hidden in _SHAPES:
-        text = shape.sub(hidden, text)
+    text = _URL_LOGIN.sub(_without_login, text)
+    for pattern, hidden in _SECRET_PATTERNS:
+        text = pattern.sub(hidden, text)
     return text
 
 
 def secret_variables(text: str) -> list[str]:
-    """Names of the environment's variables whose secret is in the text."""
+    """Names of the environment variables whose secret value is in the text."""
     return [name for name, value in _secrets() if value in text]
 
 
@@ -107,12 +108,15 @@ def _secrets() -> list[tuple[str, str]]:
     return [
         (name, value)
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and _NAMES.search(name) and not value.isdigit() and not _is_place(value)
+        if len(value) >= _MIN_SECRET_LENGTH
+        and _SECRET_NAMES.search(name)
+        and not value.isdigit()
+        and not _is_path(value)
     ]
 
 
-def _is_place(value: str) -> bool:
-    """Whether it names a file, or a place for one. A slash alone says nothing: keys in base64 have some."""
+def _is_path(value: str) -> bool:
+    """True for an existing path, or one in an existing directory. A slash alone is no sign: base64 keys have some."""
     directory = os.path.dirname(value)
     return (
         value.startswith(("./", "../", "~/"))
@@ -123,12 +127,12 @@ def _is_place(value: str) -> bool:
 
 def _without_login(match: re.Match[str]) -> str:
     scheme, slashes, login = match.groups()
-    # A data set of the hub at a revision.
+    # hf://datasets/OWNER/NAME@REVISION names a data set, no login.
     if scheme.lower() == "hf" and ":" not in login:
         return match.group()
     return f"{scheme}:{slashes}{_HIDDEN}@"
 
 
 def visible(text: str) -> str:
-    """The text with a symbol in place of each control character but line ends and tabs."""
+    """Returns the text with a symbol in place of each control character except line ends and tabs."""
     return text.translate(_VISIBLE)

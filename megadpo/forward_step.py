@@ -1,4 +1,4 @@
-"""One forward path for training, evaluation and the reference: Megatron's forward_step contract over our batches.
+"""The one forward path of training, evaluation, scoring and the reference: Megatron's forward_step on our batches.
 
 Legend: B pairs of a microbatch, G of a global batch, S = 2·B sequences, N response rows.
 """
@@ -28,9 +28,9 @@ from megadpo.loss.preference import (
 from megadpo.runtime.collectives import gather_rows
 from megadpo.runtime.parallel_state import ParallelState
 
-# What the last stage makes of one microbatch's response tokens: its index, its batch, what the head tells of them.
+# Called on the last stage for each microbatch, with its index, its batch and the scores of its response tokens.
 Closure = Callable[[int, PreferenceBatch, TokenScores], Any]
-# What is kept of each pair for the time that something is wrong with its batch: log-probs in nats, and the loss.
+# Numbers of each pair of a batch, to be reported if the batch's update is skipped: log-probs in nats, and the loss.
 PAIR_NUMBERS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "loss")
 
 
@@ -42,12 +42,12 @@ def run_schedule(
     torch_device: torch.device,
     forward_only: bool,
 ) -> list[Any]:
-    """Runs Megatron's pipeline schedule over this rank's microbatches; what the closure gave per microbatch, in order.
+    """Runs Megatron's pipeline schedule over this rank's microbatches; returns the closure's results in their order.
 
-    The list is empty on every stage but the last. With `forward_only` nothing gets a gradient and the closure's result
-    comes back untouched; otherwise it is Megatron's triple (sum of losses, number of pairs, data) and the data come
-    back. Collectives: the schedule's own over the pipeline and tensor groups, and in training the gradient reduction
-    over the data group.
+    The list is empty on all stages except the last. With `forward_only` no gradients are computed and the closure's
+    results are returned unchanged; otherwise the closure returns Megatron's triple (sum of losses, number of pairs,
+    data), of which the data are returned. Collectives: the schedule's own over the pipeline and tensor groups, and in
+    training the gradient reduction over the data group.
     """
 
     def iterator() -> Iterator[tuple[int, PreferenceBatch]]:
@@ -85,9 +85,9 @@ def run_schedule(
 
 
 def sum_log_probs(microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
-    """Per-pair sums of the response tokens' log-probs, and of the tails of the longer responses."""
+    """Sums of the response tokens' log-probs per pair, and of the tails of the longer responses."""
     pairs = microbatch.num_pairs
-    # The rows come pair by pair, the lengths all chosen ones first. Each response is cut at its pair's shorter length.
+    # Rows are ordered pair by pair, lengths list all chosen responses first. Tails begin at the pair's shorter length.
     lengths_B2 = microbatch.response_tokens_S.view(2, pairs).T
     shared_B2 = lengths_B2.amin(dim=1, keepdim=True).expand(pairs, 2)
     parts_B22 = torch.stack((shared_B2, lengths_B2 - shared_B2), dim=2)
@@ -99,7 +99,7 @@ def sum_log_probs(microbatch: PreferenceBatch, scores: TokenScores) -> SequenceL
 def score(
     chunks: Sequence[torch.nn.Module], batch: GlobalBatch, *, torch_device: torch.device
 ) -> list[SequenceLogProbs]:
-    """Per-pair log-probs of this rank's microbatches under a model, without gradients; [] on all but the last stage."""
+    """Log-probs per pair of this rank's microbatches under a model, without gradients; [] except on the last stage."""
 
     def closure(index: int, microbatch: PreferenceBatch, scores: TokenScores) -> SequenceLogProbs:
         return sum_log_probs(microbatch, scores)
@@ -121,23 +121,23 @@ def score_batch(
 def gather_pairs(
     batch: GlobalBatch, columns_BK: Sequence[torch.Tensor], width: int, state: ParallelState, torch_device: torch.device
 ) -> npt.NDArray[np.float64]:
-    """What the last stage knows of each pair, in the global batch's order, on every rank: fp64 [G, K], K = `width`.
+    """Gathers the last stage's numbers of all pairs, in the global batch's order, on every rank: fp64 [G, `width`].
 
-    `columns_BK` are of this rank's microbatches, [] on all but the last stage. One all-gather of [K·G].
+    `columns_BK` holds this rank's microbatches, [] except on the last stage. One all-gather of [K·G].
     """
     place = {index: i for i, index in enumerate(batch.pair_indices)}
     values_GK = torch.zeros(len(place), width, dtype=torch.float64, device=torch_device)
-    if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same: one of them speaks
+    if state.is_last_stage and state.tensor_rank == 0:  # tensor-parallel peers hold the same numbers: one contributes
         for microbatch, values_BK in zip(batch.microbatches, columns_BK, strict=True):
             values_GK[[place[index] for index in microbatch.pair_indices]] = values_BK
-    # Every pair is on one rank, so the sum only collects: other ranks add zeros.
+    # Every pair is on one rank, and the others add zeros, so the sum only collects.
     return gather_rows(values_GK.flatten()).sum(dim=0).view(-1, width).cpu().numpy()
 
 
 def pair_log_probs(
     microbatch: PreferenceBatch, policy: SequenceLogProbs, reference: SequenceLogProbs, *, mean_chosen_tokens: float
 ) -> PairLogProbs:
-    """What a loss is told of the microbatch's pairs."""
+    """The loss function's input for the microbatch's pairs."""
     pairs = microbatch.num_pairs
     return PairLogProbs(
         policy=policy,
@@ -156,9 +156,9 @@ def preference_statistics(
     *,
     mean_chosen_tokens: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """(sum of the pairs' losses, fp64 scalar with gradient; sums of what is logged, with counts; PAIR_NUMBERS [B, 5]).
+    """Returns the sum of the pairs' losses (fp64 scalar with gradient), the sums to log, and PAIR_NUMBERS [B, 5].
 
-    `mean_chosen_tokens` is the GlobalBatch's.
+    `mean_chosen_tokens` is the GlobalBatch's. The sums to log include the counts that they are averaged by.
     """
     logps = pair_log_probs(
         microbatch, sum_log_probs(microbatch, scores), reference, mean_chosen_tokens=mean_chosen_tokens
@@ -172,7 +172,7 @@ def preference_statistics(
 
 
 def token_sums(microbatch: PreferenceBatch, scores: TokenScores) -> dict[str, torch.Tensor]:
-    """Sums of TOKEN_STATISTICS over a microbatch's tokens and the counts of those, fp64 scalars; {} without them."""
+    """Sums of TOKEN_STATISTICS over a microbatch's tokens, and the token counts, as fp64 scalars; {} without them."""
     if scores.statistics is None:
         return {}
     is_chosen_N = microbatch.sequence_index_N < microbatch.num_pairs

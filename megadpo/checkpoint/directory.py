@@ -21,9 +21,9 @@ _STEP_DIRECTORY = re.compile(r"^step_(\d{8})$")
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which checkpoints of a run stay: the `last` newest, those of every `every`th step, the one with the best metric.
+    """Rules of the checkpoints to keep: the `last` newest, those of every `every`th step, the one with the best metric.
 
-    `best` is a key of `metrics_of`; a loss is best where it is least, anything else where it is most.
+    `best` is a key of `metrics_of`; of a loss the lowest value is best, of other metrics the highest.
     """
 
     last: int
@@ -31,7 +31,7 @@ class Retention:
     best: str | None = None
 
     def dropped(self, root: Path) -> list[Path]:
-        """Those under `root` that don't stay, oldest first."""
+        """The checkpoints under `root` that are not kept, oldest first."""
         found = list_checkpoints(root)
         kept = {*found[-self.last :], *self._best(found)}
         if self.every is not None:
@@ -41,7 +41,7 @@ class Retention:
     def _best(self, found: list[Path]) -> list[Path]:
         if self.best is None:
             return []
-        # A description that can't be read stops those who go on from there, not a run that gets on.
+        # A description that can't be read is an error for a resuming run, but not for one that is in progress.
         values = {path: metrics_of(path).get(self.best) for path in found if is_readable(path)}
         known = {path: value for path, value in values.items() if value is not None and math.isfinite(value)}
         choose = min if self.best.endswith("loss") else max
@@ -49,17 +49,17 @@ class Retention:
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives under the run's checkpoint directory."""
+    """Path of the checkpoint of `step` under the run's checkpoint directory."""
     return root / f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint directory's name says."""
+    """The step in a checkpoint directory's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def step_directories(root: Path) -> list[Path]:
-    """Directories under `root` that have a checkpoint's name, oldest first."""
+    """Directories under `root` that are named like checkpoints, oldest first."""
     return sorted(p for p in root.iterdir() if _STEP_DIRECTORY.match(p.name)) if root.is_dir() else []
 
 
@@ -69,7 +69,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def name_latest(checkpoint: Path) -> None:
-    """Has the run's `latest` name this checkpoint, where it does not yet."""
+    """Makes the run's `latest` name this checkpoint, unless it already does."""
     latest = checkpoint.with_name(LATEST)
     try:
         named = latest.read_text(encoding="utf-8", errors="replace").strip()
@@ -80,13 +80,13 @@ def name_latest(checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself; or of a run or its checkpoint directory, the one that `latest` names.
+    """Finds the checkpoint that `path` means: itself, or, for a run or its checkpoint directory, the one in `latest`.
 
-    Where there is no `latest`, the newest. One that names what isn't there is a CheckpointError.
+    Without a `latest` it is the newest. Raises CheckpointError if `latest` names one that does not exist.
     """
     try:
         return _find(path)
-    except OSError as error:  # of a path too long, or in a directory that is closed to this user
+    except OSError as error:  # the path is too long, or in a directory without permission
         raise CheckpointError(
             f"{error.filename}: can't be looked up ({error.strerror}): check the path and its permissions"
         ) from error

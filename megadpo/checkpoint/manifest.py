@@ -1,6 +1,6 @@
-"""What a finished directory holds, file by file: sizes and SHA-256, so that damage is found before anything is used.
+"""Manifests of finished directories: size and SHA-256 of every file, so that damage is found before anything is used.
 
-Megatron's and torch's distributed format loads a flipped bit, a torn write or a file of another save without a word.
+Megatron's and torch's distributed format silently loads a flipped bit, a torn write or a file of another save.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megadpo.runtime.rank_logging import get_logger
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# To be raised with every change of what is in a checkpoint that an older program would misread.
+# To be raised with every change of a checkpoint's content that an older program would misread.
 FORMAT = 1
 _BLOCK_BYTES = 2**22
 
@@ -66,30 +66,29 @@ def digest_of(path: Path, *, durably: bool = False, on_bytes: Callable[[int], No
 
 
 def digest_files(directory: Path, *, share: int, shares: int) -> dict[str, FileDigest]:
-    """What this `share` of a directory's files hold, by relative path; every share of `shares` is another part."""
+    """Digests of this `share` of a directory's files, by relative path; the `shares` together are all files."""
     names = sorted(_files_under(directory), key=lambda name: (-(directory / name).stat().st_size, name))
     return {name: digest_of(directory / name, durably=True) for name in names[share::shares]}
 
 
 def write_manifest(directory: Path, known: Mapping[str, FileDigest]) -> None:
-    """Writes down what `directory` holds; files that are not `known` by their relative path are read and made durable.
+    """Writes the manifest of `directory`; files that are not `known` by relative path are read, and flushed to disk.
 
-    MegaDPOError where it can't be written, OSError where a file can't be read.
+    Raises MegaDPOError if it can't be written, OSError if a file can't be read.
     """
     others = {name for name in _files_under(directory) if name not in known}
-    # Those that are known may not be listed here yet: network file systems show another machine's files later.
+    # Known files may not be listed here yet: network file systems show another machine's files later.
     files = {**known, **{name: digest_of(directory / name, durably=True) for name in others}}
     content = {"format": FORMAT, "files": {name: asdict(digest) for name, digest in sorted(files.items())}}
     write_durably(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def find_damage(directory: Path, *, share: int = 0, shares: int = 1, free: str = "") -> list[Damage]:
-    """The findings about a directory's files, by file; [] where all files are those that were written.
+    """The damage of a directory, by file; [] if all files are those that were written.
 
-    Sizes are looked at first; contents are read only where they are right, of this `share` of `shares`, about equal
-    parts of the bytes. Files under `free` may have been changed on purpose: they are found as side files, and keep
-    nothing from being read.
-    OSError where something can't be looked at or read: that says nothing about what is there.
+    Sizes are checked first; contents are read only if these are right, of this `share` of `shares`, which have about
+    equal numbers of bytes. Files under `free` may have been changed on purpose: they are found as side files, and do
+    not keep contents from being read. Raises OSError if something can't be read, which says nothing about its content.
     """
     try:
         expected = _read_manifest(directory)
@@ -155,6 +154,6 @@ def _content_problem(directory: Path, name: str, expected: FileDigest) -> str | 
 
 
 def _files_under(directory: Path) -> Iterable[str]:
-    """Relative paths of the files of a directory but for the manifest itself."""
+    """Relative paths of a directory's files, except the manifest."""
     paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return (name for name in paths if name != MANIFEST)

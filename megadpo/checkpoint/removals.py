@@ -1,4 +1,4 @@
-"""Directories that are removed beside everything else: terabytes of old checkpoints take minutes on some disks."""
+"""Removes directories in the background: terabytes of old checkpoints take minutes on some disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = get_logger(__name__)
 
 
 class BackgroundRemoval:
-    """Removes directories one after the other, by a thread that ends with the process; for one rank."""
+    """Removes directories one after the other, in a thread that ends with the process; for one rank."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,7 +21,7 @@ class BackgroundRemoval:
         self._thread: threading.Thread | None = None
 
     def begin(self, directory: Path) -> None:
-        """Has a directory removed soon, unless it is under way already, or gone since it was seen."""
+        """Queues a directory for removal, unless it is queued already or does not exist any more."""
         with self._lock:
             if directory in self._asked or not directory.exists():
                 return
@@ -54,6 +54,6 @@ class BackgroundRemoval:
 def _clear(directory: Path) -> None:
     try:
         shutil.rmtree(directory)
-    except Exception as error:  # of a thread that others wait for; as where somebody still reads an old file
+    except Exception as error:  # in a thread that others wait for; for instance if an old file is still being read
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         logger.warning("%s can't be removed yet (%s): the next save tries again", directory, reason)

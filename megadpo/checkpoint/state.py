@@ -1,4 +1,4 @@
-"""What of a model and its optimizer is in a checkpoint of Megatron's distributed format, and back, in any layout."""
+"""State of a model and its optimizer for checkpoints in Megatron's distributed format, and loading it in any layout."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ logger = get_logger(__name__)
 
 _RESTORE = "which is not the file that they were saved with: bring that one back, or name another checkpoint"
 WEIGHTS_FROM = "model.checkpoint=DIR (--checkpoint DIR)"
-# What Transformer Engine's modules keep besides their parameters ends in this.
+# Suffix of the state that Transformer Engine's modules have besides their parameters.
 _EXTRA_STATE = "_extra_state"
-# What a checkpoint holds besides the weights of its model.
+# Keys in a checkpoint that are not weights of its model.
 _REFERENCE = "reference."
 NOT_WEIGHTS = ("optimizer.", _REFERENCE)
 
 
 def model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
-    """Sharded state of this rank's chunks; the tensors carry global names, so the layout is not part of the format.
+    """Sharded state of this rank's chunks; tensors have global names, so the layout is not part of the format.
 
-    Transformer Engine's modules have a state besides their weights, which is empty but for FP8's delayed scaling: a
-    pickle, which they load as pickles are. It is left out, so that what a checkpoint holds of it is never read.
+    Transformer Engine's modules have additional state, which is empty except for FP8's delayed scaling. It is a pickle,
+    which they would load without any checks, so it is left out, and never read from a checkpoint.
     """
     return {
         f"model{index}": {
@@ -58,7 +58,7 @@ def model_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
 
 
 def reference_state(modules: Sequence[MegatronModule]) -> dict[str, Any]:
-    """Sharded state of a reference's chunks, under names of its own; {} without any."""
+    """Sharded state of a reference's chunks, under its own names; {} without any."""
     state = {f"reference_{name}": chunk for name, chunk in model_state(modules).items()}
     add_prefix_for_sharding(state, _REFERENCE)
     return state
@@ -78,9 +78,9 @@ def _fill(modules: Sequence[MegatronModule], loaded: dict[str, Any]) -> None:
 def damage_of(directory: Path) -> list[Damage]:
     """The damage of a checkpoint's files, the same on every rank; [] where they are those that were written.
 
-    Those of hf/ may be changed on purpose, as a chat template is: that is said, and is no damage. Every rank reads its
-    share of the bytes. CheckpointError on every rank where one can't read: a machine or the file system may be at
-    fault, and the checkpoint whole. One all-gather over the world.
+    Files of hf/ may be changed on purpose, for instance a chat template; that is logged, and no damage. Every rank
+    reads its share of the bytes. Raises CheckpointError on every rank if one can't read, since then a machine or the
+    file system may be at fault and the checkpoint intact. One all-gather over the world.
     """
     found, unread = _damage_seen_here(directory)
     of_ranks: list[tuple[list[Damage], list[str]]] = [([], [])] * dist.get_world_size()
@@ -99,7 +99,7 @@ def damage_of(directory: Path) -> list[Damage]:
 
 
 def _damage_seen_here(directory: Path) -> tuple[list[Damage], list[str]]:
-    """What this rank finds wrong with a checkpoint, and what it can't read, with its own name."""
+    """The damage that this rank finds in a checkpoint, and the files that it can't read, with the rank's name."""
     try:
         return find_damage(directory, share=dist.get_rank(), shares=dist.get_world_size(), free=HF_DIRECTORY), []
     except OSError as error:
@@ -108,7 +108,7 @@ def _damage_seen_here(directory: Path) -> tuple[list[Damage], list[str]]:
 
 
 def check_undamaged(directory: Path, remedy: str) -> None:
-    """CheckpointError on every rank where a checkpoint's files are not those that were written."""
+    """Raises CheckpointError on every rank if a checkpoint's files are not those that were written."""
     if damage := damage_of(directory):
         raise CheckpointError(
             f"checkpoint {directory} is damaged, name another one with {remedy}, or copy this one again:\n"
@@ -117,7 +117,7 @@ def check_undamaged(directory: Path, remedy: str) -> None:
 
 
 def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Fills weights, main weights and moments from a checkpoint of any layout. Collective over all ranks."""
+    """Loads weights, main weights and moments from a checkpoint of any layout. Collective over all ranks."""
     inner = distributed_optimizers(optimizer)
     _allocate_moments(inner)
     model = model_state([chunk.module for chunk in chunks])
@@ -137,7 +137,7 @@ def load_checkpoint(directory: Path, chunks: Sequence[DistributedDataParallel], 
 
 
 def load_reference(directory: Path, modules: Sequence[MegatronModule]) -> None:
-    """Fills a reference's chunks with those that were saved beside a policy. Collective over all ranks."""
+    """Loads a reference's chunks that were saved with a policy. Collective over all ranks."""
     with readable(directory, "train.resume=DIR"):
         loaded, left_over, missing = dist_checkpointing.load(
             reference_state(modules), str(directory), strict="return_all"
@@ -149,7 +149,7 @@ def load_reference(directory: Path, modules: Sequence[MegatronModule]) -> None:
 def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_size: int) -> None:
     """Overwrites the modules' weights with a checkpoint's, of any layout and cast to theirs; its optimizer is not read.
 
-    Raises CheckpointError, the same on every rank, unless the checkpoint holds the weights of just this model, whose
+    Raises the same CheckpointError on every rank unless the checkpoint holds exactly the weights of this model, whose
     vocabulary has `vocab_size` entries without padding. Collective over all ranks.
     """
     check_undamaged(directory, WEIGHTS_FROM)
@@ -157,7 +157,7 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters():
-                parameter.zero_()  # padding that the checkpoint's layout did not have
+                parameter.zero_()  # padding that the layout of the checkpoint does not have
     with readable(directory, WEIGHTS_FROM):
         loaded, left_over, missing = dist_checkpointing.load(model_state(modules), str(directory), strict="return_all")
     _check_names(directory, {name for name in left_over if not name.startswith(NOT_WEIGHTS)}, missing)
@@ -165,14 +165,14 @@ def load_weights(directory: Path, modules: Sequence[MegatronModule], *, vocab_si
 
 
 def _check_names(directory: Path, left_over: Collection[str], missing: Collection[str]) -> None:
-    """Raises CheckpointError where a checkpoint holds more or less than the model; FP8's histories may be more."""
+    """Raises CheckpointError if a checkpoint holds more or less than the model, FP8's amax histories aside."""
     problems = [f"{name} is missing" for name in sorted(missing)]
     problems += [f"{name} has no place in the model" for name in sorted(left_over) if not name.endswith(_EXTRA_STATE)]
     check_fitting(directory, problems)
 
 
 def check_fitting(directory: Path, problems: Sequence[str]) -> None:
-    """Raises CheckpointError of what there is that keeps a checkpoint's weights from being those of its model."""
+    """Raises CheckpointError if there are problems because of which a checkpoint's weights don't fit its model."""
     if problems:
         raise CheckpointError(
             f"{directory}: {len(problems)} weights don't fit its {HF_DIRECTORY}/config.json, {_RESTORE}:\n"
@@ -194,8 +194,8 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 def readable(directory: Path, remedy: str) -> Iterator[None]:
     """Turns what Megatron and torch raise while they read `directory` into a CheckpointError with the remedy.
 
-    They take nothing from it but data, see `data_only_unpickling`, and files only: a pipe would be waited for. What a
-    collective raises, as where another rank has died, says nothing about the checkpoint and is left as it is.
+    Pickles are restricted to data, see `data_only_unpickling`, and only files are read, since a pipe would block.
+    Errors of collectives, for instance if another rank has died, say nothing about the checkpoint and pass unchanged.
     """
     odd = [path.name for path in sorted(directory.glob("*")) if not (path.is_file() or path.is_dir())]
     if odd:
@@ -210,8 +210,8 @@ def readable(directory: Path, remedy: str) -> Iterator[None]:
             raise_own(error)
         if _is_of_collectives(error):
             raise
-        # Torn pickles and archives raise anything, and neither Megatron's errors nor torch's (a BaseException with
-        # every rank's traceback) say what to do.
+        # Torn pickles and archives may raise any error, and neither Megatron's errors nor torch's (a BaseException with
+        # every rank's traceback) name a remedy.
         reason = causes_of(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"checkpoint {directory} can't be loaded: {reason}. A rank or the file system may have failed: look for "
@@ -220,7 +220,7 @@ def readable(directory: Path, remedy: str) -> Iterator[None]:
 
 
 def _is_of_collectives(error: BaseException) -> bool:
-    """Whether an error says that ranks can't reach each other; gloo's has no type of its own, but a place."""
+    """True for an error of communication between ranks; gloo's has no type of its own, but its origin tells."""
     if isinstance(error, CheckpointException):
         return any(_is_communication(cause, trace) for cause, trace in error.failures.values())
     return _is_communication(error, traceback.extract_tb(error.__traceback__))
@@ -231,11 +231,11 @@ def _is_communication(error: BaseException, trace: traceback.StackSummary) -> bo
 
 
 def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Fills one distributed optimizer from its loaded state, which another kind of Adam may have saved.
+    """Loads one distributed optimizer from its loaded state, which another kind of Adam may have saved.
 
-    What goes wrong when Megatron does this by itself: with torch's AdamW it looks for a step counter among the loaded
-    tensors, where there is none, and gives one counter to all parameters, which then counts N a step; groups lack the
-    settings that only this kind of Adam has, and fused ones can't count in the fractions that AdamW saves.
+    Megatron's own loading has three faults: with torch's AdamW it looks for a step counter among the loaded tensors,
+    where there is none, and gives all parameters one shared counter, which then advances by N in a step; groups lack
+    settings that only this kind of Adam has; and fused ones can't count in the floats that AdamW saves.
     """
     parameter_state = state.pop("param_state")
     for group in state["optimizer"]["param_groups"]:
@@ -251,11 +251,11 @@ def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> N
 
 
 def _allocate_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
-    """Gives every parameter zero moments and a step counter: Megatron can't describe a fresh torch AdamW."""
+    """Gives every parameter zero moments and a step counter, since Megatron needs them to describe a torch AdamW."""
     for optimizer in optimizers:
         if isinstance(optimizer.optimizer, HostOptimizer):
             optimizer.optimizer.allocate()
-        elif not optimizer.config.use_precision_aware_optimizer:  # which Megatron allocates while it loads
+        elif not optimizer.config.use_precision_aware_optimizer:  # Megatron allocates its state while loading
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
                 for group in optimizer.optimizer.param_groups:
@@ -265,9 +265,9 @@ def _allocate_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
 
 
 def renew_main_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
-    """Copies fp32 weights over the main weights that FusedAdam keeps of them and never updates.
+    """Copies fp32 weights to the main weights that FusedAdam keeps of them but never updates.
 
-    It makes main weights for every parameter and checkpoints are made of them, but it updates fp32 parameters in place
+    It creates main weights for every parameter, and checkpoints hold them, but it updates fp32 parameters in place
     (Transformer Engine 2.x).
     """
     for optimizer in optimizers:

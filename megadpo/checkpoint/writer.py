@@ -1,7 +1,7 @@
-"""Writes sharded state as Megatron's distributed files while the caller goes on: planned together, written by a thread.
+"""Writes sharded state as Megatron's distributed files in the background: planned by all ranks, written by a thread.
 
-Megatron has a forked process for every file instead, and hands results over through a spawned one (seconds of a small
-run's save); when a rank is killed they go on writing into what the next attempt has begun. A thread ends with its rank.
+Megatron instead forks a process for every file, and passes results through a spawned one (seconds in a small run's
+save); if a rank is killed, they continue writing into the next attempt's files. A thread ends with its rank.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from megadpo.runtime.collectives import on_every, on_main
 from megadpo.runtime.device import host_copy
 from megadpo.runtime.files import writing
 
-# A file of the plan: its path, its name, and what goes into it (bytes, then tensors).
+# A file of the plan: its path, its name, and its content (bytes, then tensors).
 Bucket: TypeAlias = tuple[str, str, tuple[list[Any], list[Any]]]
 Finish: TypeAlias = Callable[[Mapping[str, FileDigest]], None]
 
-# Between looks at who still writes: at first soon, for small saves, later no oftener than once in the second.
+# Pauses between checks of which ranks are still writing: at first short, for small saves, later a second.
 _FIRST_PAUSE_S, _PAUSE_S = 0.05, 1.0
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class CheckpointWriter:
-    """Writes one directory at a time. The memory that tensors wait in is kept for the next one.
+    """Writes one directory at a time. The host memory that tensors are staged in is reused for the next one.
 
     `start` and `complete` are collective over all ranks.
     """
@@ -59,20 +59,20 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a directory is not finished yet; the same on every rank."""
+        """True while a directory is not finished; the same on every rank."""
         return self._pending is not None
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part of it is on disk, or has failed."""
+        """True once this rank's part of it is on disk, or has failed."""
         return self._pending is None or not self._pending.thread.is_alive()
 
     def start(self, directory: Path, content: dict[str, Any], finish: Finish, *, report: Callable[[str], None]) -> None:
-        """Makes `directory` and begins to write all ranks' state into it, when the one before is finished.
+        """Finishes the directory before, creates `directory` and starts writing all ranks' state to it.
 
-        Once all of it is there, `complete` calls `finish` on rank 0 with what every rank has written; while it waits,
-        `report` receives how far they are. Asynchronously, tensors may be changed when this returns. CheckpointError on
-        every rank where it can't be begun.
+        When all is written, `complete` calls `finish` on rank 0 with the digests of all ranks' files; while it waits,
+        `report` receives the progress. If asynchronous, tensors may be changed when this returns. Raises
+        CheckpointError on every rank if writing can't be started.
         """
         self.complete()
 
@@ -92,7 +92,7 @@ class CheckpointWriter:
                     content_metadata=dict(METADATA),
                 )
             self._check_room(directory, request)
-            # In place: nothing else may keep the tensors that were copied, which may be large and short-lived.
+            # In place, so that nothing else keeps references to the copied tensors, which may be large.
             _buckets(request)[:] = on_every(lambda: self._stage(request, in_use))
         self._pending = _Pending(directory, request, finish, report)
         self._pending.thread.start()
@@ -100,27 +100,27 @@ class CheckpointWriter:
             self.complete()
 
     def complete(self) -> None:
-        """Waits for what has been begun, and finishes it. CheckpointError on every rank where any could not write.
+        """Waits until the directory is written, and finishes it. CheckpointError on every rank if any could not write.
 
-        Then nothing is left of it, which would take room from what comes next. Ranks wait for each other a second at a
-        time: neither a collective nor who looks for ranks that stand still ends a save that is slow and gets on.
+        In that case it is removed, so that it takes no room from the next one. Ranks wait for each other one second at
+        a time, so that neither a collective's timeout nor the hang watchdog ends a save that is slow but progresses.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         with removed_on_error(pending.directory):
-            _finish_together(pending, _wait_together(pending))
+            _finish_on_all_ranks(pending, _wait_for_all_ranks(pending))
 
     def close(self, patience_s: float) -> None:
-        """Waits until this rank writes no more, not longer than `patience_s` seconds and not collectively.
+        """Waits until this rank stops writing, at most `patience_s` seconds, and not collectively.
 
-        What was begun stays unfinished, also where the thread is still at it: it ends with the process.
+        The directory stays unfinished. A thread that is still writing ends with the process.
         """
         if self._pending is not None:
             self._pending.thread.join(patience_s)
 
     def _check_room(self, directory: Path, request: AsyncRequest) -> None:
-        """CheckpointError on every rank where the disk has less room than all ranks' tensors take."""
+        """Raises CheckpointError on every rank if the disk has less room than all ranks' tensors take."""
         of_ranks = [0] * dist.get_world_size()
         dist.all_gather_object(of_ranks, _bytes_of(request))
 
@@ -135,9 +135,9 @@ class CheckpointWriter:
         on_main(check)
 
     def _stage(self, request: AsyncRequest, in_use: set[int]) -> list[Bucket]:
-        """The request's files with tensors in the host's memory; copies of them where training goes on meanwhile.
+        """The request's files with tensors in host memory; copies of them if the training continues meanwhile.
 
-        Megatron has copied what is part of a larger tensor of the host already: it does not share storage `in_use`.
+        Parts of larger host tensors have already been copied by Megatron: they do not share the storage `in_use`.
         """
 
         def staged(name: str, index: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ class CheckpointWriter:
 
 
 class _Pending:
-    """A directory that is being written: this rank's files by a thread, which then hashes them."""
+    """A directory that is being written; a thread writes this rank's files, and then hashes them."""
 
     def __init__(self, directory: Path, request: AsyncRequest, finish: Finish, report: Callable[[str], None]) -> None:
         self.directory = directory
@@ -178,12 +178,12 @@ class _Pending:
         self._hashed = 0
         self._bytes = _bytes_of(request)
 
-    def part(self) -> _Part:
-        """How far this rank is."""
+    def progress(self) -> _RankProgress:
+        """The progress of this rank."""
         if not self.thread.is_alive():
-            return _Part(True, self._bytes, self._bytes, self._digests, self._error)
-        written = sum(_size(path) for path, _, _ in _buckets(self.request))
-        return _Part(False, (written + self._hashed) / 2, self._bytes, {}, None)
+            return _RankProgress(True, self._bytes, self._bytes, self._digests, self._error)
+        written = sum(_file_size(path) for path, _, _ in _buckets(self.request))
+        return _RankProgress(False, (written + self._hashed) / 2, self._bytes, {}, None)
 
     def _write(self) -> None:
         if not _buckets(self.request):
@@ -195,7 +195,7 @@ class _Pending:
                 name: digest_of(Path(path), on_bytes=self._add_hashed) for path, name, _ in _buckets(self.request)
             }
             self.request.async_fn_args[2].put(results)
-        except Exception as error:  # of a thread: `complete` raises it on every rank
+        except Exception as error:  # in a thread: `complete` raises it on every rank
             self._error = _reason(error)
 
     def _add_hashed(self, size: int) -> None:
@@ -203,8 +203,8 @@ class _Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """How far a rank is with its files: `done` bytes of about so many `bytes`; what they hold, or what went wrong."""
+class _RankProgress:
+    """A rank's progress: `done` of about `bytes` bytes; at the end the digests of its files, or its error."""
 
     is_written: bool
     done: float
@@ -213,15 +213,15 @@ class _Part:
     error: str | None
 
 
-def _wait_together(pending: _Pending) -> list[_Part]:
-    """What every rank has written, once all have; `pending.report` hears when any of them gets on.
+def _wait_for_all_ranks(pending: _Pending) -> list[_RankProgress]:
+    """Waits until all ranks have written; returns their results, and reports progress of any of them meanwhile.
 
-    An all-gather over the world as soon as this rank is done, and one a second, or a few sooner, while any is not.
+    One all-gather over the world when this rank is done, and one per second (at first more) while any is not.
     """
     pause_s, before = _FIRST_PAUSE_S, None
     while True:
         pending.thread.join(pause_s)
-        own = pending.part()
+        own = pending.progress()
         parts = [own] * dist.get_world_size()
         dist.all_gather_object(parts, own)
         if all(part.is_written for part in parts):
@@ -229,26 +229,26 @@ def _wait_together(pending: _Pending) -> list[_Part]:
             return parts
         now = [(part.is_written, part.done) for part in parts]
         if now != before:
-            pending.report(_progress(parts, own))
+            pending.report(_describe_progress(parts, own))
         pause_s, before = min(2 * pause_s, _PAUSE_S), now
 
 
-def _progress(parts: Sequence[_Part], own: _Part) -> str:
+def _describe_progress(parts: Sequence[_RankProgress], own: _RankProgress) -> str:
     done, size = sum(part.done for part in parts), sum(part.bytes for part in parts)
     doing = "waiting for others to write their parts of the checkpoint" if own.is_written else "writing its checkpoint"
     return f"{doing}, {min(done, size) / 2**30:.1f} of {size / 2**30:.1f} GiB"
 
 
-def _size(path: str) -> int:
-    """Bytes of a file so far; 0 where it is not there."""
+def _file_size(path: str) -> int:
+    """Current size of a file in bytes; 0 if it does not exist."""
     try:
         return Path(path).stat().st_size
     except OSError:
         return 0
 
 
-def _finish_together(pending: _Pending, parts: Sequence[_Part]) -> None:
-    """Finishes a directory that all ranks have written. Collective over all ranks, which raise the same."""
+def _finish_on_all_ranks(pending: _Pending, parts: Sequence[_RankProgress]) -> None:
+    """Finishes a directory that all ranks have written. Collective over all ranks, which raise the same error."""
     errors = [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error is not None]
     if errors:
         raise CheckpointError(_not_written(pending.directory, "; ".join(errors)))
@@ -260,7 +260,7 @@ def _finish_together(pending: _Pending, parts: Sequence[_Part]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said to a write that failed; torch hides that behind a complaint about positions in the file."""
+    """The system's reason for a failed write, which torch hides behind an error about positions in the file."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _storages(content: dict[str, Any]) -> set[int]:
-    """Where the memory of a state's tensors begins."""
+    """Addresses of the storages of a state's tensors."""
     sharded = (value for value in nested_values(content) if isinstance(value, (ShardedTensor, ShardedTensorFactory)))
     return {value.data.untyped_storage().data_ptr() for value in sharded}
 
@@ -281,16 +281,16 @@ def _buckets(request: AsyncRequest) -> list[Bucket]:
 
 
 def _bytes_of(request: AsyncRequest) -> int:
-    """What this rank's tensors of a planned save take."""
+    """Number of bytes of this rank's tensors in a planned save."""
     return sum(tensor.nbytes for _, _, (_, tensors) in _buckets(request) for _, tensor in tensors)
 
 
 def _write_file(transforms: Sequence[Any], bucket: Bucket) -> Any:
-    """Writes one file of the plan durably; what Megatron wants to know of it afterwards."""
+    """Writes one file of the plan durably; returns the results that Megatron needs afterwards."""
     results: queue.Queue[tuple[int, Any]] = queue.Queue()
     count: queue.Queue[int] = queue.Queue()
     count.put(0)
-    # Without its decorator, which would have the whole process collect no garbage meanwhile: that is for a forked one.
+    # Without its decorator, which is for a forked process: it would disable garbage collection in the whole process.
     write = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
     write(transforms, 0, bucket, results, count, use_fsync=True)
     _, written = results.get_nowait()
@@ -301,9 +301,9 @@ def _write_file(transforms: Sequence[Any], bucket: Bucket) -> Any:
 
 @contextmanager
 def writable(directory: Path) -> Iterator[None]:
-    """Turns what fails while Megatron writes `directory` into a CheckpointError with cause and remedy, on every rank.
+    """Turns errors while Megatron writes `directory` into a CheckpointError with cause and remedy, on every rank.
 
-    Some files rank 0 writes alone, between collectives: what fails there is kept until all ranks are through with them.
+    Rank 0 writes some files alone, between collectives: its errors are held back until all ranks have passed these.
     One broadcast.
     """
     failures: list[Exception] = []
@@ -338,7 +338,7 @@ def writable(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def removed_on_error(directory: Path) -> Iterator[None]:
-    """Removes `directory` where the context raises a MegaDPOError, as every rank then does and none writes any more."""
+    """Removes `directory` if the context raises a MegaDPOError, which every rank must then do, and none may write."""
     try:
         yield
     except MegaDPOError:
@@ -355,12 +355,12 @@ def _not_written(directory: Path, why: str) -> str:
 
 
 def raise_own(error: CheckpointException) -> None:
-    """Raises the error of our own that a rank met, where one did."""
+    """Raises the MegaDPOError that a rank has met, if any."""
     for cause, _ in error.failures.values():
         if isinstance(cause, MegaDPOError):
             raise cause from error
 
 
 def causes_of(error: CheckpointException) -> str:
-    """What went wrong on each rank, said once."""
+    """The ranks' errors in words, without repetition."""
     return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))

@@ -1,4 +1,4 @@
-"""One microbatch as the model sees it: a packed stream of tokens and what its rows mean.
+"""A microbatch as the model's input: a packed stream of tokens, and the meaning of its rows.
 
 Legend: T tokens of the stream, N response rows, B pairs, S = 2·B sequences (chosen of pair i is i, rejected is B + i).
 """
@@ -17,7 +17,7 @@ from megadpo.data.tokenization import TokenizedPair
 from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.runtime.device import to_device
 
-# Nobody reads what padding attends to, so it attends in short segments: over a long one it would cost a square.
+# Padding attends in short segments, since nobody reads the result and the cost grows with a segment's square.
 _PADDING_SEGMENT = 64
 
 Number = TypeVar("Number", int, npt.NDArray[np.int64])
@@ -25,12 +25,12 @@ Number = TypeVar("Number", int, npt.NDArray[np.int64])
 
 @dataclass(frozen=True, slots=True)
 class PreferenceBatch:
-    """Packed sequences of B pairs (B may be 0: a filler that keeps the collectives in step).
+    """Packed sequences of B pairs (0 in a filler, which keeps the ranks' collectives in step).
 
-    `response_rows_N` are the rows whose hidden state predicts a response token, `targets_N` those tokens,
-    `sequence_index_N` the sequence each belongs to: these three go pair by pair, all of a pair's chosen response before
-    its rejected one. `pair_indices` are the pairs' rows in the source, `pair_digests` hashes of their token ids. Rows
-    behind the last sequence are padding in segments of their own.
+    `response_rows_N` are the rows whose hidden states predict response tokens, `targets_N` those tokens,
+    `sequence_index_N` the sequences that they belong to. All three are ordered pair by pair, with a pair's chosen
+    response before its rejected one. `pair_indices` are the pairs' rows in the source, `pair_digests` hashes of their
+    token ids. Rows after the last sequence are padding in segments of their own.
     """
 
     tokens_1T: torch.Tensor
@@ -45,7 +45,7 @@ class PreferenceBatch:
 
     @property
     def num_pairs(self) -> int:
-        """B."""
+        """The number of pairs, B."""
         return len(self.pair_indices)
 
     def to(self, torch_device: torch.device) -> PreferenceBatch:
@@ -64,22 +64,22 @@ class PreferenceBatch:
 
 
 def stream_tokens(prompt: Number, chosen: Number, rejected: Number, *, share_prompt: bool) -> Number:
-    """Tokens that a pair of such lengths takes in a stream: with its prompt once, or before each response."""
+    """Number of tokens in the stream of a pair with these lengths: its prompt counts once, or before each response."""
     return prompt + chosen + rejected if share_prompt else 2 * prompt + chosen + rejected
 
 
 def stream_length(pair: TokenizedPair, *, share_prompt: bool) -> int:
-    """Tokens that a pair takes in a stream."""
+    """Number of tokens of a pair in a stream."""
     return stream_tokens(len(pair.prompt), len(pair.chosen), len(pair.rejected), share_prompt=share_prompt)
 
 
 def build_batch(
     pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int, share_prompt: bool
 ) -> PreferenceBatch:
-    """The batch of `pairs` in a stream of `num_tokens` rows, the surplus filled with masked segments at its end.
+    """Builds the batch of `pairs` in a stream of `num_tokens` rows, padded at its end with masked segments.
 
     With `share_prompt` a pair is prompt · chosen · rejected, where rejected sees the prompt and itself and its
-    positions go on from the prompt's; without, it is the two sequences prompt · chosen and prompt · rejected.
+    positions continue from the prompt's; without, it is two sequences, prompt · chosen and prompt · rejected.
     """
     stream = _Stream()
     for index, pair in enumerate(pairs):
@@ -109,7 +109,7 @@ def build_batch(
 
 
 class _Stream:
-    """A stream that grows: pieces of what a PreferenceBatch holds, to be joined at the end."""
+    """A growing stream: pieces of a PreferenceBatch's fields, to be concatenated at the end."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -121,7 +121,7 @@ class _Stream:
         self.sequence_index: list[np.ndarray] = []
 
     def append(self, ids: np.ndarray, *, first_position: int) -> int:
-        """Adds tokens whose positions ascend; the row of the first."""
+        """Adds tokens with ascending positions; returns the row of the first one."""
         start = self.length
         self.tokens.append(ids)
         self.positions.append(np.arange(first_position, first_position + len(ids)))
@@ -139,7 +139,7 @@ def _add_pair(stream: _Stream, pair: TokenizedPair, sequences: tuple[int, int], 
         response_start = stream.append(response, first_position=len(pair.prompt))
         own = (start, stream.length)
         stream.segments.append(Segment(*own, key_ranges=(*shared, own)))
-        # The prompt's last row predicts the first token of each response that it stands before.
+        # The prompt's last row predicts the first token of each response that follows it.
         rows = np.arange(response_start - 1, stream.length - 1)
         rows[0] = prompt[1] - 1
         stream.response_rows.append(rows)

@@ -1,8 +1,8 @@
-"""Preference rows, from data paths to prompt and responses: sources say what a row is, layouts what it means.
+"""Preference rows, from data paths to prompts and responses.
 
-`iter_rows` finds the rows of all sources and is fast; `parse_row` decodes and reads one and is made for workers. UTF-8
-with or without a byte order mark, LF or CRLF, blank lines between JSON Lines, equal responses and further columns
-(named in the log) are accepted. Everything else that is not the layout is a DataError with its place in front.
+`iter_rows` finds the rows of all sources and is fast; `parse_row` decodes and interprets one row, and is for workers.
+UTF-8 with or without a byte order mark, LF or CRLF, blank lines between JSON Lines, equal responses and additional
+columns (named in the log) are accepted. Any other deviation from the layout is a DataError that begins with FILE:LINE.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ __all__ = ["Keys", "Message", "RawPair", "RawRow", "iter_rows", "parse_row", "va
 
 logger = get_logger(__name__)
 
-# One bad row at the start must not make all others look bad.
+# Several rows decide on the layout, so that one bad row at the start does not make all others look bad.
 _ROWS_THAT_SHOW_THE_LAYOUT = 64
 _MOST_TEXT_HELD = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it was found, undecoded where it is JSON; small enough and plain enough to be sent to a worker."""
+    """One row of a source, undecoded if it is JSON; small and plain enough to be sent to a worker."""
 
     index: int
     """0-based row in the concatenation of the sources; rows that turn out to be bad count too"""
     file: int
     """number of the source"""
     line: int
-    """where it begins in the source, from 1; in tables the number of the row"""
+    """first line in the source, from 1; in tables the number of the row"""
     where: str
     """FILE:LINE, for tables NAME:row N"""
     layout: str | None
@@ -70,8 +70,8 @@ class RawPair:
 def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
     """Streams the rows of the concatenated sources; logs number, layout and ignored columns of each source.
 
-    The first rows of a source fix its layout: the one that most of them have. Raises DataError for a source that is
-    missing, empty or broken in a way that hides where its next row begins.
+    The layout of a source is the one that most of its first rows have. Raises DataError for a source that is missing,
+    empty, or broken such that the beginning of its next row can't be found.
     """
     if not paths:
         raise DataError("no data file is given; name at least one in data.train_path")
@@ -79,8 +79,8 @@ def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
     for file, path in enumerate(paths):
         source, first = open_source(path), index
         rows = source.rows()
-        head, broken = _take(rows)
-        layout, ignored = _judge(head, source.location, keys)
+        head, broken = _first_rows(rows)
+        layout, ignored = _most_common_layout(head, source.location, keys)
         for row in chain((head.popleft() for _ in range(len(head))), rows):
             where = f"{source.location}{row.line}"
             yield RawRow(index, file, row.line, where, layout, row.value, (file + row.progress) / len(paths))
@@ -93,20 +93,20 @@ def iter_rows(paths: Sequence[str], keys: Keys) -> Iterator[RawRow]:
 
 
 def parse_row(row: RawRow, keys: Keys) -> RawPair:
-    """The pair that a row holds. Raises DataError that begins with its place where it holds none."""
+    """Parses the pair of a row. Raises DataError that begins with FILE:LINE if it holds none."""
     try:
         said = convert(_decoded(row.value, row.where), keys, row.layout)
     except RowProblem as problem:
         raise DataError(f"{row.where}: {problem}") from None
-    except RecursionError:  # tools or calls just within what JSON's decoder takes
+    except RecursionError:  # tools or calls nested almost as deeply as JSON's decoder allows
         raise DataError(f"{row.where}: nested too deeply") from None
     return RawPair(row.index, row.where, said.prompt, said.chosen, said.rejected, said.tools, said.template_kwargs)
 
 
 def validation_rows(n: int, fraction: float, seed: int) -> npt.NDArray[np.int64]:
-    """Sorted row numbers held out of `n`: round(fraction · n) of them, but at least one on each side.
+    """Sorted numbers of the rows held out of `n`: round(fraction · n) of them, but at least one on each side.
 
-    The choice is a function of the arguments alone.
+    The choice depends on the arguments only.
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"data.validation_fraction={fraction}: a split takes a share between 0 and 1, both excluded")
@@ -127,8 +127,8 @@ def _decoded(value: Any, where: str) -> Any:
     return value
 
 
-def _take(rows: Iterator[Row]) -> tuple[deque[Row], DataError | None]:
-    """The first rows, as many as decide the layout, and the error that ended them early."""
+def _first_rows(rows: Iterator[Row]) -> tuple[deque[Row], DataError | None]:
+    """Takes the first rows, as many as decide the layout; returns them and the error that ended them early, if any."""
     taken: deque[Row] = deque()
     size = 0
     try:
@@ -143,7 +143,7 @@ def _take(rows: Iterator[Row]) -> tuple[deque[Row], DataError | None]:
 
 
 def text_size(value: Any) -> int:
-    """Bytes or characters of text in a row's value, roughly what it takes in memory."""
+    """Number of bytes or characters of text in a row's value, roughly its size in memory."""
     if isinstance(value, (bytes, str)):
         return len(value)
     if isinstance(value, dict):
@@ -151,15 +151,16 @@ def text_size(value: Any) -> int:
     return sum(map(text_size, value)) if isinstance(value, list) else 0
 
 
-def _judge(rows: Iterable[Row], place: str, keys: Keys) -> tuple[str | None, list[str]]:
-    """The layout of most of the rows, of equally many the first; and the columns that its first row has besides.
+def _most_common_layout(rows: Iterable[Row], location: str, keys: Keys) -> tuple[str | None, list[str]]:
+    """Returns the most common layout of the rows (the first of equally common ones), and columns that it ignores.
 
-    Bad rows have no say: what is wrong with them is told when they are parsed. (None, []) where there is no other.
+    The ignored columns are those of the first row with that layout. Bad rows are left out; they are reported when they
+    are parsed. (None, []) if there are no others.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         try:
-            value = _decoded(row.value, f"{place}{row.line}")
+            value = _decoded(row.value, f"{location}{row.line}")
         except RowProblem:
             continue
         layout = recognise(value, keys) if isinstance(value, dict) else None

@@ -1,7 +1,7 @@
-"""Rows of JSON Lines files and JSON arrays: found by streaming, decoded apart from that so that workers can do it.
+"""Rows of JSON Lines files and JSON arrays: found by streaming, and decoded separately, so that workers can do that.
 
-A row is the undecoded bytes of one JSON value. What spoils one row alone is a `RowProblem` when it is decoded; what
-makes it impossible to say where the next row begins is a DataError here.
+A row is the undecoded bytes of one JSON value. A fault of a single row is a `RowProblem` when it is decoded; a fault
+that makes it impossible to find the beginning of the next row is a DataError here.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ BOM = codecs.BOM_UTF8
 LONGEST_ROW = 64 * 2**20
 """Bytes of the longest row that is read; the bound of what reading keeps in memory"""
 _CHUNK = 2**18
-_IN_NUMBERS = "0123456789+-.eE"  # with one of these behind it at the window's end, a number may not have ended yet
+_IN_NUMBERS = "0123456789+-.eE"  # at the window's end, one of these may continue in the next window
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 class RowProblem(Exception):
-    """Why one row cannot be used, before FILE:LINE is put in front of it."""
+    """The reason why one row can't be used, without FILE:LINE, which callers prepend."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source as it is found."""
+    """One row of a source, as read."""
 
     line: int
     """where it begins, counted from 1; in tables the number of the row"""
@@ -41,7 +41,7 @@ class Row:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a .json or .jsonl file; in .json the first character tells an array from one object on each line.
+    """Yields the rows of a .json or .jsonl file; the first character of a .json file tells an array from JSON Lines.
 
     Raises DataError for an empty file, a row over LONGEST_ROW, and an array that is not valid JSON.
     """
@@ -60,9 +60,9 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 def decode_row(data: bytes, *, is_json_suffix: bool) -> Any:
-    """The value of one undecoded row; `is_json_suffix` adds to messages what a .json file may hold.
+    """Decodes one row; with `is_json_suffix`, error messages say what a .json file may hold.
 
-    Raises RowProblem for invalid UTF-8 or JSON, a repeated key, NaN or Infinity, and what nests too deeply.
+    Raises RowProblem for invalid UTF-8 or JSON, a repeated key, NaN or Infinity, and values nested too deeply.
     """
     cut = "" if data.endswith(b"\n") else "; the file ends here without a newline and may be truncated"
     try:
@@ -96,25 +96,25 @@ class _ArrayReader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self._path, self._file, self._size = path, file, size
-        # Invalid bytes come through as they are: they spoil the row that holds them, and decoding it says so.
+        # Invalid bytes pass unchanged: they only spoil their own row, and decoding it reports them.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text = ""
-        self._position = 0  # in the window, behind what has been read
+        self._position = 0  # in the window, after the part that has been read
         self._line, self._counted = 1, 0  # the line of the window's character `counted`
         self._done = 0  # bytes of the file in or before the window
         self._at_end = False
 
     def rows(self) -> Iterator[Row]:
-        """Yields every element; raises DataError where the array is not one, and at a row over LONGEST_ROW."""
+        """Yields every element; raises DataError if the file is no array, and at a row over LONGEST_ROW."""
         self._skip_whitespace()
-        self._position += 1  # the opening bracket, which has been seen
+        self._position += 1  # the opening bracket, which the caller has seen
         if self._skip_whitespace() == "]":
             self._position += 1
             self._expect_end()
             return
         while True:
             self._line, self._counted = self._line_of(self._position), self._position
-            line, end = self._line, self._end_of_element()  # which may move the window, and the position with it
+            line, end = self._line, self._end_of_element()  # this may move the window, and the position with it
             value = self._text[self._position : end].encode("utf-8", "surrogateescape")
             self._position = end
             yield Row(line, value, self._done / self._size)
@@ -129,9 +129,9 @@ class _ArrayReader:
             self._skip_whitespace()
 
     def _end_of_element(self) -> int:
-        """Where the element that begins at the position ends in the window, which grows until it holds it."""
+        """End of the element that begins at the position, in the window, which grows until it holds the element."""
         while True:
-            # Reason and place instead of the exception, which would keep the window alive.
+            # Reason and position only: keeping the exception would keep the window in memory.
             reason, at = "its end is not found", self._position
             try:
                 _, end = _SCANNER.raw_decode(self._text, self._position)
@@ -160,7 +160,7 @@ class _ArrayReader:
         self._text, self._position = self._text[self._position :] + text, 0
 
     def _skip_whitespace(self) -> str:
-        """The next character that is no whitespace, which is not consumed; "" at the end of the file."""
+        """Moves to the next character that is no whitespace and returns it; "" at the end of the file."""
         while True:
             match = _WHITESPACE.match(self._text, self._position)
             self._position = match.end() if match else self._position
@@ -200,5 +200,5 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-# Finds where a value ends and refuses nothing that the decoder has a better message for.
+# Finds the end of a value, and accepts faults for which the decoder has a better message.
 _SCANNER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)

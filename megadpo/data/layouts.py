@@ -1,7 +1,7 @@
-"""The layouts of preference rows: which one a row has, and the prompt and the two responses that it says.
+"""The layouts of preference rows: recognises a row's layout, and converts rows to a prompt and two responses.
 
-A row's layout follows from its columns and their types, tried in the order of `recognise`; a null column that a layout
-does not need counts as absent, since tables have every column in every row. What does not fit is a RowProblem.
+The layout follows from the columns and their types, tried in the order of `recognise`; a null column that a layout does
+not need counts as absent, since tables have every column in every row. A row that does not fit is a RowProblem.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megadpo.data.messages import (
     SHAREGPT_WORDS,
     Message,
     check_texts,
-    kind,
     list_of_objects,
     prompt_messages,
     response_messages,
     split_conversations,
     text,
+    type_name,
 )
 
 TRL_STANDARD = "TRL standard"
@@ -33,12 +33,12 @@ ROLL = "ROLL instruction"
 IMPLICIT_CONVERSATIONAL = "implicit prompt, conversational"
 IMPLICIT_STANDARD = "implicit prompt, plain text"
 
-# Columns that change what the model sees in other trainers; where they are not read, the log says so as a warning.
+# Columns that change the model's input in other trainers; if they are not read, a warning is logged.
 CONTEXT_COLUMNS = {"conversations", "history", "images", "input", "instruction", "messages", "system", "tools"}
 CONTEXT_COLUMNS |= {"audios", "chat_template_kwargs", "image", "prompt", "videos"}
-# With one of these beside two strings, the strings are responses to it, and what they share is chance.
+# If a row has one of these beside two strings, the strings are responses to it, and a common prefix is chance.
 _LOOKS_LIKE_A_PROMPT = {"conversations", "input", "instruction", "messages", "problem", "query", "question"}
-# What rendering a pair decides by itself, so that a row cannot.
+# Arguments of the chat template that rendering a pair sets itself, so that a row can't.
 _RENDERING = {"add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages", "padding"}
 _RENDERING |= {"return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tools", "truncation"}
 _RENDERING |= {"chat_template", "tokenizer_kwargs"}
@@ -54,7 +54,7 @@ _BY_TYPES: dict[tuple[type, ...], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The columns of a row; three different names."""
+    """The names of a row's columns, which must differ."""
 
     prompt: str = "prompt"
     chosen: str = "chosen"
@@ -63,7 +63,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """What one row says: three strings (plain text), or three lists of messages and what the chat template gets."""
+    """The content of a row: three strings (plain text), or three lists of messages and arguments of the template."""
 
     prompt: str | list[Message]
     chosen: str | list[Message]
@@ -73,7 +73,7 @@ class Preference:
 
 
 def recognise(row: Mapping[str, Any], keys: Keys) -> str | None:
-    """The layout that the row's columns and their types say, or None."""
+    """Returns the layout that follows from the row's columns and their types, or None."""
     responses = (type(row.get(keys.chosen)), type(row.get(keys.rejected)))
     if row.get(keys.prompt) is not None:
         return _BY_TYPES.get((type(row[keys.prompt]), *responses))
@@ -89,16 +89,16 @@ def recognise(row: Mapping[str, Any], keys: Keys) -> str | None:
 
 
 def ignored_columns(row: Mapping[str, Any], keys: Keys, layout: str) -> list[str]:
-    """Names of the row's columns that are not null and that `layout` does not read."""
+    """Names of the row's columns that are not null and not read by `layout`."""
     read = {*_required(keys, layout), *_optional(layout)}
     return [name for name, value in row.items() if name not in read and value is not None]
 
 
 def convert(row: object, keys: Keys, layout: str | None) -> Preference:
-    """What the row says; `layout` is that of its source, None where it is not known. Raises RowProblem."""
+    """Converts a row; `layout` is that of its source, None if it is not known. Raises RowProblem."""
     if not isinstance(row, dict):
         suffix = "; a file that is one array of pairs must have the suffix .json" if isinstance(row, list) else ""
-        raise RowProblem(f"a pair is a JSON object, this is {kind(row)}{suffix}")
+        raise RowProblem(f"a pair is a JSON object, this is {type_name(row)}{suffix}")
     layout = _same_layout(row, keys, layout)
     if layout == TRL_STANDARD:
         prompt_text, one, other = (text(row[name], name) for name in (keys.prompt, keys.chosen, keys.rejected))
@@ -132,11 +132,11 @@ def _optional(layout: str) -> list[str]:
 
 
 def _same_layout(row: Mapping[str, Any], keys: Keys, layout: str | None) -> str:
-    """The row's layout; raises RowProblem where there is none, or another than `layout`, the file's."""
+    """Returns the row's layout; raises RowProblem if it has none, or another one than the file's (`layout`)."""
     found = recognise(row, keys)
     if found is not None and layout in (None, found):
         return found
-    columns = ", ".join(f"{name} ({kind(value)})" for name, value in row.items()) or "none"
+    columns = ", ".join(f"{name} ({type_name(value)})" for name, value in row.items()) or "none"
     if layout is not None:
         if found not in (None, IMPLICIT_CONVERSATIONAL, IMPLICIT_STANDARD):
             raise RowProblem(
@@ -162,7 +162,7 @@ def _layouts_in_words(keys: Keys) -> str:
 
 
 def _decoded(row: Mapping[str, Any], name: str) -> Any:
-    """The column's value, out of JSON text where it is a string; None where it is absent, null or empty."""
+    """The column's value, parsed as JSON if it is a string; None if it is absent, null or empty."""
     value = row.get(name)
     if not isinstance(value, str) or not value:
         return value or None
@@ -180,7 +180,7 @@ def _template_kwargs(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise RowProblem(f"chat_template_kwargs is {kind(value)}, an object is required")
+        raise RowProblem(f"chat_template_kwargs is {type_name(value)}, an object is required")
     taken = ", ".join(sorted(_RENDERING & value.keys()))
     if taken:
         raise RowProblem(f"chat_template_kwargs must not hold {taken}, which is decided by what is rendered; remove it")
@@ -203,7 +203,7 @@ def _with_system(prompt: list[Message], row: Mapping[str, Any]) -> list[Message]
 def _conversations(
     row: Mapping[str, Any], keys: Keys, layout: str
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, chosen, rejected) of a row in one of the conversational layouts."""
+    """Returns (prompt, chosen, rejected) of a row in one of the conversational layouts."""
     chosen, rejected = row[keys.chosen], row[keys.rejected]
     if layout == ROLL:
         prompt = [*_history(_decoded(row, "history")), {"role": "user", "content": _instruction(row)}]
@@ -236,7 +236,7 @@ def _instruction(row: Mapping[str, Any]) -> str:
 
 
 def _history(turns: Any) -> list[Message]:
-    """The earlier turns of the instruction layout, [user, assistant] each."""
+    """Messages of the instruction layout's history, whose turns are [user, assistant]."""
     if turns is None:
         return []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
@@ -254,7 +254,7 @@ def _assistant(content: str) -> list[Message]:
 
 # ---------------------------------------------------------------------------------------------------------- plain text
 def _split_text(chosen: str, rejected: str, keys: Keys) -> Preference:
-    """The text that both begin with is the prompt, up to the space before the word in which they part."""
+    """Splits off the common beginning as the prompt, up to the space before the first word that differs."""
     last = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1  # a response has one character at least
     cut = _common_prefix_length(chosen, rejected, at_most=last)
     if last >= 0 and not (chosen[cut].isspace() and rejected[cut].isspace()):

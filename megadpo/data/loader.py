@@ -1,6 +1,6 @@
-"""From retained pairs and a step number to this rank's microbatches.
+"""Builds this rank's microbatches from the retained pairs and a step number.
 
-The position in the data is a function of the number of finished steps, and of the place that the run went on from.
+The position in the data is a function of the number of finished steps, and of the position that the run continued from.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megadpo.metrics.flops import FlopRates, pair_flops
 class GlobalBatch:
     """The pairs of one step over all ranks, and this data-parallel rank's microbatches of them.
 
-    `logical_tokens` counts prompt + chosen + prompt + rejected of every pair; `computed_tokens` what all ranks put
-    through the model, `padding_tokens` of them padding and fillers. `stream_tokens` is the length of the longest
-    microbatch: all have it under a pipeline, otherwise each keeps its own. `flops` are those of the policy's forward
-    pass over all pairs, `own_flops` of it over this rank's streams, with their padding; `reference_flops` are the
-    reference's. `pair_indices` are the pairs' rows in the source, in order. `mean_chosen_tokens` is the mean length of
-    the chosen responses of all pairs that the loss is a mean over.
+    `logical_tokens` counts prompt + chosen + prompt + rejected of every pair; `computed_tokens` counts all tokens that
+    the ranks compute, of which `padding_tokens` are padding and fillers. `stream_tokens` is the length of the longest
+    microbatch; under a pipeline all have this length. `flops` is that of the policy's forward pass over all pairs,
+    `own_flops` over this rank's streams with their padding; `reference_flops` is the reference's. `pair_indices` are
+    the pairs' rows in the source, in order. `mean_chosen_tokens` is the mean length of the chosen responses of all
+    pairs that the loss is a mean over.
     """
 
     microbatches: tuple[PreferenceBatch, ...]
@@ -42,7 +42,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What the layout asks of a batch.
+    """Requirements of the parallel layout on a batch.
 
     `token_multiple`: streams are rounded up to it (sequence parallelism splits them evenly). `fixed_streams`: all
     microbatches of a step get one length, because pipeline messages have one shape. `microbatch_multiple`: see
@@ -59,7 +59,7 @@ class BatchShape:
 class BatchBuilder:
     """Builds global batches from lists of pairs, for one layout and one token budget.
 
-    `flop_rates` are the policy's, and balance the ranks; `reference_flop_rates` are None where no reference is run.
+    `flop_rates` are the policy's, and balance the ranks; `reference_flop_rates` are None if no reference model runs.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class BatchBuilder:
         self.reference_flop_rates = reference_flop_rates
 
     def build(self, pairs: Sequence[TokenizedPair], *, mean_chosen_tokens: float | None = None) -> GlobalBatch:
-        """The global batch of `pairs`, with this rank's microbatches built and everyone's tokens counted.
+        """Builds the global batch of `pairs`: this rank's microbatches, and the token counts of all ranks.
 
-        `mean_chosen_tokens` is given where the loss is a mean over more pairs than these.
+        `mean_chosen_tokens` must be given if the loss is a mean over more pairs than these.
         """
         shape = self.shape
         lengths = [stream_length(pair, share_prompt=self.share_prompt) for pair in pairs]
@@ -131,12 +131,12 @@ class BatchBuilder:
 
 
 def mean_chosen_length(pairs: Sequence[TokenizedPair]) -> float:
-    """Tokens of a chosen response on average."""
+    """Mean number of tokens of the chosen responses."""
     return sum(len(pair.chosen) for pair in pairs) / len(pairs)
 
 
 def stream_widths(schedule: StepSchedule, lengths: Sequence[int], shape: BatchShape) -> list[list[int]]:
-    """Stream length of every rank's every microbatch, padding included."""
+    """Stream lengths of all ranks' microbatches, padding included."""
 
     def rounded(tokens: int) -> int:
         multiple = shape.token_multiple
@@ -149,7 +149,7 @@ def stream_widths(schedule: StepSchedule, lengths: Sequence[int], shape: BatchSh
 
 
 def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Order in which epoch `epoch` visits the retained pairs: a function of (seed, epoch) alone.
+    """The order of the retained pairs in an epoch, which depends on (seed, epoch) only.
 
     NumPy's PCG64 seeded by (seed, epoch) permutes them; without shuffling it is the file's order.
     """
@@ -159,19 +159,19 @@ def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.n
 
 
 def steps_per_epoch(num_pairs: int, global_batch_size: int) -> int:
-    """Optimizer steps that one pass over the pairs takes."""
+    """Number of optimizer steps of one pass over the pairs."""
     return -(-num_pairs // global_batch_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A place in the training pairs: `steps` updates have taken `pairs` of them, those of every epoch counted."""
+    """A position in the training pairs: `steps` updates have consumed `pairs` of them, counted over all epochs."""
 
     steps: int = 0
     pairs: int = 0
 
     def after(self, steps_done: int, *, num_pairs: int, global_batch_size: int) -> Cursor:
-        """The place after `steps_done` updates, this one's included: an epoch's last batch is smaller."""
+        """The position after `steps_done` updates, which include this cursor's; an epoch's last batch is smaller."""
         steps = steps_done - self.steps
         epoch, offset = divmod(self.pairs, num_pairs)
         steps_left = steps_per_epoch(num_pairs - offset, global_batch_size)
@@ -181,7 +181,7 @@ class Cursor:
         return Cursor(steps_done, (epoch + 1 + epochs) * num_pairs + step * global_batch_size)
 
     def steps_of(self, epochs: int, *, num_pairs: int, global_batch_size: int) -> int:
-        """Updates that have been made once the pairs have been gone through so many times."""
+        """Number of updates after the given number of passes over the pairs."""
         epoch, offset = divmod(self.pairs, num_pairs)
         if epoch >= epochs:
             return self.steps
@@ -195,7 +195,7 @@ START = Cursor()
 class TrainingData:
     """The training pairs in the order of (seed, epoch), cut into global batches, an epoch's last one smaller.
 
-    They are gone on with from `start`.
+    Iteration continues from `start`.
     """
 
     def __init__(
@@ -217,28 +217,28 @@ class TrainingData:
         self._order = (-1, np.empty(0, np.int64))
 
     def batches(self, *, steps_done: int, total_steps: int) -> Iterator[GlobalBatch]:
-        """The global batches of the steps that are left."""
+        """Yields the global batches of the remaining steps."""
         return map(self.batch_after, range(steps_done, total_steps))
 
     def batch_after(self, steps_done: int) -> GlobalBatch:
-        """The global batch of the step that follows `steps_done` finished ones."""
+        """The global batch of the step after `steps_done` finished ones."""
         epoch, start = divmod(self.pairs_after(steps_done), len(self.pairs))
         order = self._order_of(epoch)
         return self.builder.build([self.pairs[int(i)] for i in order[start : start + self.global_batch_size]])
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """`epoch_order`, made once an epoch: a million pairs take as long as a small step."""
+        """`epoch_order`, computed once per epoch: for a million pairs it takes as long as a small step."""
         if self._order[0] != epoch:
             order = epoch_order(len(self.pairs), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
             self._order = (epoch, order)
         return self._order[1]
 
     def epochs_after(self, steps_done: int) -> float:
-        """Passes over the data that `steps_done` finished steps have made."""
+        """Number of epochs, with a fraction, after `steps_done` steps."""
         return self.pairs_after(steps_done) / len(self.pairs)
 
     def pairs_after(self, steps_done: int) -> int:
-        """Pairs that `steps_done` finished steps have taken, those of every epoch counted."""
+        """Number of pairs consumed by `steps_done` steps, counted over all epochs."""
         sizes = {"num_pairs": len(self.pairs), "global_batch_size": self.global_batch_size}
         return self.start.after(steps_done, **sizes).pairs
 
@@ -251,9 +251,9 @@ def evaluation_batches(
     first: int = 0,
     mean_chosen_tokens: float | None = None,
 ) -> Iterator[GlobalBatch]:
-    """The pairs from `first` on, in file order, as global batches of `group_size`; each pair comes exactly once.
+    """Yields the pairs from `first` on, in file order, as global batches of `group_size`; each pair exactly once.
 
-    A loss that is to be a mean over all of them takes their `mean_chosen_tokens`.
+    For a loss that is a mean over all of them, pass their `mean_chosen_tokens`.
     """
     for start in range(first, len(pairs), group_size):
         yield builder.build(pairs[start : start + group_size], mean_chosen_tokens=mean_chosen_tokens)

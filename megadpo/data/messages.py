@@ -1,4 +1,4 @@
-"""Messages of a conversation: how the layouts spell them, and what a prompt and a response may be made of."""
+"""Messages of a conversation: their spelling in the layouts, and the rules for prompts and responses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megadpo.data.json_rows import RowProblem
 Message = dict[str, Any]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# What a message may hold beside role and text, as the chat template gets it.
+# Optional fields of a message besides role and text, which the chat template gets.
 _STRINGS = ("name", "tool_call_id", "reasoning_content")
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a layout spells a message: the two keys, and the roles with what they become."""
+    """A layout's spelling of messages: the two keys, and a map from its roles to the chat template's."""
 
     role_key: str
     text_key: str
@@ -35,7 +35,7 @@ SHAREGPT_WORDS = Dialect(
 
 
 def prompt_messages(value: Sequence[Any], name: str, dialect: Dialect) -> list[Message]:
-    """The messages before the response; only the last one, a user's or a tool's, must have text."""
+    """Parses the messages before the response; only the last one, a user's or a tool's, must have text."""
     if not value:
         raise RowProblem(f"{name} is empty, at least one message is required")
     messages = [message(item, f"{name}[{i}]", dialect) for i, item in enumerate(value)]
@@ -44,7 +44,7 @@ def prompt_messages(value: Sequence[Any], name: str, dialect: Dialect) -> list[M
 
 
 def response_messages(value: Sequence[Any], name: str, dialect: Dialect) -> list[Message]:
-    """The messages of one response, all of them the assistant's and with text or tool calls."""
+    """Parses the messages of one response, all of which must be the assistant's and have text or tool calls."""
     if not value:
         raise RowProblem(f"{name} is empty, one assistant message is required")
     messages = [message(item, f"{name}[{i}]", dialect) for i, item in enumerate(value)]
@@ -55,9 +55,9 @@ def response_messages(value: Sequence[Any], name: str, dialect: Dialect) -> list
 def split_conversations(
     chosen: Sequence[Any], rejected: Sequence[Any], names: tuple[str, str]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, chosen, rejected) of two full conversations: the messages that both begin with, and what follows.
+    """Splits two full conversations into (prompt, chosen, rejected): the prompt is their common beginning.
 
-    At least one message of each stays a response.
+    At least one message of each remains as the response.
     """
     sides = [
         [message(item, f"{name}[{i}]", OPENAI) for i, item in enumerate(value)]
@@ -79,9 +79,9 @@ def split_conversations(
 
 
 def message(value: object, name: str, dialect: Dialect) -> Message:
-    """The message as the chat template gets it; its text may be empty. Raises RowProblem that begins with `name`."""
+    """Converts a message for the chat template; its text may be empty. Raises RowProblem that begins with `name`."""
     if not isinstance(value, dict):
-        raise RowProblem(f"{name} is {kind(value)}, not an object of {dialect.role_key!r}, {dialect.text_key!r}")
+        raise RowProblem(f"{name} is {type_name(value)}, not an object of {dialect.role_key!r}, {dialect.text_key!r}")
     given = {key: item for key, item in value.items() if item is not None}
     calls = given.pop("tool_calls", None) or None
     for key in (dialect.role_key, dialect.text_key):
@@ -109,7 +109,7 @@ def check_prompt(messages: Sequence[Message], name: str, dialect: Dialect) -> No
     """Raises RowProblem unless the last message is a user's or a tool's and has text."""
     last = messages[-1]
     if last["role"] not in ("user", "tool"):
-        role = spelled(last["role"], dialect)
+        role = spelled_role(last["role"], dialect)
         raise RowProblem(f"{name} ends with a message of {role!r}; the response follows a user or tool message")
     if not last["content"]:
         raise RowProblem(f"{name}[{len(messages) - 1}].{dialect.text_key} is empty")
@@ -120,29 +120,29 @@ def check_response(messages: Sequence[Message], name: str, dialect: Dialect, sta
     for i, item in enumerate(messages[start:], start):
         if item["role"] != "assistant":
             parting = f" (chosen and rejected part at message {start})" if start else ""
-            role = spelled(item["role"], dialect)
+            role = spelled_role(item["role"], dialect)
             raise RowProblem(f"{name}[{i}] is a message of {role!r}; responses are the assistant's{parting}")
         if not item["content"] and "tool_calls" not in item:
             raise RowProblem(f"{name}[{i}].{dialect.text_key} is empty")
 
 
-def spelled(role: str, dialect: Dialect) -> str:
-    """The dialect's first word for a role."""
+def spelled_role(role: str, dialect: Dialect) -> str:
+    """Returns the dialect's first word for a role."""
     return next(word for word, meaning in dialect.roles.items() if meaning == role)
 
 
 # -------------------------------------------------------------------------------------------------------- plain values
-def kind(value: object) -> str:
-    """What a JSON value is, in words."""
+def type_name(value: object) -> str:
+    """Returns the type of a JSON value in words."""
     names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
     names |= {int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def text(value: object, name: str, *, may_be_empty: bool = False) -> str:
-    """`value` where it is a string that a tokenizer takes; raises RowProblem that begins with `name` otherwise."""
+    """Returns `value` if it is a string that a tokenizer takes; otherwise raises RowProblem that begins with `name`."""
     if not isinstance(value, str):
-        raise RowProblem(f"{name} is {kind(value)}, a string is required")
+        raise RowProblem(f"{name} is {type_name(value)}, a string is required")
     if not value and not may_be_empty:
         raise RowProblem(f"{name} is empty")
     if "\0" in value:
@@ -154,7 +154,7 @@ def text(value: object, name: str, *, may_be_empty: bool = False) -> str:
 
 
 def check_texts(value: Any, name: str) -> None:
-    """Raises RowProblem where a string inside `value`, keys included, is not one that a tokenizer takes."""
+    """Raises RowProblem if a tokenizer can't take a string inside `value`, keys included."""
     if isinstance(value, str):
         text(value, name, may_be_empty=True)
     elif isinstance(value, dict):
@@ -167,7 +167,7 @@ def check_texts(value: Any, name: str) -> None:
 
 
 def list_of_objects(value: Any, name: str) -> list[Any]:
-    """`value` where it is that; raises RowProblem otherwise."""
+    """Returns `value` if it is a list of objects; otherwise raises RowProblem."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowProblem(f"{name} must be a list of objects")
     check_texts(value, name)

@@ -1,4 +1,4 @@
-"""Items made in a thread while the caller works on the ones before."""
+"""Prefetches items in a thread while the caller works on earlier ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Item = TypeVar("Item")
 
 @contextmanager
 def prefetched(items: Iterable[Item], depth: int = 1) -> Iterator[Iterator[Item]]:
-    """An iterator over the same items, the next `depth` of which are made in a thread; for use in a `with`.
+    """Yields an iterator over the same items, of which the next `depth` are computed in a thread; a context manager.
 
-    Making begins at once. What `items` raises is raised where its item was asked for. The thread is gone when the
-    context is left, however it is left; an item that is being made then is waited for.
+    The thread starts at once. An error of `items` is raised when its item is asked for. The thread has ended when the
+    context is left in any way; an item that is being computed then is waited for.
     """
     source = iter(items)
     end = object()

@@ -1,4 +1,4 @@
-"""From sources to a store of tokenized pairs: in worker processes, in bounded memory, once for the same content."""
+"""Tokenizes sources into a store of pairs: in worker processes, in bounded memory, once for the same content."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-# Enters the name of a store; to be raised when the same rows come to other token ids or records than before.
+# Part of a store's name; to be raised when the same rows give other token ids or records than before.
 _FORMAT = 1
 _CHUNK_ROWS = 128
 _CHUNK_BYTES = 4 * 2**20
-# Starting worker processes takes seconds: fewer rows than these are tokenized sooner without.
+# Starting worker processes takes seconds, so fewer chunks than these are tokenized without them.
 _CHUNKS_BEFORE_WORKERS = 16
 _MOST_WORKERS = 32
-# Skipped rows that are told in words; all are counted.
+# Number of skipped rows whose problems are kept; all are counted.
 _PROBLEMS_KEPT = 100
 _SECONDS_BEFORE_LEFTOVERS_GO = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that token ids depend on besides the sources: columns, tokenizer, the date that templates are told."""
+    """All that token ids depend on besides the sources: columns, tokenizer, and the date that templates get."""
 
     keys: Keys
     tokenizer_dir: Path
@@ -66,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class PreparedStore:
-    """Where a token store is, and what stands before a line number in messages about each of its sources."""
+    """The directory of a token store, and for each source the text before a line number in messages."""
 
     directory: Path
     locations: tuple[str, ...]
@@ -93,11 +93,11 @@ def prepare_store(
     workers: int,
     report: Callable[[float, int], None],
 ) -> PreparedStore:
-    """The sources' token store under `cache_dir`: found there by content, or made now.
+    """Finds the sources' token store under `cache_dir` by their content, or creates it.
 
     `report` is called with the share of the sources that is read and the number of rows done. With `workers` > 1,
-    large sets are tokenized in that many processes. At any moment a few chunks of rows are in memory. Raises DataError
-    at the first row that can't be used, unless the recipe skips such rows. For one process of the whole run.
+    large sets are tokenized in that many processes. Only a few chunks of rows are in memory at a time. Raises DataError
+    at the first row that can't be used, unless the recipe skips such rows. To be called by one process of the run.
     """
     sources = [open_source(spec) for spec in specs]
     locations = tuple(source.location for source in sources)
@@ -108,7 +108,7 @@ def prepare_store(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_dir)
-        _tokenizer.cache_clear()  # its files may have changed since this process tokenized last
+        _tokenizer.cache_clear()  # the tokenizer's files may have changed since this process last used them
         with StoreWriter(directory) as writer:
             _fill(writer, specs, recipe, workers, report)
     except OSError as error:
@@ -120,12 +120,12 @@ def prepare_store(
 
 
 def open_store(prepared: PreparedStore) -> PairStore:
-    """The store that `prepare_store` found or made; any process that sees its directory, the sources or not."""
+    """Opens the store that `prepare_store` found or created; for any process that sees its directory."""
     return PairStore(prepared.directory, prepared.locations)
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, but no more workers than one reading process can feed."""
+    """Number of CPUs that this process may use, at most the number of workers that one reading process can feed."""
     return min(usable_cpus(), _MOST_WORKERS)
 
 
@@ -159,7 +159,7 @@ def _fill(
 
 
 def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
-    """Lists of consecutive rows; an error of the reader comes behind the rows before it, which may have their own."""
+    """Groups consecutive rows; an error of the reader is raised after the rows before it, which may have their own."""
     chunk: list[RawRow] = []
     size = 0
     try:
@@ -181,11 +181,11 @@ def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow] | MegaDPOError]:
 def _tokenized(
     chunks: Iterator[list[RawRow] | MegaDPOError], recipe: Recipe, workers: int
 ) -> Generator[_Chunk, None, None]:
-    """What `_tokenize_rows` makes of each chunk, in order, with a few chunks per worker on their way at a time."""
+    """Applies `_tokenize_rows` to each chunk; yields the results in order, with a few chunks per worker in flight."""
     if workers == 1:
         yield from (_tokenize_rows(chunk, recipe) for chunk in chunks)
         return
-    # Fresh processes: this one may have threads of communication libraries, which do not survive a fork.
+    # Spawned processes: this one may have threads of communication libraries, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
     waiting: deque[Future[_Chunk]] = deque()
     try:
@@ -205,7 +205,7 @@ def _tokenized(
 
 
 def _end_with_parent() -> None:
-    """Lets this worker process end when the one that feeds it is gone, which a kill leaves no time to say."""
+    """Has this worker process end when its parent is gone, which a killed parent can't announce."""
 
     def wait() -> None:
         parent = parent_process()
@@ -217,7 +217,7 @@ def _end_with_parent() -> None:
 
 
 def _tokenize_rows(rows: list[RawRow] | MegaDPOError, recipe: Recipe) -> _Chunk:
-    """The records and token ids of some rows; raises the error that stands in their place."""
+    """Tokenizes some rows to records and token ids; raises the error if there is one in their place."""
     if isinstance(rows, MegaDPOError):
         raise rows
     tokenizer = _tokenizer(recipe.tokenizer_dir)
@@ -235,7 +235,7 @@ def _tokenize_rows(rows: list[RawRow] | MegaDPOError, recipe: Recipe) -> _Chunk:
             record["flags"] = BAD
             problems.append(str(error))
             continue
-        _describe(result, record)
+        _fill_record(result, record)
         pair = result.pair
         tokens += [pair.prompt, pair.chosen, pair.rejected]
         start += len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
@@ -245,8 +245,8 @@ def _tokenize_rows(rows: list[RawRow] | MegaDPOError, recipe: Recipe) -> _Chunk:
     return _Chunk(records, flat, rows[-1].progress, problems, moved_boundary)
 
 
-def _describe(result: Tokenization, record: np.void) -> None:
-    """Fills the record of a pair with its lengths, flags and hash."""
+def _fill_record(result: Tokenization, record: np.void) -> None:
+    """Fills a pair's record with its lengths, flags and hash."""
     pair = result.pair
     parts = (pair.prompt, pair.chosen, pair.rejected)
     record["prompt"], record["chosen"], record["rejected"] = map(len, parts)
@@ -261,12 +261,12 @@ def _describe(result: Tokenization, record: np.void) -> None:
 
 @cache
 def _tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer, loaded once a process."""
+    """Returns the tokenizer, which is loaded once per process."""
     return load_tokenizer(directory)
 
 
 def _content_key(sources: Sequence[Source], recipe: Recipe) -> str:
-    """A name for the token ids: a hash of everything that they depend on."""
+    """The name of a store: a hash of everything that its token ids depend on."""
     files = tokenizer_files(recipe.tokenizer_dir)
     asks_for_date = any(b"strftime_now" in content for content in files.values())
     parts = {
@@ -282,7 +282,7 @@ def _content_key(sources: Sequence[Source], recipe: Recipe) -> str:
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """Content of the files that a tokenizer is made of, by name."""
+    """Contents of a tokenizer's files, by name."""
     patterns = "config.json tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt".split()
     patterns += ["chat_template*", "tekken.json", "additional_chat_templates/*", "*.model", "*.tiktoken"]
     paths = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
@@ -290,7 +290,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Removes what killed runs began to write; what is younger than a day may still be growing."""
+    """Removes incomplete stores of killed runs; those younger than a day may still be growing."""
     for partial_store in cache_dir.glob(".*.partial"):
         with suppress(OSError):  # a run that shares the cache may finish or remove it at this moment
             newest = max(path.stat().st_mtime for path in (partial_store, *partial_store.iterdir()))

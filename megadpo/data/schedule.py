@@ -1,6 +1,6 @@
-"""Which pairs go into which microbatch, on which data-parallel rank: a pure function of lengths.
+"""Assigns pairs to microbatches and data-parallel ranks: a pure function of their lengths.
 
-The bins depend on the lengths and the token budget alone, never on the layout, so every layout computes the same
+The bins depend on the lengths and the token budget only, never on the layout, so every layout computes the same
 microbatches and only their order of summation differs. Every rank computes the whole schedule, so the longest stream of
 a step is known everywhere and pipeline messages have one shape per step.
 """
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 Bin = tuple[int, ...]
 
-# Bins are evened out to within this part of the budget; every doubling costs one more packing.
+# Bins are evened out to within 1/this of the budget; every doubling costs one more packing.
 _EVENNESS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class StepSchedule:
-    """Microbatches of one step: `bins_by_rank[rank]` holds that data-parallel rank's bins of pair positions.
+    """Microbatches of one step: `bins_by_rank[rank]` holds a data-parallel rank's bins of pair positions.
 
-    All ranks have equally many bins; empty ones are fillers that keep the collectives in step. `stream_tokens` is the
-    length of the step's longest microbatch, before any rounding.
+    All ranks have the same number of bins; empty ones are fillers that keep the collectives in step. `stream_tokens` is
+    the length of the step's longest microbatch, before any rounding.
     """
 
     bins_by_rank: tuple[tuple[Bin, ...], ...]
@@ -29,11 +29,11 @@ class StepSchedule:
 
 
 def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
-    """Positions 0…n−1 in bins of at most `budget` tokens: as few as first fit makes, and of about the same length.
+    """Packs positions 0…n−1 into bins of at most `budget` tokens: as few as by first fit, and of about equal length.
 
     Under a pipeline every stream of a step is padded to the longest, so a full bin beside a nearly empty one costs as
-    much as two full ones. A pair longer than the budget gets a bin of its own. Bins are in order of their first
-    position, and so are the positions in each.
+    much as two full ones. A pair longer than the budget gets a bin of its own. Bins are sorted by their first position,
+    and the positions in each bin are sorted too.
     """
     bins = _first_fit(lengths, budget)
     fitting = [length for length in lengths if length <= budget]
@@ -52,7 +52,7 @@ def pack_pairs(lengths: Sequence[int], budget: int) -> list[Bin]:
 
 
 def _first_fit(lengths: Sequence[int], limit: int) -> list[Bin]:
-    """Bins of at most `limit` tokens, or one longer pair: the longest first, each into the first bin with room."""
+    """Packs bins of at most `limit` tokens, or of one longer pair: longest first, each into the first bin with room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -68,10 +68,10 @@ def _first_fit(lengths: Sequence[int], limit: int) -> list[Bin]:
 
 
 def assign_to_ranks(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Positions 0…n−1 shared among `ranks`, n // ranks or one more to each, so that the totals of costs are alike.
+    """Assigns positions 0…n−1 to `ranks`, n // ranks or one more to each, so that the total costs are about equal.
 
-    The costliest first, each to the rank that has least so far (ties: the first) and may take another. A rank's
-    positions ascend.
+    The costliest come first, each to the rank with the lowest total so far (ties: the first rank) that may take another
+    one. A rank's positions are sorted.
     """
     least, larger_hands = divmod(len(costs), ranks)
     hands: list[list[int]] = [[] for _ in range(ranks)]
@@ -93,11 +93,10 @@ def schedule_step(
     data_parallel: int,
     microbatch_multiple: int = 1,
 ) -> StepSchedule:
-    """The schedule of one global batch: bins dealt to `data_parallel` ranks by cost, topped up with empty ones.
+    """Schedules one global batch: assigns bins to `data_parallel` ranks by cost, and adds empty ones.
 
-    `costs` are the pairs' FLOPs, in any unit. `microbatch_multiple`: the number of microbatches a rank runs is a
-    multiple of it (the interleaved pipeline schedule asks for a multiple of the pipeline size); every rank runs at
-    least one.
+    `costs` are the pairs' FLOPs, in any unit. The number of a rank's microbatches is a multiple of
+    `microbatch_multiple` (the interleaved pipeline schedule needs a multiple of the pipeline size), and at least one.
     """
     bins = pack_pairs(lengths, budget)
     per_rank = max(1, -(-len(bins) // data_parallel))

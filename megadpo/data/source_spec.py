@@ -1,4 +1,4 @@
-"""What a data path may be: a file, a saved dataset, or a dataset of the Hugging Face Hub; plain text and its checks."""
+"""Data paths: a file, a saved dataset, or a dataset of the Hugging Face Hub; parsing and checking their text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"}
 
 
 class SourceKind(str, Enum):
-    """How a source is read; the files' kinds are their suffixes."""
+    """Kinds of sources; those of files are their suffixes."""
 
     json = ".json"
     jsonl = ".jsonl"
@@ -30,7 +30,7 @@ _SUFFIXES = {kind.value: kind for kind in SourceKind if kind.value.startswith(".
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One data path taken apart; `path` is a file, a directory, or OWNER/NAME on the Hub."""
+    """The parts of a data path; `path` is a file, a directory, or OWNER/NAME on the Hub."""
 
     kind: SourceKind
     path: str
@@ -40,7 +40,7 @@ class SourceSpec:
 
 
 def parse_source(text: str) -> SourceSpec:
-    """The parts of one data path. Raises ValueError that says what it must be, without the path itself."""
+    """Parses a data path. Raises ValueError with the requirement, without the path itself."""
     if text.startswith(HUB_PREFIX):
         return _parse_hub(text.removeprefix(HUB_PREFIX))
     directory, colon, split = text.rpartition(":")
@@ -59,7 +59,7 @@ def parse_source(text: str) -> SourceSpec:
 
 
 def check_source(text: str) -> str | None:
-    """What is wrong with one data path and how to mend it, None where nothing is; reads no rows and no network."""
+    """The problem of a data path with its remedy, or None; reads no rows and uses no network."""
     try:
         spec = parse_source(text)
     except ValueError as problem:

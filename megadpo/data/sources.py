@@ -1,6 +1,6 @@
-"""Where preference rows come from: JSON, Parquet and CSV files, saved datasets, datasets of the Hugging Face Hub.
+"""Sources of preference rows: JSON, Parquet and CSV files, saved datasets, datasets of the Hugging Face Hub.
 
-Every source streams: what is in memory does not grow with the number of rows. What a row means is not known here.
+Every source streams its rows, in memory that does not grow with their number. Rows are not interpreted here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One data path: its rows, as often as they are wanted, and the hash of its content; nothing is read before."""
+    """One data path: its rows, which can be read repeatedly, and the hash of its content; both are read on demand."""
 
     name: str
     location: str
@@ -39,16 +39,16 @@ class Source:
     _hash: Callable[[], str]
 
     def rows(self) -> Iterator[Row]:
-        """Streams the rows. Raises DataError where what follows cannot be told from what is broken."""
+        """Streams the rows. Raises DataError at a fault after which the next row can't be found."""
         try:
             yield from self._read()
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error.strerror or error}") from error
-        except SystemError as error:  # what Arrow makes of bytes that have changed in place
+        except SystemError as error:  # Arrow's errors for files that have been changed in place
             raise DataError(f"{self.name}: the file is damaged ({error}): write it again") from error
 
     def digest(self) -> str:
-        """Hash (sha256) of the content: of the bytes of its files and their kind; where it has none, of the rows."""
+        """Hash (sha256) of the content: of its files' bytes and their kind, or of the rows if it has no files."""
         try:
             return self._hash()
         except OSError as error:
@@ -56,7 +56,7 @@ class Source:
 
 
 def open_source(text: str) -> Source:
-    """The source that a data path names. Raises DataError where there is none; asks no network."""
+    """Opens the source that a data path names. Raises DataError if there is none; uses no network."""
     problem = check_source(text)
     if problem is not None:
         raise DataError(f"{text}: {problem}")
@@ -74,7 +74,7 @@ def open_source(text: str) -> Source:
 
 # ----------------------------------------------------------------------------------------------------- CSV and Parquet
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of a CSV file with a header, as objects of strings; invalid bytes or a wrong count spoil their row alone."""
+    """Rows of a CSV file with a header, as objects of strings; invalid bytes or a wrong count only spoil their row."""
     size = path.stat().st_size
     with (
         path.open("rb") as file,
@@ -97,7 +97,7 @@ def _csv_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[s
     reader = csv.reader(lines, strict=True)
     while True:
         line = reader.line_num + 1
-        shared_limit = csv.field_size_limit(LONGEST_ROW)  # of the process: it is raised while this file is read only
+        shared_limit = csv.field_size_limit(LONGEST_ROW)  # a limit of the process, raised while this file is read
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -146,7 +146,7 @@ def _arrow_rows(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], total: i
 def _arrow_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[dict[str, Any] | RowProblem]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # in one of them
+    except UnicodeDecodeError:  # in one of the columns
         for i in range(len(batch)):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
@@ -161,19 +161,19 @@ def _load_saved(text: str, spec: SourceSpec) -> Dataset:
     directory = Path(spec.path) / spec.split if spec.split else Path(spec.path)
     try:
         return load_from_disk(str(directory))
-    except Exception as error:  # whatever a damaged directory makes of Arrow, JSON and the file system
+    except Exception as error:  # a damaged directory may raise any error of Arrow, JSON or the file system
         raise DataError(f"{text}: the saved dataset cannot be loaded: {error}; save it again") from error
 
 
 def _load_hub(text: str, spec: SourceSpec) -> Dataset:
-    """The named split, in the Hub client's own cache."""
+    """Loads the named split through the Hub client's own cache."""
     from datasets import get_dataset_split_names, load_dataset
 
     try:
         if spec.split is not None:
             return load_dataset(spec.path, spec.subset, split=spec.split)
         splits = get_dataset_split_names(spec.path, spec.subset)
-    except Exception as error:  # the client raises a score of types, for names, rights, networks and formats
+    except Exception as error:  # the client raises many types of errors, for names, rights, networks and formats
         raise DataError(
             f"{text}: the dataset cannot be loaded: {error}; check its name, configuration and split, and that the Hub "
             "can be reached; without a network, save the dataset elsewhere with save_to_disk and give its directory"
@@ -184,13 +184,13 @@ def _load_hub(text: str, spec: SourceSpec) -> Dataset:
 def _table_rows(table: Dataset) -> Iterator[Row]:
     if not len(table):
         return iter(())
-    # As Arrow: media columns, which are not read, stay undecoded.
+    # In Arrow format, so that media columns, which are not read, stay undecoded.
     return _arrow_rows(table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE), len(table))
 
 
 def _table_digest(table: Dataset, split: str | None) -> str:
     files = [Path(file["filename"]) for file in table.cache_files]
-    sha = hashlib.sha256(f"{split} {len(table)}".encode())  # splits such as train[:100] share their files
+    sha = hashlib.sha256(f"{split} {len(table)}".encode())  # splits such as train[:100] have the same files
     if files:
         sha.update(_hash_files(files, SourceKind.saved).encode())
     else:
@@ -200,7 +200,7 @@ def _table_digest(table: Dataset, split: str | None) -> str:
 
 
 def _hash_files(paths: Iterable[Path], kind: SourceKind) -> str:
-    """Hash of what the files hold and of how it is read, since the same bytes mean other rows in another kind."""
+    """Hash of the files' content and of their kind, since the same bytes are other rows in a file of another kind."""
     sha = hashlib.sha256(kind.value.encode())
     for path in paths:
         with path.open("rb") as file:

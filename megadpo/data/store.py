@@ -1,7 +1,7 @@
-"""Tokenized pairs on disk: written once, mapped into memory by every rank, cut to length when they are looked at.
+"""Tokenized pairs on disk: written once, memory-mapped by every rank, truncated when they are accessed.
 
-A store holds every row that was read, in order and whole, so that limits and splits can change without tokenizing
-again. Its directory has `tokens.bin` (all token ids, int32), `rows.npy` (one record a row) and `store.json`.
+A store holds every row that was read, in order and untruncated, so that limits and splits can change without tokenizing
+again. Its directory has `tokens.bin` (all token ids, int32), `rows.npy` (one record per row) and `store.json`.
 
 Legend: n pairs of a view.
 """
@@ -30,7 +30,7 @@ from megadpo.errors import DataError
 TOKEN = np.dtype("<i4")
 ROW = np.dtype(
     [
-        ("start", "<i8"),  # of the row's prompt · chosen · rejected among all token ids
+        ("start", "<i8"),  # offset of the row's prompt · chosen · rejected among all token ids
         ("prompt", "<i4"),  # numbers of tokens
         ("chosen", "<i4"),
         ("rejected", "<i4"),
@@ -50,18 +50,18 @@ _TOKENS, _ROWS, _REPORT = "tokens.bin", "rows.npy", "store.json"
 
 @dataclass(frozen=True, slots=True)
 class PreparationReport:
-    """What was found while tokenizing, in words: the first rows that were skipped, and where a boundary moved first."""
+    """Findings of tokenizing, in words: the first rows that were skipped, and the first pair whose boundary moved."""
 
     problems: list[str]
     moved_boundary: str
 
 
 class StoreWriter:
-    """Fills a store chunk by chunk; a context manager. The store has its name only when `finish` was called."""
+    """Writes a store chunk by chunk; a context manager. The store gets its name when `finish` is called."""
 
     def __init__(self, directory: Path) -> None:
         self._final = directory
-        # Not the process id: it is the same in every container, and in one that starts again after a kill.
+        # Not the process id, which is the same in every container, and in one that restarts after a kill.
         self._partial = directory.with_name(f".{directory.name}.{uuid4().hex}.partial")
         self._partial.mkdir(parents=True)
         self._tokens = (self._partial / _TOKENS).open("wb")
@@ -75,10 +75,10 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tokens.close()
-        shutil.rmtree(self._partial, ignore_errors=True)  # gone already when the store is finished
+        shutil.rmtree(self._partial, ignore_errors=True)  # removed already if the store is finished
 
     def append(self, rows: np.ndarray, tokens: npt.NDArray[np.int32]) -> None:
-        """Adds records whose `start` counts from the beginning of `tokens`."""
+        """Appends records, whose `start` is relative to the beginning of `tokens`, and their token ids."""
         rows = rows.copy()
         rows["start"] += self._num_tokens
         self._rows.append(rows)
@@ -86,7 +86,7 @@ class StoreWriter:
         self._num_tokens += len(tokens)
 
     def finish(self, report: PreparationReport) -> None:
-        """Puts everything on disk and the store in its place; another writer of the same store may have been faster."""
+        """Flushes everything to disk and gives the store its name; another writer of it may have been faster."""
         self._tokens.close()
         np.save(self._partial / _ROWS, np.concatenate(self._rows) if self._rows else np.empty(0, ROW))
         (self._partial / _REPORT).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
@@ -101,7 +101,7 @@ class StoreWriter:
 
 
 class PairStore:
-    """The rows of a store, mapped into memory. In messages `locations[file]` stands before a row's line number."""
+    """The memory-mapped rows of a store. In messages `locations[file]` stands before a row's line number."""
 
     def __init__(self, directory: Path, locations: Sequence[str]) -> None:
         try:
@@ -117,7 +117,7 @@ class PairStore:
                 f"{directory}: tokenized pairs can't be read ({error}); data.cache_dir must be on a file system that "
                 "all ranks share. Remove the directory if it is damaged"
             ) from error
-        # An empty file can't be mapped.
+        # An empty file can't be memory-mapped.
         self.tokens = np.empty(0, TOKEN) if size == 0 else np.memmap(directory / _TOKENS, dtype=TOKEN, mode="r")
         self.locations = tuple(locations)
 
@@ -131,16 +131,16 @@ class PairStore:
 
 
 def _num_tokens(rows: np.ndarray) -> int:
-    """Token ids of all rows, going by the last one."""
+    """Number of token ids of all rows, computed from the last row."""
     last = rows[-1:]
     return int((last["start"] + last["prompt"] + last["chosen"] + last["rejected"]).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairCounts:
-    """What became of the rows of a data set: read = kept + skipped + everything dropped.
+    """Counts of a data set's rows by what happened to them: read = kept + skipped + all that are dropped.
 
-    What follows `kept` up to `duplicate` counts kept pairs; a duplicate has the token ids of an earlier kept pair.
+    The fields from `kept` to `duplicate` count kept pairs; a duplicate has the token ids of an earlier kept pair.
     """
 
     read: int
@@ -160,7 +160,7 @@ class PairCounts:
 
 
 def described_counts(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
-    """(what, how many) of the rows that are lost, and of the kept pairs that deserve a look; zeros are left out."""
+    """Descriptions and counts of lost rows, and of kept pairs that deserve attention; zeros are left out."""
     told = [
         ("rows skipped, they can't be used", counts.skipped),
         (f"pairs dropped, the prompt alone reaches {max_length} tokens", counts.dropped_long_prompt),
@@ -181,8 +181,8 @@ def described_counts(counts: PairCounts, max_length: int) -> list[tuple[str, int
 class PairView(Sequence[TokenizedPair]):
     """The pairs of a store that are kept at a length limit, in the order of the data.
 
-    `counts` says what became of all rows, `digest` is a hash of the kept token ids. The lengths with `full_` are those
-    before truncation.
+    `counts` counts all rows, `digest` is a hash of the kept token ids. Lengths with `full_` are those before
+    truncation.
     """
 
     def __init__(self, store: PairStore, rows_n: RowNumbers, cut: Cut, counts: PairCounts) -> None:
@@ -224,22 +224,22 @@ class PairView(Sequence[TokenizedPair]):
         )
 
     def where(self, row: int) -> str:
-        """FILE:LINE of a pair by its `index`, the row that it has in the data."""
+        """FILE:LINE of a pair, given its `index`, which is its row in the data."""
         return self._store.where(row)
 
     def stream_lengths(self, *, share_prompt: bool) -> npt.NDArray[np.int64]:
-        """Tokens that each pair takes in a stream; without sharing, its logical tokens."""
+        """Number of each pair's tokens in a stream; without sharing, its logical tokens."""
         lengths = (self.prompt_lengths, self.chosen_lengths, self.rejected_lengths)
         prompt, chosen, rejected = (part.astype(np.int64) for part in lengths)
         return stream_tokens(prompt, chosen, rejected, share_prompt=share_prompt)
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt + response."""
+        """Number of tokens of the longest prompt + response."""
         return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises DataError at the first pair with a token id that a vocabulary of `vocab_size` does not have."""
+        """Raises DataError at the first pair with a token id outside a vocabulary of `vocab_size`."""
         largest_n = self._store.rows["largest"][self.rows_n]
         beyond = np.flatnonzero(largest_n >= vocab_size)
         if beyond.size:
@@ -251,7 +251,7 @@ class PairView(Sequence[TokenizedPair]):
             )
 
     def _hash(self) -> str:
-        """Hash of the kept token ids: of the rows' own hashes and of what is kept of each."""
+        """Hash of the kept token ids, computed from the rows' hashes and the part of each that is kept."""
         sha = hashlib.sha256(self._store.rows["digest"][self.rows_n].tobytes())
         for lengths_n in (self._skip_n, self.chosen_lengths, self.rejected_lengths):
             sha.update(np.ascontiguousarray(lengths_n, dtype=TOKEN).tobytes())
@@ -259,10 +259,10 @@ class PairView(Sequence[TokenizedPair]):
 
 
 def select_pairs(store: PairStore, rows: RowNumbers, *, max_length: int, truncation: str, title: str) -> PairView:
-    """The pairs among these rows of a store that are kept at `max_length`; see `cut_to_length` for `truncation`.
+    """Selects the pairs among these rows of a store that are kept at `max_length`; see `cut_to_length`.
 
-    Raises DataError when none is left, saying why, and with `truncation` error at the first pair that is too long.
-    `title` is what messages call them.
+    Raises DataError with the reasons if none is left, and with `truncation` error at the first pair that is too long.
+    `title` names the pairs in messages.
     """
     records = store.rows[rows]
     good = (records["flags"] & BAD) == 0

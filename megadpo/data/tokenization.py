@@ -1,9 +1,9 @@
-"""From a raw pair to token ids: the chat template, and the boundary between prompt and response.
+"""Tokenizes a pair: the chat template, and the boundary between prompt and response.
 
 The rule is TRL's: prompt, prompt+chosen and prompt+rejected are tokenized, and the longest token prefix that all three
-have in common is the prompt; what follows it in each of the last two is scored. Plain text gets one end token at the
-end of each response unless it ends with it already. Two places differ on purpose, and say so: a doubled leading BOS is
-reduced to one, and a pair with nothing before the boundary is refused. Templates that ask for the date get a fixed one.
+have in common is the prompt; the rest of the last two is scored. Plain text gets one end token at the end of each
+response unless it ends with it already. Two deviations are on purpose, and reported: a doubled leading BOS is reduced
+to one, and a pair with nothing before the boundary is refused. Templates that ask for the date get a fixed one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TokenizedPair:
 
     @property
     def digest(self) -> bytes:
-        """Hash of the three lists of token ids, 16 bytes: the same for a pair wherever it comes from."""
+        """Hash of the three lists of token ids, 16 bytes; it does not depend on the pair's source."""
         digest = hashlib.blake2b(digest_size=16)
         for ids in (self.prompt, self.chosen, self.rejected):
             digest.update(len(ids).to_bytes(4, "little"))
@@ -54,7 +54,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokenization:
-    """A pair's token ids, not truncated, and what happened on the way; a response may have no tokens."""
+    """A pair's untruncated token ids, and findings of tokenizing it; a response may have no tokens."""
 
     pair: TokenizedPair
     left_out: TokenIds
@@ -64,16 +64,16 @@ class Tokenization:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a local Hugging Face directory, with a pad token (the end token where it has none).
+    """Loads the tokenizer of a local Hugging Face directory; if it has no pad token, that is the end token.
 
-    Raises ConfigError where there is no tokenizer, or it has no end token.
+    Raises ConfigError if there is no tokenizer, or it has no end token.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise ConfigError(f"tokenizer directory {str(directory)!r} does not exist; it must hold the model's tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of damaged files: the library of tokenizers raises bare Exceptions, others anything
+    except Exception as error:  # damaged files: tokenizers raises bare Exceptions, other libraries anything
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"the tokenizer in {directory} needs a program of its own (auto_map in tokenizer_config.json), and "
@@ -94,9 +94,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenize_pair(pair: RawPair, tokenizer: Tokenizer, *, template_date: date | None = None) -> Tokenization:
-    """The pair's token ids. Raises DataError at the pair's FILE:LINE where the tokenizer or its template refuses it.
+    """Tokenizes a pair. Raises DataError with the pair's FILE:LINE if the tokenizer or its template refuses it.
 
-    `template_date` is what chat templates that ask for the date of today are told; None: the clock's.
+    `template_date` is the date for chat templates that ask for today's; None: the clock's.
     """
     if isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str):
         sequences = _encode_text(pair.where, pair.prompt, pair.chosen, pair.rejected, tokenizer)
@@ -126,7 +126,7 @@ def tokenize_pair(pair: RawPair, tokenizer: Tokenizer, *, template_date: date | 
 
 
 def describe_pair(pair: TokenizedPair, tokenizer: Tokenizer) -> str:
-    """The pair as text for the eye: token counts, then each sequence decoded with its scored part between ⟦ and ⟧."""
+    """Describes a pair as text: token counts, then each sequence decoded with its scored part between ⟦ and ⟧."""
     where = f" ({pair.where})" if pair.where else ""
     lines = [f"pair {pair.index}{where}: prompt {len(pair.prompt)} tokens; scored tokens stand between ⟦ and ⟧"]
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -149,7 +149,7 @@ def _encode_text(where: str, prompt: str, chosen: str, rejected: str, tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """Stands in for the class `datetime` where transformers asks it for the time: midnight of one day."""
+    """Replaces the class `datetime` where transformers asks it for the time: it returns midnight of one day."""
 
     day: date
 
@@ -172,7 +172,7 @@ def _encode_chat(pair: RawPair, tokenizer: Tokenizer, template_date: date | None
         return cast(list[int], ids)
 
     prompt = cast(list[Message], pair.prompt)
-    # Templates ask transformers for the date, which takes it from the clock and from nowhere else.
+    # Templates ask transformers for the date, which only takes it from the clock.
     clock = nullcontext() if template_date is None else mock.patch.object(templates, "datetime", _Clock(template_date))
     try:
         with clock:
@@ -181,7 +181,7 @@ def _encode_chat(pair: RawPair, tokenizer: Tokenizer, template_date: date | None
                 render(prompt + cast(list[Message], pair.chosen), add_generation_prompt=False),
                 render(prompt + cast(list[Message], pair.rejected), add_generation_prompt=False),
             ]
-    except Exception as error:  # a template is a program: it may refuse, divide by zero, look up what is not there
+    except Exception as error:  # a template is a program: it may refuse the pair, divide by zero, look up a missing key
         reason = str(error) or type(error).__name__
         raise DataError(f"{pair.where}: the chat template refuses the conversation: {reason}") from error
 
@@ -200,7 +200,7 @@ def _common_prefix_length(a: TokenIds, b: TokenIds) -> int:
 
 
 def _decode_split(prompt: TokenIds, response: TokenIds, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Prompt and response as text; decoded together where possible, since some decoders strip a leading space."""
+    """Decodes prompt and response; together if possible, since some decoders strip a leading space."""
 
     def decode(ids: TokenIds) -> str:
         return cast(str, tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""What is kept of pairs that are longer than the limit: a pure function of lengths.
+"""Truncation of pairs to the length limit: a pure function of their lengths.
 
 Legend: n pairs; a pair has a prompt that both responses share.
 """
@@ -16,7 +16,7 @@ Lengths = npt.NDArray[np.int32]
 
 
 class Outcome(IntEnum):
-    """What becomes of a pair."""
+    """The result of truncating a pair: kept, or the reason why it is dropped."""
 
     KEPT = 0
     LONG_PROMPT = 1
@@ -31,7 +31,7 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """For each of n pairs its Outcome, the tokens that its prompt loses at the beginning, and what responses keep."""
+    """Outcomes of n pairs, the numbers of tokens cut from the prompts' beginning, and those kept of the responses."""
 
     outcome_n: npt.NDArray[np.uint8]
     prompt_skip_n: Lengths
@@ -40,12 +40,11 @@ class Cut:
 
 
 def cut_to_length(prompt_n: Lengths, chosen_n: Lengths, rejected_n: Lengths, *, max_length: int, mode: str) -> Cut:
-    """What is kept of pairs with these numbers of tokens so that prompt + one response has at most `max_length`.
+    """Truncates pairs with these numbers of tokens so that prompt + response has at most `max_length`.
 
-    `mode`: `keep_start` cuts responses at the end and drops pairs whose prompt alone reaches the limit; `keep_end`
-    takes from the beginning of the prompt what the longer response needs, once per pair, and drops pairs in which that
-    would leave no prompt; `drop` and `error` cut nothing and mark longer pairs as TOO_LONG. The lengths of dropped
-    pairs mean nothing.
+    `mode`: `keep_start` cuts responses at the end, and drops pairs whose prompt alone reaches the limit; `keep_end`
+    cuts the beginning of the prompt by as much as the longer response needs, and drops pairs in which no prompt would
+    be left; `drop` and `error` cut nothing and mark longer pairs as TOO_LONG. Lengths of dropped pairs mean nothing.
     """
     cut = _MODES[mode](prompt_n, chosen_n, rejected_n, max_length)
     empty_n = (cut.outcome_n == Outcome.KEPT) & (np.minimum(chosen_n, rejected_n) == 0)
@@ -65,7 +64,7 @@ def _keep_start(prompt_n: Lengths, chosen_n: Lengths, rejected_n: Lengths, max_l
 
 def _keep_end(prompt_n: Lengths, chosen_n: Lengths, rejected_n: Lengths, max_length: int) -> Cut:
     skip_n = np.maximum(0, prompt_n + np.maximum(chosen_n, rejected_n) - max_length)
-    # One token must stay: the row that predicts a response's first token.
+    # One token must stay, whose row predicts a response's first token.
     return Cut(
         outcome_n=np.where(skip_n >= prompt_n, Outcome.LONG_RESPONSE, Outcome.KEPT).astype(np.uint8),
         prompt_skip_n=skip_n,

@@ -1,4 +1,4 @@
-"""The loss of a pair, formula by formula. Legend: B pairs; everything is fp64. Notation as in loss_table.py."""
+"""The formulas of the losses, per pair. Legend: B pairs; everything is fp64. Notation as in table.py."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import MappingProxyType
 import torch
 from torch.nn.functional import logsigmoid
 
-# An exponent above it counts as it, with its slope: exp() stays in fp64, and leaves fp32 loudly.
+# Larger exponents are clamped to it, and keep its slope: exp() stays finite in fp64, and overflows in fp32 visibly.
 _LARGEST_EXPONENT = 700.0
-# A mean log-prob nearer to 0 is taken as this, fp32's resolution at 1: the odds of a certain response are infinite.
+# Mean log-probs are clamped to it, fp32's resolution at 1: at 0, a certain response, the odds are infinite.
 _NEAREST_TO_CERTAIN = -(2.0**-24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossKnobs:
-    """The numbers that steer losses, under the names of their keys in `loss.*`."""
+    """The hyperparameters of the losses, under the names of their keys in `loss.*`."""
 
     beta: float
     label_smoothing: float = 0.0
@@ -32,11 +32,11 @@ class LossKnobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairTerms:
-    """What a formula is a function of.
+    """The inputs of a formula.
 
-    `u_B` and `v_B` compare policy and reference on the chosen and the rejected response, `lp_chosen_B` and
-    `lp_rejected_B` are the policy's own sums over all tokens. `mean_chosen_tokens` is that of all pairs that the loss
-    is a mean over.
+    `u_B` and `v_B` compare policy and reference on the chosen and the rejected response; `lp_chosen_B` and
+    `lp_rejected_B` are the policy's own sums over all tokens. `mean_chosen_tokens` is the mean over all pairs of the
+    global batch.
     """
 
     u_B: torch.Tensor
@@ -64,10 +64,10 @@ class PairTerms:
 
 
 def divergence_score(ratio_B: torch.Tensor, knobs: LossKnobs) -> torch.Tensor:
-    """f′ of the probability ratio, less f′(1): what f-DPO (Wang et al. 2023) has in place of the log-ratio.
+    """f′ of the probability ratio minus f′(1), which replaces the log-ratio in f-DPO (Wang et al. 2023).
 
-    The α-divergence's is (tᵅ⁻¹ − 1)/(α − 1) at t = exp(ratio), forward KL's that of α = 0, reverse KL's that of α → 1.
-    Those of forward KL and of the α-divergence grow exponentially where the policy has left a response.
+    For the α-divergence it is (tᵅ⁻¹ − 1)/(α − 1) at t = exp(ratio); forward KL is α = 0, reverse KL is α → 1. For
+    forward KL and the α-divergence it grows exponentially where the policy's probability of a response vanishes.
     """
     if knobs.f_divergence == "reverse_kl":
         return ratio_B
@@ -89,7 +89,7 @@ def sigmoid(t: PairTerms, k: LossKnobs) -> torch.Tensor:
 
 
 def robust(t: PairTerms, k: LossKnobs) -> torch.Tensor:
-    """An estimate of DPO's loss that flipped labels do not bias (Chowdhury et al. 2024)."""
+    """An estimate of DPO's loss that is unbiased under flipped labels (Chowdhury et al. 2024)."""
     x_B, noise = k.beta * t.d_B, k.label_smoothing
     return (-(1.0 - noise) * logsigmoid(x_B) + noise * logsigmoid(-x_B)) / (1.0 - 2.0 * noise)
 
@@ -126,37 +126,37 @@ def nca_pair(t: PairTerms, k: LossKnobs) -> torch.Tensor:
 def bco_pair(t: PairTerms, k: LossKnobs) -> torch.Tensor:
     """Binary classification of each response by its reward (Jung et al. 2024), without the reward shift δ, as in TRL.
 
-    δ would be a running mean over earlier batches: state of the run that no pair has.
+    δ would be a running mean over earlier batches, which is state of the run and not of a pair.
     """
     return -logsigmoid(k.beta * t.u_B) - logsigmoid(-k.beta * t.v_B)
 
 
 def sppo_hard(t: PairTerms, k: LossKnobs) -> torch.Tensor:
-    """Each log-ratio drawn to ±1/(2β) (Wu et al. 2024, eq. 4.7, the winner's probability taken as 1)."""
+    """Squared distances of the log-ratios from ±1/(2β) (Wu et al. 2024, eq. 4.7, with a winning probability of 1)."""
     half = 0.5 / k.beta
     return (t.u_B - half) ** 2 + (t.v_B + half) ** 2
 
 
 def apo_zero(t: PairTerms, k: LossKnobs) -> torch.Tensor:
-    """Chosen up, rejected down (D'Oosterlinck et al. 2024, eq. 7)."""
+    """Raises the chosen and lowers the rejected response (D'Oosterlinck et al. 2024, eq. 7)."""
     return 1.0 - torch.sigmoid(k.beta * t.u_B) + torch.sigmoid(k.beta * t.v_B)
 
 
 def apo_down(t: PairTerms, k: LossKnobs) -> torch.Tensor:
-    """Chosen down, rejected further down (D'Oosterlinck et al. 2024, eq. 8)."""
+    """Lowers the chosen response, and the rejected one further (D'Oosterlinck et al. 2024, eq. 8)."""
     return torch.sigmoid(k.beta * t.u_B) + 1.0 - torch.sigmoid(k.beta * t.d_B)
 
 
 def discopop(t: PairTerms, k: LossKnobs) -> torch.Tensor:
     """A blend of logistic and exponential loss (Lu et al. 2024, eq. 5)."""
     x_B = k.beta * t.d_B
-    # One exponent for the product m·exp(−x), whose factors run out of range long before it does.
+    # One exponent for the product m·exp(−x): its factors overflow long before the product does.
     exponential_B = torch.exp(logsigmoid(x_B / k.discopop_tau) - x_B)
     return exponential_B - torch.sigmoid(-x_B / k.discopop_tau) * logsigmoid(x_B)
 
 
 def simpo(t: PairTerms, k: LossKnobs) -> torch.Tensor:
-    """DPO on mean log-probs, with a target margin in the reference's place (Meng et al. 2024, eq. 6)."""
+    """DPO on mean log-probs, with a target margin in place of the reference (Meng et al. 2024, eq. 6)."""
     chosen_B, rejected_B = t.mean_logps_B
     return _smoothed(k.beta * (chosen_B - rejected_B) - k.simpo_gamma, k.label_smoothing)
 
@@ -169,7 +169,7 @@ def orpo(t: PairTerms, k: LossKnobs) -> torch.Tensor:
 
 
 def _log1mexp(x_B: torch.Tensor) -> torch.Tensor:
-    """log(1 − eˣ) of x ≤ 0."""
+    """log(1 − eˣ) for x ≤ 0."""
     return torch.log(-torch.expm1(x_B.clamp(max=_NEAREST_TO_CERTAIN)))
 
 

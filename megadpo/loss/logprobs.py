@@ -1,10 +1,10 @@
-"""Fused linear + vocab-parallel log-probabilities: the logits never exist in full.
+"""Fused linear + vocab-parallel log-probabilities, without ever holding all logits.
 
 Legend: N response rows, H hidden size, V vocabulary slice of this tensor-parallel rank, C rows of one chunk.
 
 Each rank multiplies a chunk of rows with its slice of the head, keeps the rows' local maximum, sum of exponentials and
-target logit in fp32, and uses the chunk's memory again for the next one. Two small all-reduces combine the slices. The
-backward computes the chunks again, unless there was only one: then it is kept.
+target logit in fp32, and reuses the chunk's memory for the next one. Two small all-reduces combine the slices. The
+backward recomputes the chunks, except where there was only one, which is kept.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """What is logged of N response tokens, without gradient.
+    """Statistics to log of N response tokens, without gradient.
 
-    `entropy_N` (fp32, nats) is of the whole distribution that the target is drawn from, `is_top1_N` (bool) whether the
-    target is its most likely token, the first one of equals.
+    `entropy_N` (fp32, nats) is that of the distribution over the whole vocabulary. `is_top1_N` (bool) is True where the
+    target is the most likely token (the first of equals).
     """
 
     entropy_N: torch.Tensor
@@ -35,15 +35,15 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """log p(target) of N response tokens as fp32 [N] with gradient, and their statistics where they were asked for."""
+    """log p(target) of N response tokens as fp32 [N] with gradient, and their statistics if requested."""
 
     logps_N: torch.Tensor
     statistics: TokenStatistics | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Slice:
-    """Where a rank's rows of the head lie in the vocabulary: `real` of them, from `start` on, are not padding."""
+class _VocabSlice:
+    """A rank's slice of the vocabulary: its first token id is `start`, and `real` of its rows are no padding."""
 
     group: dist.ProcessGroup
     start: int
@@ -65,11 +65,11 @@ def response_log_probs(
 
     `weight_VH` is the rank's rows [vocab_start, vocab_start + V) of the head; rows from `vocab_size` on are padding and
     get no probability. `hidden_NH` is replicated over `group`; its gradient is the rank's own contribution, which
-    the caller sums over the group (a reduce-scatter or an all-reduce, whichever made it replicated). The gradient of a
-    weight inside Megatron's DDP goes straight into its fp32 `main_grad`. Targets lie in [0, vocab_size): the data are
-    checked for it. Whatever is made beside the results and the rows' gradient fits into `logits_bytes` (one row at
-    least). Collectives in the forward: one max all-reduce of [N] and one sum all-reduce of [2, N] over `group`, [4, N]
-    with `token_statistics`. None in the backward.
+    the caller sums over the group (by the reduce-scatter or all-reduce that matches how it was replicated). The
+    gradient of a weight inside Megatron's DDP goes straight into its fp32 `main_grad`. Targets must lie in
+    [0, vocab_size), which is checked when the data are loaded. All memory beside the results and the rows' gradient
+    fits into `logits_bytes` (or one row, if that is more). Collectives in the forward: one max all-reduce of [N] and
+    one sum all-reduce of [2, N] over `group`, [4, N] with `token_statistics`. None in the backward.
     """
     real = min(max(vocab_size - vocab_start, 0), weight_VH.shape[0])
     rows = chunk_rows(weight_VH.shape[0], dtype=weight_VH.dtype, logits_bytes=logits_bytes)
@@ -78,7 +78,7 @@ def response_log_probs(
         hidden_NH,
         weight_VH,
         targets_N,
-        _Slice(group, vocab_start, real),
+        _VocabSlice(group, vocab_start, real),
         rows,
         token_statistics,
         has_backward and hidden_NH.shape[0] <= rows,
@@ -87,21 +87,21 @@ def response_log_probs(
 
 
 def chunk_rows(vocab: int, *, dtype: torch.dtype, logits_bytes: int) -> int:
-    """Rows whose logits over `vocab` columns fit into `logits_bytes`, at least 1: the same on every rank of a group.
+    """Number of rows whose logits over `vocab` columns fit into `logits_bytes`, at least 1; equal on a group's ranks.
 
-    A logit takes an fp32 number and, in a model of another format, one in that; the copy of a part that token
-    statistics make is counted whether they are on or not, so that they change nothing else.
+    A logit takes an fp32 number, and one in the model's format if that is another. The partial copy that token
+    statistics make is always counted, so that switching them on changes nothing else.
     """
     logit_bytes = _FP32_BYTES + (0 if dtype is torch.float32 else dtype.itemsize)
     return max(1, (logits_bytes - vocab * _FP32_BYTES) * _PARTS // (vocab * (logit_bytes * _PARTS + _FP32_BYTES)))
 
 
 class _Workspace:
-    """Memory of one chunk's logits, in fp32 and in the format of a head that has another; every chunk uses it anew."""
+    """Memory of one chunk's logits, in fp32 and also in the head's format if that is another; reused by every chunk."""
 
     def __init__(self, rows: int, weight_VH: torch.Tensor) -> None:
         vocab, hidden = weight_VH.shape
-        # The second bound is one row of `add_product`, for heads that are wider than high.
+        # The second bound is one row of `add_product`, for heads with a larger hidden size than vocabulary.
         self.fp32 = weight_VH.new_empty(max(rows * vocab, 2 * hidden), dtype=torch.float32)
         self.low = None if weight_VH.dtype is torch.float32 else weight_VH.new_empty(rows * vocab)
 
@@ -110,7 +110,7 @@ class _Workspace:
         return self.fp32[: rows * vocab].view(rows, vocab)
 
     def logits(self, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [C, V], rounded to the head's format on the way."""
+        """Returns fp32 logits [C, V] that have been rounded to the head's format."""
         logits_CV = self.view(hidden_CH.shape[0], weight_VH.shape[0])
         if self.low is None:
             return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
@@ -118,7 +118,7 @@ class _Workspace:
         return logits_CV.copy_(torch.mm(hidden_CH, weight_VH.T, out=low_CV))
 
     def in_head_format(self, values_CV: torch.Tensor) -> torch.Tensor:
-        """`values_CV` rounded to the head's format; its fp32 memory is free from here on where that is another."""
+        """Rounds `values_CV` to the head's format; if that is not fp32, the fp32 memory is free afterwards."""
         if self.low is None:
             return values_CV
         return self.low[: values_CV.numel()].view_as(values_CV).copy_(values_CV)
@@ -126,7 +126,8 @@ class _Workspace:
     def add_product(self, total_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         """Adds gradᵀ · hidden to the fp32 `total_VH` in place; a product in a lower format needs no further memory.
 
-        It comes in tiles of vocabulary rows that fit, with their fp32 copies, where the fp32 logits were.
+        That product is computed in tiles of vocabulary rows which fit, with their fp32 copies, into the memory of the
+        fp32 logits.
         """
         if self.low is None:
             total_VH.addmm_(grad_CV.T, hidden_CH)
@@ -152,7 +153,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         targets_N: torch.Tensor,
-        vocab: _Slice,
+        vocab: _VocabSlice,
         rows: int,
         token_statistics: bool,
         keep: bool,
@@ -162,7 +163,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         local_targets_N = torch.where(is_local_N, local_targets_N, 0)
         rows = max(1, min(rows, hidden_NH.shape[0]))
         space = _Workspace(rows, weight_VH)
-        sums = _Sums(hidden_NH, token_statistics)
+        sums = _RowSums(hidden_NH, token_statistics)
         for chunk in _chunks(hidden_NH.shape[0], rows) if vocab.real else []:
             logits_CV = space.logits(hidden_NH[chunk], weight_VH[: vocab.real])
             sums.add_chunk(chunk, logits_CV, local_targets_N[chunk], is_local_N[chunk])
@@ -183,7 +184,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         grad_N = grad_outputs[0]
         hidden_NH, weight_VH, local_targets_N, is_local_N, local_max_N, log_normaliser_N = ctx.saved_tensors
         real_VH = weight_VH[: ctx.vocab.real]
-        # What was kept is overwritten here: a second backward finds nothing and computes it again.
+        # A kept chunk is overwritten here, so a second backward recomputes it.
         space, ctx.space = ctx.space, None
         is_kept = space is not None
         if space is None:
@@ -203,20 +204,21 @@ class _ResponseLogProbs(torch.autograd.Function):
             torch.mm(grad_CV, real_VH, out=grad_hidden_NH[chunk])
             if weight_gradient is not None:
                 space.add_product(weight_gradient.total_VH[: ctx.vocab.real], grad_CV, hidden_NH[chunk])
-        grad_weight_VH = None if weight_gradient is None else weight_gradient.hand_over()
+        grad_weight_VH = None if weight_gradient is None else weight_gradient.autograd_gradient()
         return grad_hidden_NH, grad_weight_VH, None, None, None, None, None
 
 
-class _Sums:
-    """What the rows' log-probs are made of, fp32 [N] each: first over this rank's slice, then over the vocabulary.
+class _RowSums:
+    """The sums behind the rows' log-probs, fp32 [N] each: first over this rank's slice, then over the vocabulary.
 
-    `max_N`, and under it `exp_N` = Σ exp(logit − max), `target_N` the target's logit and, for token statistics,
-    `shifted_N` = Σ exp(logit − max)·(logit − max) and `earlier_N`, how many slices hold the maximum before the target.
+    `max_N`; relative to it `exp_N` = Σ exp(logit − max); `target_N`, the target's logit; for token statistics also
+    `shifted_N` = Σ exp(logit − max)·(logit − max), and `earlier_N`, the number of slices that hold the maximum before
+    the target.
     """
 
     def __init__(self, hidden_NH: torch.Tensor, token_statistics: bool) -> None:
         num_rows = hidden_NH.shape[0]
-        # A slice that is all padding has no maximum; this floor keeps exp(−inf − max) at zero instead of NaN.
+        # A slice of padding only has no maximum; with this floor exp(−inf − max) is zero instead of NaN.
         self.max_N = hidden_NH.new_full((num_rows,), _LOWEST, dtype=torch.float32)
         self.rows = hidden_NH.new_zeros(4 if token_statistics else 2, num_rows, dtype=torch.float32)
         self.exp_N, self.target_N = self.rows[0], self.rows[1]
@@ -225,7 +227,7 @@ class _Sums:
     def add_chunk(
         self, chunk: slice, logits_CV: torch.Tensor, targets_C: torch.Tensor, is_local_C: torch.Tensor
     ) -> None:
-        """Takes a chunk's logits in, leaving exp(logit − max) in their place."""
+        """Adds a chunk's logits, and overwrites them with exp(logit − max)."""
         if self.first_max_N is None:
             self.max_N[chunk] = logits_CV.amax(dim=-1)
         else:
@@ -239,7 +241,7 @@ class _Sums:
             self.rows[2, chunk] = _exponentiate(logits_CV)
         self.exp_N[chunk] = logits_CV.sum(dim=-1)
 
-    def combine(self, vocab: _Slice, targets_N: torch.Tensor) -> None:
+    def combine(self, vocab: _VocabSlice, targets_N: torch.Tensor) -> None:
         """Turns the sums over this rank's slice into those over the vocabulary: one max and one sum all-reduce."""
         is_shared = vocab.group.size() > 1 and targets_N.numel() > 0
         local_max_N = self.max_N
@@ -260,12 +262,12 @@ class _Sums:
         return self.exp_N.log() - self.rows[2] / self.exp_N
 
     def is_top1(self) -> torch.Tensor:
-        """Whether the target is the most likely token, the first one of equals."""
+        """True where the target is the most likely token (the first of equals)."""
         return (self.target_N >= self.max_N) & (self.rows[3] == 0)
 
 
 def _exponentiate(shifted_CV: torch.Tensor) -> torch.Tensor:
-    """Σ exp(x)·x of each row [C], leaving exp(x) in place of x."""
+    """Returns Σ exp(x)·x of each row [C], and overwrites x with exp(x)."""
     sums = []
     for part in shifted_CV.split(-(-shifted_CV.shape[0] // _PARTS)):
         shifted = part.clone()
@@ -274,12 +276,11 @@ def _exponentiate(shifted_CV: torch.Tensor) -> torch.Tensor:
 
 
 class _WeightGradient:
-    """The fp32 sum of a weight's gradient: Megatron's own where its DDP has given the weight one.
+    """The fp32 sum of a weight's gradient: Megatron's `main_grad` if its DDP has given the weight one.
 
-    The protocol is that of Megatron's gradient accumulation fusion: what is added to `main_grad` is announced by
-    `grad_added_to_main_grad`, and the gradient handed to autograd is a filler that DDP's hook then throws away. Only
-    where the weight has a second use in the same chunk (`zero_out_wgrad`: tied embeddings) the hook adds what autograd
-    has summed up, so that the filler must be zero.
+    The protocol is that of Megatron's gradient accumulation fusion: `grad_added_to_main_grad` is set, and the gradient
+    returned to autograd is a filler that DDP's hook discards. Only if the weight has a second use in the same chunk
+    (`zero_out_wgrad`: tied embeddings) the hook adds autograd's sum, so that the filler must be zero.
     """
 
     def __init__(self, weight_VH: Any) -> None:
@@ -289,7 +290,7 @@ class _WeightGradient:
             weight_VH.main_grad if self.is_megatrons else torch.zeros_like(weight_VH, dtype=torch.float32)
         )
 
-    def hand_over(self) -> torch.Tensor:
+    def autograd_gradient(self) -> torch.Tensor:
         """The gradient for autograd, in the weight's format."""
         if not self.is_megatrons:
             return self.total_VH.to(self.weight.dtype)
@@ -303,8 +304,8 @@ class _WeightGradient:
 
 
 def sequence_sums(values_N: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
-    """Sums of S sequences' token values as fp64 [S], the same on every run; a sequence's values follow one another.
+    """Sums of S consecutive sequences' token values as fp64 [S], deterministically.
 
-    fp32 would lose 1e-3 at sums of −8 000. The lengths must add up to N, which is not checked: on a GPU it would wait.
+    fp32 would lose 1e-3 at sums of −8 000. The lengths must add up to N; checking it on a GPU would have the host wait.
     """
     return torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0.0)

@@ -1,6 +1,6 @@
-"""Preference losses of per-pair log-probs, mixed and with their knobs, and what is logged. Legend: B pairs, all fp64.
+"""Preference losses and their mixes on log-probs per pair, and the statistics to log. Legend: B pairs, all fp64.
 
-The formulas are in loss_formulas.py, what is known of each in loss_table.py.
+The formulas are in formulas.py, their properties in table.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "pair_statistics",
 ]
 
-# What is logged of every pair; TRL's metric names.
+# Metrics logged as means over pairs, under TRL's names.
 STATISTICS = (
     "loss",
     "rewards/chosen",
@@ -41,11 +41,11 @@ STATISTICS = (
     "logps/rejected",
     "logps/accuracies",
 )
-# What may be logged of every response token, TRL's metric names, and the count of the tokens that each is a mean over:
-# the entropy of all of them, the share of the chosen ones that are the policy's first choice.
+# Optional metrics of response tokens, under TRL's names, and the count of the tokens that each is a mean over: the
+# entropy of all of them, and the share of the chosen ones that are the policy's first choice.
 TOKEN_STATISTICS = {"entropy": "response_tokens", "mean_token_accuracy": "chosen_tokens"}
-# The scored tokens of a pair's responses, logged as means; and the products that tell, with the sums above, how the
-# difference of a pair's lengths goes with its margin.
+# The scored tokens of a pair's responses, logged as means; and products of length gaps and margins, which give, with
+# the sums above, their correlation.
 LENGTHS = ("lengths/chosen", "lengths/rejected")
 LENGTH_PRODUCTS = ("gap_x_gap", "gap_x_margin", "margin_x_margin")
 # Everything that is summed up over ranks and steps.
@@ -58,7 +58,7 @@ Responses = tuple[torch.Tensor, torch.Tensor]
 class SequenceLogProbs:
     """Summed log-probs (nats) of B pairs' responses under one model, fp64 [B] each.
 
-    The tails are of those tokens of a response that lie beyond the length of its pair's shorter one.
+    A tail is the sum over the tokens of a response beyond the length of its pair's shorter response.
     """
 
     chosen_B: torch.Tensor
@@ -68,15 +68,15 @@ class SequenceLogProbs:
 
     @classmethod
     def of_columns(cls, logps_B4: torch.Tensor) -> SequenceLogProbs:
-        """What `columns` was made of."""
+        """Builds it from the output of `columns`."""
         return cls(*logps_B4.unbind(dim=1))
 
     def columns(self) -> torch.Tensor:
-        """The fields beside each other, in their order: [B, 4]."""
+        """The fields in their order as columns: [B, 4]."""
         return torch.stack((self.chosen_B, self.rejected_B, self.chosen_tail_B, self.rejected_tail_B), dim=1)
 
-    def with_tails_weighed(self, ld_alpha: float | None) -> Responses:
-        """Chosen and rejected sums in which the tails' tokens count `ld_alpha` (LD-DPO, Liu et al. 2024); None: 1."""
+    def with_weighted_tails(self, ld_alpha: float | None) -> Responses:
+        """Chosen and rejected sums with tails weighted by `ld_alpha` (LD-DPO, Liu et al. 2024); None: by 1."""
         if ld_alpha is None:
             return self.chosen_B, self.rejected_B
         lost = 1.0 - ld_alpha
@@ -87,7 +87,7 @@ class SequenceLogProbs:
 class PairLogProbs:
     """B pairs under policy and reference, and the response lengths in tokens.
 
-    `mean_chosen_tokens` is the mean length of the chosen responses of all pairs that the loss is a mean over.
+    `mean_chosen_tokens` is the mean length of the chosen responses in the global batch.
     """
 
     policy: SequenceLogProbs
@@ -98,10 +98,10 @@ class PairLogProbs:
 
 
 class PreferenceLoss:
-    """A loss by name, or the weighted sum of several, with its knobs; calling it gives one number per pair."""
+    """A loss by name, or a weighted sum of several; calling it returns one number per pair."""
 
     def __init__(self, *names: str, weights: Sequence[float] | None = None, **knobs: Any) -> None:
-        """`weights` go with the names, 1 each by default; `knobs` are the fields of LossKnobs, of which beta is one."""
+        """`weights` belong to `names`, 1 each by default; `knobs` are fields of LossKnobs, such as beta."""
         if unknown := [name for name in names if name not in FORMULAS]:
             raise ValueError(f"loss.name={unknown[0]} is not one of {', '.join(FORMULAS)}")
         self.names = names
@@ -111,7 +111,7 @@ class PreferenceLoss:
 
     @property
     def beta(self) -> float:
-        """What rewards are scaled with."""
+        """The scale of implicit rewards."""
         return self.knobs.beta
 
     def __call__(self, logps: PairLogProbs) -> torch.Tensor:
@@ -129,26 +129,26 @@ class PreferenceLoss:
         return torch.stack([weight * FORMULAS[name](terms, self.knobs) for weight, name in self.terms]).sum(dim=0)
 
     def rewards(self, logps: PairLogProbs) -> Responses:
-        """Implicit rewards of the chosen and the rejected responses: β·u and β·v, without a reference β·lp/L."""
+        """Implicit rewards of the chosen and the rejected responses: β·u and β·v, or β·lp/L without a reference."""
         chosen_B, rejected_B = self._ratios(logps)
         if not self.needs_reference:
             chosen_B, rejected_B = chosen_B / logps.chosen_tokens_B, rejected_B / logps.rejected_tokens_B
         return self.beta * chosen_B, self.beta * rejected_B
 
     def _ratios(self, logps: PairLogProbs) -> Responses:
-        """u and v; the policy's own log-probs where no reference is asked for."""
+        """Returns u and v; without a reference, the policy's own log-probs."""
         if not self.needs_reference:
             return logps.policy.chosen_B, logps.policy.rejected_B
         (chosen_B, rejected_B), (reference_chosen_B, reference_rejected_B) = (
-            model.with_tails_weighed(self.knobs.ld_alpha) for model in (logps.policy, logps.reference)
+            model.with_weighted_tails(self.knobs.ld_alpha) for model in (logps.policy, logps.reference)
         )
         return chosen_B - reference_chosen_B, rejected_B - reference_rejected_B
 
     @property
     def value_without_preference(self) -> float | None:
-        """The loss of a pair whose policy equals its reference: what the first step of a fresh run must show.
+        """The loss of a pair for a policy that equals its reference, as in the first step of a fresh run.
 
-        None where that depends on the pair: with a loss that has no reference, alone or in a mix.
+        None if it depends on the pair, as with a loss without reference, alone or in a mix.
         """
         if not REFERENCE_FREE.isdisjoint(self.names):
             return None
@@ -158,10 +158,10 @@ class PreferenceLoss:
 
     @property
     def least_value(self) -> float | None:
-        """The least loss of a pair of one-token responses whose rewards lie between -20 and 20; None as above.
+        """The least loss of a pair of one-token responses with rewards between -20 and 20; None as above.
 
-        None too where it falls on and on with the rewards (robust), and where it lies at a score of another divergence
-        (ipo). Found on a grid of rewards 0.1 apart: the targets of the squared losses (ipo, sppo_hard) lie on it.
+        Also None if the loss has no minimum in the rewards (robust), or has it at a score of another divergence (ipo).
+        Found on a grid of rewards 0.1 apart, on which the targets of the squared losses (ipo, sppo_hard) lie.
         """
         aims_at_a_score = "ipo" in self.names and self.knobs.f_divergence != "reverse_kl"
         if not REFERENCE_FREE.isdisjoint(self.names) or aims_at_a_score:
@@ -179,18 +179,19 @@ class PreferenceLoss:
 
     @property
     def aimed_drift(self) -> float:
-        """Nats per token of both responses, taken without sign, that the loss wants them from the reference.
+        """Distance from the reference, in nats per token of either response, at which the loss has its minimum.
 
-        0 where it has no such aim: ipo per token wants a margin of 1/(2β) nats per token, half of it on either side.
+        0 for losses without such a target. Per-token ipo has a target margin of 1/(2β) nats per token, half of it for
+        each response.
         """
         per_token = "ipo" in self.names and self.knobs.ipo_length_normalize
         return 0.25 / self.beta if per_token else 0.0
 
 
 def pair_statistics(loss_B: torch.Tensor, rewards: Responses, policy: SequenceLogProbs) -> dict[str, torch.Tensor]:
-    """Sums over the B pairs of what is logged, as fp64 scalars without gradient under the names of STATISTICS.
+    """Sums over the B pairs of the metrics in STATISTICS, as fp64 scalars without gradient.
 
-    Accuracies count strictly greater: a pair that the policy cannot tell apart is not a success.
+    Accuracies count strictly greater values: a tie is no success.
     """
     with torch.no_grad():
         chosen_B, rejected_B = rewards
@@ -210,7 +211,7 @@ def pair_statistics(loss_B: torch.Tensor, rewards: Responses, policy: SequenceLo
 def length_statistics(rewards: Responses, logps: PairLogProbs) -> dict[str, torch.Tensor]:
     """Sums over the B pairs of LENGTHS and LENGTH_PRODUCTS, as fp64 scalars without gradient.
 
-    A gap is the chosen response's number of tokens less the rejected one's.
+    A gap is the number of tokens of the chosen response minus that of the rejected one.
     """
     with torch.no_grad():
         chosen_B, rejected_B = logps.chosen_tokens_B.double(), logps.rejected_tokens_B.double()

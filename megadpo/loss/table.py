@@ -1,4 +1,4 @@
-"""The losses by name: formula, source, and the keys each one reads. What the code offers, the docs show and tests gate.
+"""The losses by name: formula, source, and the keys that each reads. The docs show this table and tests hold it.
 
 Notation: lp(y) is the sum of a response's token log-probs under the policy, L its number of tokens, w the chosen and l
 the rejected response. u = lp(w) − lp_reference(w), v the same of l, d = u − v. β, ε, γ and τ are `loss.beta`,
@@ -15,12 +15,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """What is known of a loss: its formula, its value where policy = reference, the keys of `loss.*` that it reads.
+    """A loss: its formula, its value where policy = reference, and the keys of `loss.*` that it reads.
 
-    `without_preference` is None where the value depends on the data, as it does without a reference. Reading the key
-    `f_divergence` says that the formula may be used with another divergence than reverse KL, as in TRL: f-DPO's rewards
-    are known up to a function of the prompt, so that one response's reward alone is not known. `has_preference`: it
-    compares the two responses. `raises_chosen`: it does not push the chosen response down.
+    `without_preference` is that value; None if it depends on the data, as it does without a reference. A loss that
+    reads `f_divergence` may be used with other divergences than reverse KL, as in TRL; others may not, because f-DPO's
+    rewards are only known up to a function of the prompt, so that one response's reward alone is unknown.
+    `has_preference`: it compares the two responses. `raises_chosen`: it does not push the chosen response down.
     """
 
     formula: str
@@ -138,7 +138,7 @@ _SORTS = (
     "it sorts the log-ratios of a batch, so that it is no sum over pairs: within microbatches its value depends on "
     "them, over the global batch no backward could start before the last forward"
 )
-# What a user of other trainers may look for, and why it is not here.
+# Losses of other trainers that are not offered here, and why.
 NOT_OFFERED: Mapping[str, str] = MappingProxyType(
     {
         "aot": _SORTS,
@@ -151,5 +151,5 @@ NOT_OFFERED: Mapping[str, str] = MappingProxyType(
 
 
 def needs_reference(names: Iterable[str]) -> bool:
-    """Whether a loss, or a mix of several, compares the policy with a reference."""
+    """True if a loss, or any in a mix, compares the policy with a reference."""
     return any(LOSSES[name].needs_reference for name in names)

@@ -1,7 +1,7 @@
-"""Multiply-adds that pairs cost, from true lengths: what balances the ranks' work, and what telemetry counts as done.
+"""FLOPs of pairs from their true lengths, for balancing the ranks' work and for throughput metrics.
 
-Two FLOPs a multiply-add; matrix products only. Attention counts the keys that a query sees, so causal attention is half
-a square; the head counts response tokens only; padding and anything computed twice count nothing.
+A multiply-add counts as two FLOPs; only matrix products count. Attention counts the keys that a query sees, so causal
+attention is half a square; the head counts response tokens only; padding and recomputation do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def flop_rates(
     head_dim: int,
     vocab_size: int,
 ) -> FlopRates:
-    """The rates of a dense decoder with gated feed-forwards."""
+    """FlopRates of a dense decoder with gated feed-forward layers."""
     query, key_value = num_attention_heads * head_dim, num_query_groups * head_dim
     projections = 2 * hidden_size * (query + key_value)  # query and output, key and value
     return FlopRates(
@@ -39,7 +39,7 @@ def flop_rates(
 
 
 def pair_flops(rates: FlopRates, prompt: int, chosen: int, rejected: int, *, share_prompt: bool) -> int:
-    """FLOPs of one forward pass over a pair of such lengths; see `data.batch.build_batch` for `share_prompt`."""
+    """FLOPs of one forward pass over a pair with these lengths; see `data.batch.build_batch` for `share_prompt`."""
     if share_prompt:
         tokens = prompt + chosen + rejected
         keys = _causal(prompt + chosen) + rejected * prompt + _causal(rejected)
@@ -50,17 +50,17 @@ def pair_flops(rates: FlopRates, prompt: int, chosen: int, rejected: int, *, sha
 
 
 def step_flops(policy_forward: int, reference_forward: int) -> int:
-    """FLOPs of a training step from those of its forward passes: the policy's backward costs two more forwards."""
+    """FLOPs of a training step from those of its forward passes; the policy's backward costs two more forwards."""
     return 3 * policy_forward + reference_forward
 
 
 def achieved_flops(flops_per_s: float, *, ranks: int, peak: float | None) -> dict[str, float]:
-    """What is logged of a run's FLOP/s: a rank's mean, and its share of a card's `peak` where that is known."""
+    """Throughput metrics: the FLOP/s of a rank, and their share of a GPU's `peak` if that is known (MFU)."""
     per_rank = flops_per_s / ranks
     achieved = {"throughput/tflops_per_rank": per_rank / 1e12}
     return achieved if peak is None else {**achieved, "throughput/mfu": per_rank / peak}
 
 
 def _causal(length: int) -> int:
-    """Keys that the queries of a causal sequence see, all together."""
+    """Number of keys that all queries of a causal sequence see together."""
     return length * (length + 1) // 2

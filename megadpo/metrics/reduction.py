@@ -1,4 +1,4 @@
-"""Values to log, each with the reduction that makes one number of all ranks' contributions."""
+"""Values to log, each with the reduction that combines all ranks' contributions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megadpo.loss.preference import LENGTHS, STATISTICS, TOKEN_STATISTICS
 
 
 class Reduction(Enum):
-    """How the contributions of all ranks become one number."""
+    """The operation that combines the contributions of all ranks into one number."""
 
     SUM = "sum"
     MAX = "max"
@@ -21,7 +21,7 @@ class Reduction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One rank's contribution to a logged number; every rank names the same ones (0 where it knows nothing)."""
+    """One rank's contribution to a logged number; all ranks must have the same metrics (0 where one has no value)."""
 
     value: float | torch.Tensor
     reduction: Reduction
@@ -30,7 +30,7 @@ class Metric:
 def reduce_metrics(
     metrics: Mapping[str, Metric], *, gather: Callable[[torch.Tensor], torch.Tensor], torch_device: torch.device
 ) -> dict[str, float]:
-    """The reduced value of every metric, on every rank; one `gather` ([K] → [world, K], fp64) for all of them."""
+    """Returns all metrics reduced, on every rank, with one `gather` ([K] → [world, K], fp64) for all of them."""
     if not metrics:
         return {}
     on_host = [0.0 if isinstance(m.value, torch.Tensor) else m.value for m in metrics.values()]
@@ -47,15 +47,15 @@ def reduce_metrics(
 
 
 def add_sums(total: dict[str, torch.Tensor], sums: Mapping[str, torch.Tensor]) -> None:
-    """Adds `sums` into `total` in place, without reading a value back from the device."""
+    """Adds `sums` to `total` in place, without reading a value back from the device."""
     for name, value in sums.items():
         total[name] = total[name] + value if name in total else value
 
 
 def preference_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """What is logged of the sums of losses.SUMS: means over pairs, over tokens where those were counted, a correlation.
+    """Metrics from the sums of loss.preference.SUMS: means over pairs, over tokens if counted, and a correlation.
 
-    'pairs' stays a sum, and is all there is where it is 0; `rewards/length_correlation` is there where it exists.
+    'pairs' stays a sum, and is the only metric if it is 0; `rewards/length_correlation` is left out if undefined.
     """
     if not sums["pairs"]:
         return {"pairs": 0.0}
@@ -67,14 +67,14 @@ def preference_means(sums: Mapping[str, float]) -> dict[str, float]:
     return means | {"pairs": sums["pairs"]}
 
 
-# Squared spread over squared size below which a quantity counts as constant: beneath it the sums' rounding speaks.
+# Below this ratio of squared spread to squared size a quantity counts as constant: less is the sums' rounding.
 _CONSTANT = 1e-9
-# Margins below this share of the log-probs that they are differences of are rounding: policy and reference are equal.
+# Margins below this share of the log-probs that they are differences of count as rounding: the models are equal.
 _ROUNDING = 1e-7
 
 
 def _length_correlation(sums: Mapping[str, float]) -> float | None:
-    """Pearson's r of a pair's length gap (chosen less rejected tokens) and margin; None where either is constant."""
+    """Pearson's r of the pairs' length gaps (chosen minus rejected tokens) and margins; None if either is constant."""
     pairs, margin = sums["pairs"], sums["rewards/margins"]
     gap = sums["lengths/chosen"] - sums["lengths/rejected"]
     gap_spread = pairs * sums["gap_x_gap"] - gap * gap

@@ -1,8 +1,8 @@
-"""Where metrics go: one JSON object a line, TensorBoard, Weights & Biases. Only global rank 0 owns trackers.
+"""Trackers that write metrics: JSON lines, TensorBoard, Weights & Biases. Only global rank 0 has trackers.
 
 A tracker that fails is reported and never stops the run: a full disk or a lost connection costs lines of metrics, not
-the training. What Weights & Biases would gather of the machine, the command line and the console is switched off, since
-any of it may carry a password; it is given the metrics and the configuration.
+the training. Weights & Biases gets the metrics and the configuration; its own collection of data on the machine, the
+command line and the console is switched off, since any of it may contain a password.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-# How long Weights & Biases may go on uploading after the run, in seconds, where the user names no time.
+# Default of the seconds that Weights & Biases may go on uploading after the run.
 _WANDB_FINISH_TIMEOUT_S = 300.0
 
 
 class Tracker(Protocol):
-    """Takes the metrics of a step."""
+    """A destination of metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one step's metrics."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Flushes and lets go of files; `failed` says that the run ends by an error."""
+        """Flushes and closes files; `failed`: the run ends with an error."""
         ...
 
 
@@ -43,10 +43,10 @@ class Tracker(Protocol):
 def open_trackers(
     names: Sequence[str], run_dir: Path, *, resume_step: int, settings: Mapping[str, Any]
 ) -> Iterator[list[Tracker]]:
-    """The trackers of a run that goes on from `resume_step` (0: a fresh start), by name; closed at the end.
+    """Opens the named trackers of a run that continues from `resume_step` (0: a fresh start); closes them at the end.
 
-    `settings` is the run's configuration as plain values, for the trackers that show it. What a tracker raises is
-    logged as a warning and costs that tracker's lines only.
+    `settings` is the run's configuration as plain values, for the trackers that show it. An error in a tracker is
+    logged as a warning and only costs that tracker's lines.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "jsonl": lambda: JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step),
@@ -58,7 +58,7 @@ def open_trackers(
 
 
 class GuardedTracker:
-    """A tracker whose failures are warnings: each distinct one is told once, and at the end how many lines it cost."""
+    """A tracker whose errors become warnings: each distinct one is logged once, the number of lost lines at the end."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self._name = name
@@ -76,7 +76,7 @@ class GuardedTracker:
         return self
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands one step's metrics on, or counts them as lost."""
+        """Forwards one step's metrics, or counts them as lost."""
         self._lines += 1
         if self._tracker is None:
             self._lost += 1
@@ -88,7 +88,7 @@ class GuardedTracker:
             self._warn(error, f"the metrics of step {step} are lost there; the run goes on")
 
     def close(self, *, failed: bool) -> None:
-        """Closes the tracker and says what was lost."""
+        """Closes the tracker and logs how many lines were lost."""
         try:
             if self._tracker is not None:
                 self._tracker.close(failed=failed)
@@ -110,21 +110,21 @@ class GuardedTracker:
 
 
 class JsonlTracker:
-    """`metrics.jsonl`: one flushed object per logged step.
+    """Writes `metrics.jsonl`, one flushed object per logged step.
 
-    Opened for a run that goes on from `resume_step` (0: a fresh start), it first drops the lines behind that step and a
-    torn last line, so that the file reads as if the run had never been interrupted.
+    For a run that continues from `resume_step` (0: a fresh start), it first drops the lines after that step and an
+    incomplete last line, so that the file reads as if the run had never been interrupted.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         kept = lines_up_to(path, resume_step) if resume_step > 0 and path.exists() else ()
         write_durably(path, "".join(text for text, _ in kept))
-        self._file = path.open("ab", buffering=0)  # with a buffer, a line that failed would come back torn or late
+        self._file = path.open("ab", buffering=0)  # a buffer would write a failed line later, or a part of it
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line, `step` first; a number that is not finite becomes null, which JSON has.
+        """Appends one line, `step` first; a number that is not finite becomes null, since JSON has no NaN.
 
-        Raises OSError where the line can't be written whole; nothing of it is left then.
+        Raises OSError if the whole line can't be written; then nothing of it is left in the file.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         rest = memoryview((json.dumps({"step": step, **finite}) + "\n").encode())
@@ -142,9 +142,9 @@ class JsonlTracker:
 
 
 def lines_up_to(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a metrics file whose step is at most `last_step`, as they stand there and as values.
+    """Lines of a metrics file up to step `last_step`, each as its text and its parsed values.
 
-    What is torn by a kill, or has no step, is passed over.
+    Lines that a killed process left incomplete, or that have no step, are skipped.
     """
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -156,7 +156,7 @@ def lines_up_to(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any
 
 
 class TensorBoardTracker:
-    """Event files under `tensorboard/`, one scalar per metric; events behind `resume_step` (0: all) are hidden."""
+    """Writes event files under `tensorboard/`, a scalar per metric; hides events after `resume_step` (0: all)."""
 
     def __init__(self, directory: Path, *, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -175,12 +175,12 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run, one row per step; online or offline as its environment variables (WANDB_MODE, ...) say.
+    """Logs to a Weights & Biases run, one row per step; its environment variables (WANDB_MODE, ...) have their effect.
 
-    A training and its continuations are one W&B run: `RUN_DIR/wandb/resume.json` keeps its id and the last step that
-    W&B has whole. W&B takes steps in rising order only, so a continuation adds what follows that step, and what was
-    logged between the checkpoint and the interruption stays as it was. The evaluation that a stopped run has left to
-    its continuation comes too late for its row and joins the next one, until when `resume.json` keeps it.
+    A run and its continuations are one W&B run: `RUN_DIR/wandb/resume.json` keeps its id and the last step whose row is
+    complete. W&B only accepts increasing steps, so a resumed run adds rows after that step, and rows logged between the
+    checkpoint and the interruption stay as they are. An evaluation that a stopped run left to the resumed run is too
+    late for its own row and joins the next one; `resume.json` keeps it until then.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, settings: Mapping[str, Any]) -> None:
@@ -206,7 +206,7 @@ class WandbTracker:
                 dir=os.environ.get("WANDB_DIR") or run_dir,
                 resume="allow",
                 config=dict(settings),
-                settings=_reticent_settings(finish_timeout=own.finish_timeout or _WANDB_FINISH_TIMEOUT_S),
+                settings=_privacy_settings(finish_timeout=own.finish_timeout or _WANDB_FINISH_TIMEOUT_S),
             )
         except wandb.Error as error:
             raise ConfigError(
@@ -224,14 +224,14 @@ class WandbTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the row of `step`; an evaluation joins the row of the update that it follows."""
         if step <= self._done:
-            if step == self._resumed > 0:  # all else that W&B has been given already is repeated
+            if step == self._resumed > 0:  # W&B has all other metrics up to this step already
                 self._late |= metrics
                 self._remember(self._done)
                 logger.info("W&B has closed the row of step %d: its evaluation joins the next row", step)
             return
         if step > self._latest > self._done:
-            self._late = {}  # the row that it joined is whole
-        late = self._late if step > self._latest else {}  # once: what follows in the row must not be replaced
+            self._late = {}  # the row that it joined is complete
+        late = self._late if step > self._latest else {}  # once per row, or it would replace metrics logged after it
         self._run.log({**late, **metrics}, step=step)
         if step > self._latest:
             self._remember(self._latest)
@@ -247,16 +247,16 @@ class WandbTracker:
         try:
             self._run.finish(exit_code=int(failed))
         finally:
-            wandb.teardown()  # its files are whole when that process is gone
+            wandb.teardown()  # its files are complete when that process is gone
 
     def _remember(self, step: int) -> None:
-        """Writes down the last step whose row is whole, and what waits for the next."""
+        """Stores the last step whose row is complete, and the metrics that wait for the next row."""
         late = {"late": self._late} if self._late else {}
         write_durably(self._state, json.dumps({"id": self._run.id, "step": step, **late}) + "\n")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What a run that was tracked before has remembered: W&B id, last whole step, what comes late; {} for a new one."""
+    """Reads `resume.json`: W&B id, last complete step, late metrics; {} for a new run."""
     if not path.exists():
         return {}
     try:
@@ -266,15 +266,15 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise MegaDPOError(f"{path} can't be read ({error!r}): remove it, and a new W&B run begins") from error
 
 
-def _reticent_settings(*, finish_timeout: float) -> Any:
-    """Settings of a W&B run that gathers nothing by itself that could hold a secret, and ends in bounded time."""
+def _privacy_settings(*, finish_timeout: float) -> Any:
+    """Settings with which W&B collects nothing that could contain a secret, and ends in bounded time."""
     import wandb
 
     return wandb.Settings(
         console="off",
         save_code=False,
         disable_code=True,
-        disable_git=True,  # remotes may be written with a password, and a diff holds whatever lies around
+        disable_git=True,  # git remotes may hold a password, and a diff whatever lies around
         disable_job_creation=True,
         x_disable_meta=True,  # command line, user, paths
         x_disable_machine_info=True,

@@ -13,22 +13,21 @@ from torch.nn.functional import silu
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up of the first projection's halves [..., 2F], as [..., F]; keeps its input alone for the backward.
+    """Returns silu(gate) · up [..., F] of the first projection's halves [..., 2F]; its backward needs only the input.
 
-    The backward writes over the input, so it runs once, and nobody else may keep the input's values.
+    The backward overwrites the input, so it can run only once, and nothing else may need the input's values.
 
-    One operation, because Megatron's unfused form keeps silu(gate) and a copy of `up` as well, and its fused one needs
-    a compiler.
+    Megatron's unfused form also saves silu(gate) and a copy of `up`, and its fused one needs a compiler.
     """
     result: torch.Tensor = _SwiGLU.apply(gate_up)
     return result
 
 
 def te_swiglu() -> Callable[[torch.Tensor], torch.Tensor]:
-    """`swiglu` by Transformer Engine's kernel, which keeps its input alone too and doesn't write over it.
+    """Returns `swiglu` by Transformer Engine's kernel, which also saves only its input and does not overwrite it.
 
-    A function, not the module that Megatron would make of it: Megatron (0.16) asks each module of a feed-forward layer
-    for its part of a checkpoint, and Transformer Engine's activation has no answer.
+    A function and no module, as Megatron would make it: Megatron (0.16) asks each module of a feed-forward layer for
+    its sharded state dict, which Transformer Engine's activation does not have.
     """
     from transformer_engine.pytorch.ops import SwiGLU
 
@@ -53,7 +52,7 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_silu = grad * up
-        # The input has served: its gradient takes its place, in memory that is at hand.
+        # The input is not needed any more: its gradient reuses its memory.
         torch.mul(silu(gate), grad, out=up)
         torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=gate)
         return gate_up

@@ -1,4 +1,4 @@
-"""Core attention of every layer: rotates queries and keys, then asks the microbatch's kernel.
+"""Core attention of every layer: rotates queries and keys, then calls the microbatch's kernel.
 
 Legend: T rows of the packed stream, A query heads and G key/value heads of this rank, D head dimension.
 """
@@ -19,10 +19,10 @@ from megadpo.models.sdpa import Attend
 
 @dataclass(kw_only=True)
 class MicrobatchAttention(PackedSeqParams):
-    """Megatron's packed-sequence argument, by which one microbatch's kernel and angles reach the layers.
+    """The microbatch's kernel and rotary angles, passed to the layers as Megatron's packed-sequence argument.
 
-    `qkv_format` stays 'sbhd': Megatron then leaves the tensors as [T, 1, heads, D]. `attend` is prepared for the plan
-    of a stream of `num_tokens` rows.
+    `qkv_format` stays 'sbhd', with which Megatron leaves the tensors as [T, 1, heads, D]. `attend` is prepared for the
+    plan of a stream of `num_tokens` rows.
     """
 
     qkv_format: str = "sbhd"
@@ -32,9 +32,9 @@ class MicrobatchAttention(PackedSeqParams):
 
 
 class PlanAttention(torch.nn.Module):
-    """Core attention whose every decision has been made for the whole microbatch: who sees whom, where, by what kernel.
+    """Core attention that follows the microbatch's MicrobatchAttention: its plan, rotary table and kernel.
 
-    Megatron rotates nothing itself; it is given no table.
+    Megatron gets no rotary table, so that it rotates nothing itself.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class PlanAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None,
         packed_seq_params: MicrobatchAttention,
     ) -> torch.Tensor:
-        """Attention output [T, 1, A·D] of query [T, 1, A, D] and key, value [T, 1, G, D].
+        """Returns the attention output [T, 1, A·D] of query [T, 1, A, D] and key, value [T, 1, G, D].
 
-        The mask arguments belong to Megatron's interface; who attends to whom is the plan's word alone.
+        The mask arguments belong to Megatron's interface and are ignored; the plan alone decides which keys are seen.
         """
         microbatch = packed_seq_params
         if attention_bias is not None:

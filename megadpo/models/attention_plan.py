@@ -1,4 +1,4 @@
-"""Who may attend to whom in one packed stream of tokens: plain data and its checks.
+"""The attention pattern of a packed stream of tokens: plain data and its checks.
 
 A stream of T tokens is cut into query segments. Each segment lists the key ranges it sees; the last range is causally
 aligned with the queries at the bottom right (the segment's last query sees the range's last key), the earlier ranges
@@ -24,9 +24,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Segments that cover the stream's `num_tokens` rows without a gap or an overlap, padding included.
+    """Segments that cover the stream's `num_tokens` rows, padding included, without gap or overlap.
 
-    Rows outside every segment would leave a kernel's output uninitialised, so there are none.
+    A gap is not allowed, since a kernel would leave its output uninitialised there.
     """
 
     num_tokens: int
@@ -44,7 +44,7 @@ class AttentionPlan:
 
 
 def _check_key_ranges(segment: Segment) -> None:
-    """Raises ValueError unless the ranges ascend without overlap before the queries and the last ends with them."""
+    """Raises ValueError unless key ranges ascend without overlap before the queries, and the last ends with them."""
     seen = 0
     for start, stop in segment.key_ranges:
         if not seen <= start < stop:

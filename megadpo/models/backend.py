@@ -1,4 +1,4 @@
-"""Which modules the layers are made of: Megatron-Core's own, or Transformer Engine's where it is installed."""
+"""The backend of the layers: Megatron-Core's own modules, or Transformer Engine's where it is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTALL = (
 
 
 def transformer_engine_version() -> Version | None:
-    """Version of the Transformer Engine that this process imports; None without one, logged where one is broken."""
+    """Version of the Transformer Engine that this process imports; None without one, with a warning if it is broken."""
     if find_spec("transformer_engine") is None:
         return None
     try:
@@ -36,9 +36,9 @@ def transformer_engine_version() -> Version | None:
 
 
 def choose_backend(wanted: str, *, device: Device, dtype: torch.dtype) -> str:
-    """The layers of a model, 'transformer_engine' or 'native': with `auto` the former wherever they can serve.
+    """Chooses a model's layers, 'transformer_engine' or 'native'; `auto` takes the former wherever it can be used.
 
-    Raises ConfigError where transformer_engine is wanted and can't.
+    Raises ConfigError if transformer_engine is wanted and can't be used.
     """
     if wanted == "native":
         return "native"
@@ -51,7 +51,7 @@ def choose_backend(wanted: str, *, device: Device, dtype: torch.dtype) -> str:
 
 
 def why_not_transformer_engine(device: Device, dtype: torch.dtype) -> str | None:
-    """What keeps Transformer Engine from serving on `device`, with the remedy, as a clause; None where nothing does."""
+    """The reason why Transformer Engine can't be used on `device`, with the remedy, as a clause; None if it can."""
     if device.kind != "cuda":
         return "needs a CUDA device: set device.kind=cuda on a machine that has one"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megadpo.models.conversion.load_save import load_hf_weights
 from megadpo.models.hf_config import Architecture
-from megadpo.models.kernels import prepare_with
+from megadpo.models.kernels import attention_factory
 from megadpo.models.layer_specs import native_block_spec, transformer_engine_block_spec
 from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
@@ -30,8 +30,8 @@ from megadpo.runtime.parallel_state import ParallelState
 def transformer_config(arch: Architecture, state: ParallelState, options: ModelOptions) -> TransformerConfig:
     """Megatron's configuration of the model and its schedule.
 
-    The schedule divides gradients by the all-reduced number of pairs (`calculate_per_token_loss`), and sends pipeline
-    messages one by one: batched, they cross when the previous and the next stage are the same rank.
+    The schedule divides gradients by the all-reduced number of pairs (`calculate_per_token_loss`). It sends pipeline
+    messages one by one, since batched ones get mixed up if the previous and the next stage are the same rank.
     """
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -65,26 +65,26 @@ def transformer_config(arch: Architecture, state: ParallelState, options: ModelO
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
-        # Transformer Engine's layers would first make every whole matrix in fp32.
+        # Transformer Engine's layers would first create every whole matrix in fp32.
         use_cpu_initialization=options.backend == "native",
         perform_initialization=False,  # every weight comes from the checkpoint
         masked_softmax_fusion=False,
-        # Of Megatron's own layers, which the head is one of with any backend.
+        # For Megatron's own layers; the head is one with any backend.
         gradient_accumulation_fusion=layers._grad_accum_fusion_available,
         use_te_activation_func=True,  # by which the layer spec's own activation is used
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        # By this Megatron keeps Transformer Engine from its unfused kernel, which makes all scores.
+        # With it Megatron keeps Transformer Engine from its unfused kernel, which materialises all scores.
         attention_backend=AttnBackend.fused if options.attention == "transformer_engine" else AttnBackend.auto,
         **(options.fp8.megatron_fields() if options.fp8 is not None else {}),
     )
 
 
 def build_model(arch: Architecture, state: ParallelState, options: ModelOptions) -> list[PolicyModel]:
-    """This rank's chunks of the model, weights allocated and not yet set: one, or one per virtual pipeline stage."""
+    """Builds this rank's chunks of the model with uninitialised weights: one, or one per virtual pipeline stage."""
     config = transformer_config(arch, state, options)
-    prepare_attention = prepare_with(
+    prepare_attention = attention_factory(
         options.attention,
         dtype=options.dtype,
         heads=arch.num_attention_heads // state.tensor_size,
@@ -125,9 +125,9 @@ def _block_spec(
 
 
 def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
-    """Marks which weights are split over tensor-parallel ranks; the gradient norm counts the others on one rank only.
+    """Marks weights that are split over tensor-parallel ranks; the gradient norm counts all others on one rank only.
 
-    Megatron sets the marks while it initialises weights, which is skipped here; Transformer Engine has set its own.
+    Megatron sets these marks while it initialises weights, which is skipped here; Transformer Engine sets its own.
     """
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -142,22 +142,22 @@ def _mark_tensor_parallel_weights(chunk: torch.nn.Module) -> None:
 
 
 def is_split(weight: torch.nn.Parameter) -> bool:
-    """Whether the tensor ranks hold a part of it each; Megatron marks those that they do, and some that they don't."""
+    """True if each tensor rank holds a part of the weight; Megatron's mark is also on some that are not split."""
     return hasattr(weight, "tensor_model_parallel") and bool(weight.tensor_model_parallel)
 
 
 def fuses_weight_gradients(backend: str) -> bool:
-    """Whether weight gradients are added into the fp32 buffer inside the matrix product, not by a pass of their own.
+    """True if weight gradients are added to the fp32 buffer inside the matrix product, without a separate pass.
 
-    Megatron's layers need an extension of apex for it on CUDA, or what device.py puts in its place on CPU.
+    Megatron's layers need apex's extension for it on CUDA; on CPU device.py replaces that.
     """
     return backend == "transformer_engine" or layers._grad_accum_fusion_available
 
 
 def _accumulate_weight_gradients(chunk: torch.nn.Module) -> None:
-    """Has Transformer Engine's layers add weight gradients into Megatron's buffer inside the matrix product.
+    """Has Transformer Engine's layers add weight gradients to Megatron's buffer inside the matrix product.
 
-    Megatron would ask them to only where the extension is that its own layers need.
+    Megatron sets this only if the extension is installed that its own layers need.
     """
     for module in chunk.modules():
         if isinstance(module, (TELinear, TELayerNormColumnParallelLinear)):
@@ -167,7 +167,7 @@ def _accumulate_weight_gradients(chunk: torch.nn.Module) -> None:
 def load_model(
     arch: Architecture, state: ParallelState, hf_path: Path | str, options: ModelOptions
 ) -> list[PolicyModel]:
-    """`build_model` filled from the safetensors of a Hugging Face directory; each rank reads the slices it needs."""
+    """Builds the model and loads the safetensors of a Hugging Face directory; each rank reads the slices it needs."""
     chunks = build_model(arch, state, options)
     load_hf_weights(chunks, arch, hf_path, tp_rank=state.tensor_rank, tp_size=state.tensor_size)
     return chunks

@@ -1,4 +1,4 @@
-"""FP8 of a model's layers: its settings, and what they need of the machine."""
+"""Settings of FP8 layers, and their requirements on the machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8:
-    """Which linear layers are quantised, how, and by what: Transformer Engine's kernels, or in emulation.
+    """Settings of quantised linear layers, computed by Transformer Engine's kernels or in emulation.
 
-    `format` is 'hybrid' (gradients in e5m2) or 'e4m3'. The first and last layers may stay out, by their numbers. The
-    amax settings matter for the recipe 'delayed' alone.
+    `format` is 'hybrid' (gradients in e5m2) or 'e4m3'. Some of the first and last layers may stay in bf16. The amax
+    settings only matter for the recipe 'delayed'.
     """
 
     recipe: str
@@ -33,11 +33,11 @@ class Fp8:
     amax_compute_algo: str = "most_recent"
 
     def covers(self, layer: int, num_layers: int) -> bool:
-        """Whether the layer, counted from 0 over the whole model, is quantised."""
+        """True if the layer, counted from 0 over the whole model, is quantised."""
         return self.num_layers_at_start_in_bf16 <= layer < num_layers - self.num_layers_at_end_in_bf16
 
     def megatron_fields(self) -> dict[str, Any]:
-        """Megatron's configuration of it; none in emulation, of which Megatron knows nothing."""
+        """The fields of Megatron's configuration; none in emulation, which Megatron does not know."""
         if self.emulated:
             return {}
         some_in_bf16 = self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16 > 0
@@ -46,7 +46,7 @@ class Fp8:
             "fp8_recipe": self.recipe,
             "fp8_amax_history_len": self.amax_history_len,
             "fp8_amax_compute_algo": self.amax_compute_algo,
-            "tp_only_amax_red": True,  # data-parallel ranks hold other pairs, and answer for their own scales
+            "tp_only_amax_red": True,  # data-parallel ranks have different pairs, and their own scales
             "first_last_layers_bf16": some_in_bf16,
             "num_layers_at_start_in_bf16": self.num_layers_at_start_in_bf16,
             "num_layers_at_end_in_bf16": self.num_layers_at_end_in_bf16,
@@ -54,9 +54,9 @@ class Fp8:
 
 
 def why_not_fp8(fp8: Fp8, device: Device, dtype: torch.dtype) -> str | None:
-    """What the machine lacks for FP8, as a clause; None where nothing.
+    """The reason why FP8 can't be used on this machine, as a clause; None if it can.
 
-    Megatron would train without FP8 where Transformer Engine is missing, and say nothing. Emulation runs everywhere.
+    Without Transformer Engine, Megatron would silently train without FP8. Emulation runs everywhere.
     """
     if fp8.emulated:
         return None
@@ -68,7 +68,7 @@ def why_not_fp8(fp8: Fp8, device: Device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_gpu(recipe: str, capability: tuple[int, int]) -> str | None:
-    """What a card of this compute capability lacks for a recipe of Transformer Engine, as a clause."""
+    """The reason why a GPU of this compute capability can't run a recipe of Transformer Engine, as a clause."""
     shown = ".".join(map(str, capability))
     if recipe == "mxfp8" and capability[0] != 10:
         return f"needs a Blackwell card (compute capability 10.x), this one has {shown}"
@@ -86,12 +86,12 @@ def _why_not_cuda(recipe: str, cuda: str | None) -> str | None:
 
 
 def unaligned_features(arch: Architecture, recipe: str, *, tensor: int) -> str | None:
-    """Which sizes of a tensor rank's quantised matrices the recipe's kernels don't take, as a clause; None if none."""
+    """Sizes of a tensor rank's quantised matrices that the recipe's kernels don't take, as a clause; None if none."""
     all_heads = arch.num_attention_heads + 2 * arch.num_query_groups
     sizes = {
         "hidden size": arch.hidden_size,
         "query features": arch.num_attention_heads * arch.head_dim // tensor,
-        # Megatron cuts them evenly, and gathers key-value heads that more ranks share.
+        # Megatron splits them evenly, and gathers key-value heads if there are fewer than ranks.
         "query, key and value features": all_heads * arch.head_dim // tensor,
         "feed-forward features": arch.ffn_hidden_size // tensor,
     }

@@ -1,7 +1,8 @@
-"""FP8 matrix products computed with the values that FP8 leaves of their operands: for numerics on any device.
+"""Emulated FP8 matrix products, for studying FP8's numerics on any device.
 
-Each operand is scaled as the recipe says, rounded to an 8-bit format and scaled back, and the product is taken in fp32:
-what the hardware computes, but for its order of summation. It is slower than no FP8 and takes more memory.
+Each operand is scaled as the recipe says, rounded to an 8-bit format and scaled back (fake quantisation), and the
+product is computed in fp32. The result is the hardware's, except for the order of summation. It is slower than no FP8
+and takes more memory.
 
 Legend: T rows of the stream, K input and N output features of this rank.
 """
@@ -27,7 +28,7 @@ _FORWARD = torch.float8_e4m3fn
 _BACKWARD = {"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
-def rounded(
+def fake_quantize(
     matrix: torch.Tensor,
     dtype: torch.dtype,
     recipe: str,
@@ -36,9 +37,9 @@ def rounded(
     is_weight: bool = False,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What is left of a 2-D operand in an 8-bit format, fp32; `contracted` is the dimension that its product sums over.
+    """Rounds a 2-D operand to an 8-bit format and returns it in fp32; its product sums over dimension `contracted`.
 
-    `scale` is the one to use under delayed scaling; the other recipes find theirs in the values.
+    `scale` is the one to use under delayed scaling; the other recipes compute theirs from the values.
     """
     values = matrix.float()
     if recipe not in BLOCK_SIZES:
@@ -47,8 +48,8 @@ def rounded(
     rows, columns = values.shape
     padding = (0, -columns % block[1], 0, -rows % block[0])
     blocks = torch.nn.functional.pad(values, padding).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
-    # Both block recipes use powers of two, the largest that keep a block's largest value in range.
-    # The largest such scale is fp32's, which has 8 bits for the exponent.
+    # Both block recipes use the largest power of two that keeps a block's largest value in range, at most 2**127, the
+    # largest that fp32 holds.
     exponents = _scale(blocks.abs().amax(dim=(1, 3), keepdim=True), dtype).log2().floor().clamp(max=127)
     return _round_scaled(blocks, dtype, torch.exp2(exponents)).flatten(2, 3).flatten(0, 1)[:rows, :columns]
 
@@ -62,9 +63,9 @@ def _block_shape(recipe: str, contracted: int, is_weight: bool) -> tuple[int, in
 
 
 def _scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What brings values up to `amax` into the whole range of the format; 1 where there are only zeros.
+    """The scale that maps `amax` to the largest number of the format; 1 if all values are zero.
 
-    Finite, as in Transformer Engine: values of 1e-36 would ask for more than fp32 has.
+    Finite, as in Transformer Engine: for values of 1e-36 the quotient would overflow fp32.
     """
     largest = torch.finfo(torch.float32).max
     return torch.where(amax > 0, (torch.finfo(dtype).max / amax).clamp(max=largest), torch.ones_like(amax))
@@ -76,7 +77,7 @@ def _round_scaled(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor)
 
 
 class AmaxHistory:
-    """Largest absolute values that one operand had in earlier passes: what delayed scaling makes its scale of."""
+    """The largest absolute values of one operand in earlier passes, from which delayed scaling computes its scale."""
 
     def __init__(self, length: int, algorithm: str) -> None:
         self.length = length
@@ -84,7 +85,7 @@ class AmaxHistory:
         self.amaxes: list[torch.Tensor] = []
 
     def scale(self, dtype: torch.dtype, torch_device: torch.device) -> torch.Tensor:
-        """The scale of the next pass: 1 before the first."""
+        """The scale of the next pass; 1 before the first."""
         if not self.amaxes:
             return torch.ones((), device=torch_device)
         amax = torch.stack(self.amaxes).amax() if self.algorithm == "max" else self.amaxes[-1]
@@ -99,9 +100,9 @@ class AmaxHistory:
 
 
 class EmulatedLinear:
-    """What turns one of Megatron's parallel linear layers into one with emulated FP8 products; set `quantised` or not.
+    """Mixin for Megatron's parallel linear layers that emulates FP8 products; `quantised` switches it on and off.
 
-    Bias, gathering and reduction over ranks stay as they are, in the model's own dtype.
+    Bias, gathering and reduction over ranks are unchanged, in the model's own dtype.
     """
 
     def __init__(self, *args: Any, fp8: Fp8, **options: Any) -> None:
@@ -124,7 +125,7 @@ class EmulatedLinear:
         tp_group: dist.ProcessGroup,
         **options: Any,
     ) -> torch.Tensor:
-        """Stands in for the function that Megatron's layers compute their product with, collectives included."""
+        """Replaces the function with which Megatron's layers compute their product, collectives included."""
         if not self.quantised:
             options |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
             plain: torch.Tensor = super()._forward_impl(  # type: ignore[misc]
@@ -139,22 +140,22 @@ class EmulatedLinear:
             name: self.histories[name].scale(_FORWARD, input.device) for name in self.histories if name != "gradient"
         }
         output: torch.Tensor = _Product.apply(input, weight, self, scales)
-        # As Transformer Engine does: passes without gradients use the scales and leave no trace in them.
+        # As in Transformer Engine, passes without gradients use the scales and do not update them.
         if self.histories and torch.is_grad_enabled():
             self.histories["input"].record(input, self.tp_group)  # type: ignore[attr-defined]
             self.histories["weight"].record(weight, self.tp_group)  # type: ignore[attr-defined]
         return output if bias is None else output + bias
 
-    def round_gradient(self, grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient as the input's and the weight's gradient take it: rounded along N, and along T."""
+    def quantize_gradient(self, grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output's gradient, quantised along N for the input's gradient, and along T for the weight's."""
         dtype, recipe, scale = _BACKWARD[self.fp8.format], self.fp8.recipe, None
         if self.histories:
             scale = self.histories["gradient"].scale(dtype, grad_TN.device)
             self.histories["gradient"].record(grad_TN, self.tp_group)  # type: ignore[attr-defined]
-        along_n = rounded(grad_TN, dtype, recipe, contracted=1, scale=scale)
+        along_n = fake_quantize(grad_TN, dtype, recipe, contracted=1, scale=scale)
         if recipe not in BLOCK_SIZES:
             return along_n, along_n
-        return along_n, rounded(grad_TN, dtype, recipe, contracted=0)
+        return along_n, fake_quantize(grad_TN, dtype, recipe, contracted=0)
 
 
 def amax_history_restorer(chunks: Sequence[torch.nn.Module]) -> Callable[[], None]:
@@ -178,7 +179,7 @@ class EmulatedRowParallelLinear(EmulatedLinear, RowParallelLinear):
 
 
 class _Product(torch.autograd.Function):
-    """input · weightᵀ of rounded operands; each of the three products rounds its own two along what it sums over."""
+    """input · weightᵀ of quantised operands; each of its three products quantises along the dimension it sums over."""
 
     @staticmethod
     def forward(
@@ -187,20 +188,22 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(input, weight_NK)
         ctx.layer, ctx.scales = layer, scales
         recipe = layer.fp8.recipe
-        input_TK = rounded(input.flatten(0, -2), _FORWARD, recipe, contracted=1, scale=scales.get("input"))
-        weight = rounded(weight_NK, _FORWARD, recipe, contracted=1, is_weight=True, scale=scales.get("weight"))
+        input_TK = fake_quantize(input.flatten(0, -2), _FORWARD, recipe, contracted=1, scale=scales.get("input"))
+        weight = fake_quantize(weight_NK, _FORWARD, recipe, contracted=1, is_weight=True, scale=scales.get("weight"))
         return (input_TK @ weight.t()).to(input.dtype).unflatten(0, input.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight_NK = ctx.saved_tensors
         recipe, scales = ctx.layer.fp8.recipe, ctx.scales
-        for_input, for_weight = ctx.layer.round_gradient(grads[0].flatten(0, -2))
+        for_input, for_weight = ctx.layer.quantize_gradient(grads[0].flatten(0, -2))
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            weight = rounded(weight_NK, _FORWARD, recipe, contracted=0, is_weight=True, scale=scales.get("weight"))
+            weight = fake_quantize(
+                weight_NK, _FORWARD, recipe, contracted=0, is_weight=True, scale=scales.get("weight")
+            )
             grad_input = (for_input @ weight).to(input.dtype).view(input.shape)
         if ctx.needs_input_grad[1]:
-            input_TK = rounded(input.flatten(0, -2), _FORWARD, recipe, contracted=0, scale=scales.get("input"))
+            input_TK = fake_quantize(input.flatten(0, -2), _FORWARD, recipe, contracted=0, scale=scales.get("input"))
             grad_weight = (for_weight.t() @ input_TK).to(weight_NK.dtype)
         return grad_input, grad_weight, None, None

@@ -1,7 +1,8 @@
-"""What layouts and FP8 recipes ask of tokens and features: plain arithmetic, no imports of this package.
+"""Requirements of layouts and FP8 recipes on token and feature counts: plain arithmetic, no imports of this package.
 
-A recipe says what shares a scale: `tensorwise` and `delayed` a whole tensor (by its own largest value, or by those of
-earlier steps), `blockwise` 128 values of activations and squares of 128 x 128 of weights, `mxfp8` 32 values.
+A recipe defines which values share a scale: under `tensorwise` and `delayed` a whole tensor (scaled by its own largest
+value, or by those of earlier steps), under `blockwise` 128 values of activations and squares of 128 x 128 of weights,
+under `mxfp8` 32 values.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import math
 
 # Values along the contraction of a matrix product that share a scale.
 BLOCK_SIZES = {"blockwise": 128, "mxfp8": 32}
-# Transformer Engine's matrix products take features in multiples of this whatever the recipe.
+# Transformer Engine's matrix products take features in multiples of this under any recipe.
 _KERNEL_FEATURES = 16
 _KERNEL_ROWS = 16
 _KERNEL_LOCAL_ROWS = 8
 
 
 def default_format(recipe: str) -> str:
-    """Number formats that a recipe is meant for.
+    """The number format that a recipe is meant for.
 
-    With one scale a tensor gradients need the wider range of e5m2 (`hybrid`); a block's own scale leaves e4m3 enough.
+    With one scale per tensor, gradients need the wider range of e5m2 (`hybrid`); with one per block e4m3 is enough.
     """
     return "e4m3" if recipe in BLOCK_SIZES else "hybrid"
 
 
 def token_multiple(recipe: str | None, *, tensor: int, context: int, sequence_parallel: bool) -> int:
-    """The tokens of a stream must be a multiple of this for its parts and, with a recipe, their FP8 matrix products.
+    """The number that the tokens of a stream must be a multiple of, for its split and the recipe's FP8 matrix products.
 
-    The rows of a context-parallel rank are contracted in weight gradients, in steps of 16 or of the recipe's block;
-    under sequence parallelism each tensor rank's own rows are quantised too, in steps of 8 or of the block.
+    Weight gradients contract the rows of a context-parallel rank, in steps of 16 or of the recipe's block; under
+    sequence parallelism each tensor rank's own rows are quantised too, in steps of 8 or of the block.
     """
     if recipe is None:
         return context * (tensor if sequence_parallel else 1)
@@ -39,5 +40,5 @@ def token_multiple(recipe: str | None, *, tensor: int, context: int, sequence_pa
 
 
 def feature_multiple(recipe: str) -> int:
-    """Input and output sizes of a rank's quantised matrices must be multiples of this."""
+    """The number that input and output sizes of a rank's quantised matrices must be multiples of."""
     return BLOCK_SIZES.get(recipe, _KERNEL_FEATURES)

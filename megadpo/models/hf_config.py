@@ -1,4 +1,4 @@
-"""What a model's numbers depend on, read from a Hugging Face `config.json`; what is not understood is refused."""
+"""A model's architecture, read from a Hugging Face `config.json`; unknown or unsupported fields are refused."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from megadpo.metrics.flops import FlopRates, flop_rates
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """All that the model's numbers depend on, besides its weights.
+    """All properties of a model, besides its weights, that its outputs depend on.
 
-    `inv_freq` holds head_dim/2 rotary frequencies (fp32 values) with any static scaling applied already, and
+    `inv_freq` holds head_dim/2 rotary frequencies (fp32 values) with any static scaling already applied, and
     `rope_attention_scaling` multiplies the rotary cosines and sines.
     """
 
@@ -50,14 +50,14 @@ class Architecture:
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Vocabulary rounded up to a multiple of lcm(128, tensor_parallel).
 
-        So it is the same for every tensor-parallel size that divides 128, and checkpoints move between them.
+        It is the same for every tensor-parallel size that divides 128, so that checkpoints move between them.
         """
         multiple = math.lcm(128, tensor_parallel)
         return -(-self.vocab_size // multiple) * multiple
 
     @property
     def flop_rates(self) -> FlopRates:
-        """What a forward pass costs."""
+        """FLOPs of a forward pass."""
         return flop_rates(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -70,7 +70,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the Hugging Face model: no padding, tied embeddings once."""
+        """Number of parameters of the Hugging Face model: without padding, tied embeddings counted once."""
         query, key_value = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (query + key_value)
         attention += (query + 2 * key_value) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
@@ -84,9 +84,9 @@ _RotaryClass = type[LlamaRotaryEmbedding | MistralRotaryEmbedding | Qwen2RotaryE
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
-    """A supported model class of transformers, and what its weights hold besides the common ones.
+    """A supported model class of transformers, and the weights that it has besides the common ones.
 
-    `window_everywhere`: every layer attends through a sliding window where `sliding_window` is a number.
+    `window_everywhere`: if `sliding_window` is a number, every layer attends through a sliding window.
     """
 
     name: str
@@ -98,7 +98,7 @@ class _Family:
     own_fields: frozenset[str] = frozenset()
 
 
-# How transformers decides which layers of a Qwen attend through a sliding window; it resolves them to `layer_types`.
+# Fields from which transformers derives the sliding-window layers of a Qwen; it resolves them to `layer_types`.
 _QWEN_WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 
 _FAMILIES = {
@@ -122,18 +122,18 @@ _FAMILIES = {
     ),
 }
 
-# Fields that end up in Architecture; the sizes among them count something.
+# Fields that go into Architecture; these are sizes.
 _SIZES = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"num_key_value_heads", "head_dim", "max_position_embeddings"}
 )
-# Beyond all models, and what takes no time here: transformers makes lists of layers and labels, and a tensor of a head.
-_MOST = {"num_hidden_layers": 10_000, "head_dim": 2**16, "num_labels": 100_000}
-_MOST_OF_ANY = 2**28
+# Upper limits, far above all models: transformers allocates lists of layers and labels, and a tensor of a head's size.
+_MAX = {"num_hidden_layers": 10_000, "head_dim": 2**16, "num_labels": 100_000}
+_MAX_ANY = 2**28
 _MAPPED = _SIZES | {"architectures", "model_type", "rms_norm_eps", "tie_word_embeddings"}
 _MAPPED |= {"rope_theta", "rope_scaling", "rope_parameters"}
 
-# Fields without influence on a forward pass that is trained, and why.
+# Fields that do not change the forward pass of a training, and why.
 _IRRELEVANT: dict[str, str] = {
     **dict.fromkeys(GenerationConfig().to_dict(), "steers generation only"),
     "prefix": "steers generation only",
@@ -157,7 +157,7 @@ def _one_of(*values: object) -> Callable[[object], bool]:
     return lambda value: value in values
 
 
-# Fields that must have the one meaning that is supported: test of the value, and what the message asks for.
+# Fields of which only one meaning is supported: test of the value, and the requirement for the message.
 _FIXED: dict[str, tuple[Callable[[object], bool], str]] = {
     "hidden_act": (_one_of("silu"), "must be silu: the gated feed-forward is SwiGLU"),
     "attention_bias": (_one_of(False, None), "must be false: it would add a bias to the attention's output projection"),
@@ -175,7 +175,7 @@ _FIXED: dict[str, tuple[Callable[[object], bool], str]] = {
     "chunk_size_feed_forward": (_one_of(0, None), "must be 0"),
 }
 
-# Rope types whose frequencies don't depend on the sequence's length, and the keys that each may carry.
+# Rope types whose frequencies don't depend on the sequence's length, and the keys that each may have.
 _ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _ROPE_KEYS = {
     "default": _ROPE_COMMON,
@@ -188,9 +188,9 @@ _ROPE_KEYS = {
 
 
 def read_architecture(hf_dir: Path | str) -> Architecture:
-    """Architecture of the Hugging Face model in `hf_dir`; ConversionError names every field that is not supported."""
+    """Reads the architecture of the Hugging Face model in `hf_dir`; ConversionError names all unsupported fields."""
     path = Path(hf_dir) / "config.json"
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
         raise ConversionError(f"{path} is not a file; download it again")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -204,15 +204,15 @@ def read_architecture(hf_dir: Path | str) -> Architecture:
         raise ConversionError(f"{path} holds a {type(fields).__name__}, it must hold an object: download it again")
     try:
         return parse_architecture(fields, source=str(path))
-    except RecursionError:  # of copying or printing what its decoder has just taken
+    except RecursionError:  # from copying or printing deeply nested values that the decoder has accepted
         raise ConversionError(f"{path} is nested too deeply; download it again") from None
 
 
 def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architecture:
-    """Architecture from the fields of a Hugging Face configuration; `source` begins the error message.
+    """Parses the fields of a Hugging Face configuration; error messages begin with `source`.
 
-    Every field is used, known not to matter, or equal to the only supported value. A field unknown here passes if the
-    installed transformers knows it and it has that class's default, the behaviour that the conversion was checked on.
+    Every field must be used, known not to matter, or equal to the only supported value. A field that is unknown here
+    passes if the installed transformers knows it and it has the class's default, with which the conversion was tested.
     """
     family = _family(fields, source)
     problems = _unknown_fields(fields, family)
@@ -245,8 +245,8 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
     if problems:
         raise _refusal(source, problems)
     head_dim = resolved.get("head_dim") or resolved["hidden_size"] // heads
-    if head_dim > _MOST["head_dim"]:
-        derived = f"hidden_size / num_attention_heads = {head_dim} must be at most {_MOST['head_dim']}"
+    if head_dim > _MAX["head_dim"]:
+        derived = f"hidden_size / num_attention_heads = {head_dim} must be at most {_MAX['head_dim']}"
         raise _refusal(source, [derived])
     inv_freq, attention_scaling = _rope(family, config, source)
     return Architecture(
@@ -269,10 +269,10 @@ def parse_architecture(fields: Mapping[str, Any], *, source: str) -> Architectur
 
 
 def differences(found: Architecture, expected: Architecture) -> list[str]:
-    """One line with both values for each property that two architectures differ in; [] when their weights may swap.
+    """Lines with both values of each property that two architectures differ in; [] if their weights can be exchanged.
 
-    How many positions a model was made for is left out: base models and their chat versions disagree about it, and no
-    number depends on it.
+    The maximum number of positions is left out: base models and their chat versions differ in it, and no output depends
+    on it.
     """
     lines = [
         f"{field.name} is {_short(getattr(found, field.name))} instead of {_short(getattr(expected, field.name))}"
@@ -280,7 +280,7 @@ def differences(found: Architecture, expected: Architecture) -> list[str]:
         if field.name not in ("inv_freq", "max_position_embeddings")
         and getattr(found, field.name) != getattr(expected, field.name)
     ]
-    # Another head_dim is named above; the frequencies are then as many as that.
+    # A different head_dim is reported above, and implies a different number of frequencies.
     if found.head_dim == expected.head_dim:
         apart = [pair for pair in zip(found.inv_freq, expected.inv_freq, strict=True) if pair[0] != pair[1]]
         if apart:
@@ -309,9 +309,9 @@ def _family(fields: Mapping[str, Any], source: str) -> _Family:
 
 def _too_large(fields: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} = {_short(value)} must be at most {_MOST.get(name, _MOST_OF_ANY)}"
+        f"{name} = {_short(value)} must be at most {_MAX.get(name, _MAX_ANY)}"
         for name, value in fields.items()
-        if name in _SIZES | _MOST.keys() and isinstance(value, (int, float)) and value > _MOST.get(name, _MOST_OF_ANY)
+        if name in _SIZES | _MAX.keys() and isinstance(value, (int, float)) and value > _MAX.get(name, _MAX_ANY)
     ]
 
 
@@ -353,7 +353,7 @@ def _rope_problems(rope: Mapping[str, Any]) -> list[str]:
 
 def _rope(family: _Family, config: PreTrainedConfig, source: str) -> tuple[tuple[float, ...], float]:
     try:
-        # The model's own module, so that every static rope type has transformers' frequencies to the last bit.
+        # transformers' own module, so that the frequencies of every static rope type are equal to the last bit.
         with torch.device("cpu"):
             rotary = family.rotary_class(config)
         frequencies, scaling = rotary.get_buffer("inv_freq").tolist(), float(rotary.attention_scaling)

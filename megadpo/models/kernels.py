@@ -1,4 +1,4 @@
-"""Which kernel computes attention, and what prepares it for a microbatch."""
+"""The choice of the attention kernel, and the functions that prepare it for a microbatch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megadpo.runtime.device import Device
 
 
 def choose_attention(wanted: str, *, device: Device, dtype: torch.dtype, head_dim: int) -> str:
-    """The kernel that serves such a model: 'varlen', 'sdpa', or 'transformer_engine' where that is wanted.
+    """Chooses the kernel for such a model: 'varlen', 'sdpa', or 'transformer_engine' if that is wanted.
 
-    `auto` takes varlen wherever it can. Transformer Engine's is taken by name only, until tests/gpu has shown on a card
-    that it aligns causality as varlen does. Raises ConfigError where what is wanted can't serve.
+    `auto` takes varlen wherever it can be used. Transformer Engine's kernel must be named, until tests/gpu has shown on
+    a GPU that it aligns causality as varlen does. Raises ConfigError if the wanted kernel can't be used.
     """
     if wanted == "sdpa":
         return "sdpa"
@@ -34,8 +34,8 @@ def choose_attention(wanted: str, *, device: Device, dtype: torch.dtype, head_di
     raise ConfigError(f"device.attention={wanted}: {problem}: use device.attention=auto or sdpa")
 
 
-def prepare_with(kernel: str, *, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> PrepareAttention:
-    """What prepares the named kernel for a microbatch, over `heads` query and `kv_heads` key heads of this rank."""
+def attention_factory(kernel: str, *, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> PrepareAttention:
+    """The function that prepares the named kernel for a microbatch; `heads` and `kv_heads` are this rank's."""
     if kernel == "varlen":
         return varlen_attend
     if kernel == "transformer_engine":

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of: Megatron's own or Transformer Engine's, with a core attention of ours in both."""
+"""Megatron layer specs of Megatron's own or Transformer Engine's modules, both with this project's core attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megadpo.models.norm import RMSNorm
 def native_block_spec(emulated: Sequence[Fp8 | None], *, qk_norm: bool) -> TransformerBlockSubmodules:
     """Layer specs of one model chunk, built from Megatron-Core's own modules.
 
-    `emulated` has for each layer the FP8 settings that its matrix products emulate, None where they emulate none.
+    `emulated` holds, for each layer, the FP8 settings that its matrix products emulate, or None.
     """
     return TransformerBlockSubmodules(
         layer_specs=[_native_layer(fp8, qk_norm=qk_norm) for fp8 in emulated], layer_norm=RMSNorm
@@ -57,7 +57,7 @@ def _native_layer(fp8: Fp8 | None, *, qk_norm: bool) -> ModuleSpec:
 def transformer_engine_block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
     """Layer specs for `num_layers` layers, built from Transformer Engine's modules through Megatron's wrappers.
 
-    The linear layers after a norm hold its weight themselves, under the names that checkpoints have.
+    Linear layers that follow a norm hold its weight themselves; checkpoints have it under the norm's own name.
     """
     layer = _layer_spec(
         qk_norm=qk_norm,

@@ -1,6 +1,6 @@
 """Root-mean-square norm of the layers.
 
-Legend: T rows of the stream (and heads, where single heads are normalised), H normalised size.
+Legend: T rows of the stream (and heads, if heads are normalised), H normalised size.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension whose weight takes part in sequence parallelism.
+    """Root-mean-square norm over the last dimension that supports sequence parallelism.
 
-    Megatron's WrappedTorchNorm refuses sequence parallelism; all it takes is the mark on the weight, by which Megatron
-    sums the weight's gradient over the tensor-parallel ranks.
+    Megatron's WrappedTorchNorm refuses sequence parallelism, although it only needs a mark on the weight, with which
+    Megatron sums the weight's gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -25,7 +25,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The normalised input, same shape and dtype; computed in fp32."""
+        """Returns the normalised input in the same shape and dtype, computed in fp32."""
         if hidden.is_cuda:
             return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         result: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """rms_norm on CPU, where torch's is made of a dozen operations and keeps a copy of the normalised input."""
+    """rms_norm for CPU, where torch's own consists of a dozen operations and saves a copy of the normalised input."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a model is built with besides its architecture and its place in the layout."""
+"""Options of building a model, besides its architecture and the parallel layout."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megadpo.runtime.device import Device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recompute:
-    """Which activations the backward computes again, in Megatron's words; by default none.
+    """Activation recomputation, in Megatron's terms; by default none.
 
-    `modules` (of core_attn and mlp) belongs to granularity "selective". With "full" and method "uniform" every group of
-    `num_layers` keeps its input alone.
+    `modules` (of core_attn and mlp) belongs to granularity "selective". With "full" and method "uniform" only the input
+    of every group of `num_layers` layers is saved.
     """
 
     granularity: str | None = None
@@ -25,7 +25,7 @@ class Recompute:
 
     @property
     def is_block(self) -> bool:
-        """Whether `num_layers` single layers of each chunk keep their input alone, and the others everything."""
+        """True if `num_layers` layers of each chunk save only their input, and the others all activations."""
         return self.granularity == "full" and self.method == "block"
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Recompute:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineSplit:
-    """Layers of the outer pipeline stages where they are not as many as the others'."""
+    """Numbers of layers in the first and last pipeline stage, where they differ from the others'."""
 
     first: int | None = None
     last: int | None = None
@@ -50,10 +50,10 @@ class PipelineSplit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
-    """Settings of a model's construction; of those with a default only `fp8` changes the numbers, by its rounding.
+    """Options of building a model; of those with a default only `fp8` changes the results, by its rounding.
 
-    `backend` is what `choose_backend` says and `attention` what `choose_attention` says; by default what serves
-    everywhere. The head makes logits within `logits_mib` at a time.
+    `backend` comes from `choose_backend` and `attention` from `choose_attention`; the defaults work everywhere. The
+    head computes logits in chunks of at most `logits_mib`.
     """
 
     device: Device

@@ -29,8 +29,8 @@ from megadpo.models.sdpa import PrepareAttention
 class ResponseHead(ColumnParallelLinear):
     """The output layer as a map from hidden states to response log-probs.
 
-    It is a layer with a forward of its own, because Megatron's parameter-gather hook fires when the module that owns
-    the weight is called.
+    It overrides the layer's forward, because Megatron's parameter-gather hook runs when the module that owns the weight
+    is called.
     """
 
     vocab_size: int
@@ -45,12 +45,11 @@ class ResponseHead(ColumnParallelLinear):
         weight: torch.Tensor | None = None,
         token_statistics: bool = False,
     ) -> TokenScores:
-        """fp32 log-probs [N] of the targets, with their statistics if asked for; equal on all tensor-parallel ranks.
+        """Returns fp32 log-probs [N] of the targets, and statistics if asked for; equal on all tensor-parallel ranks.
 
-        Selects the response rows before the matrix product: prompt rows never meet the vocabulary. `weight` is the
-        embedding's when the two are tied on this stage. Collectives: under sequence parallelism an all-gather of the
-        hidden states (reduce-scatter in the backward), otherwise an all-reduce of the rows' gradient in the backward;
-        and those of `response_log_probs`.
+        Only response rows are multiplied with the head, no prompt rows. `weight` is the embedding's if the two are tied
+        on this stage. Collectives: under sequence parallelism an all-gather of the hidden states (reduce-scatter in the
+        backward), otherwise an all-reduce of the rows' gradient in the backward; and those of `response_log_probs`.
         """
         group = self.tp_group
         if self.sequence_parallel:
@@ -74,7 +73,7 @@ class ResponseHead(ColumnParallelLinear):
 class PolicyModel(GPTModel):
     """One pipeline chunk of the language model, called with a packed stream and its attention plan.
 
-    Set `token_statistics` for the last stage to tell more of each token than its log-prob.
+    With `token_statistics` set, the last stage also returns statistics of each token.
     """
 
     def __init__(
@@ -97,16 +96,16 @@ class PolicyModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="none",  # rotary tables are made here, from transformers' own frequencies
+            position_embedding_type="none",  # rotary tables are built here, from transformers' own frequencies
             vp_stage=vp_stage,
         )
-        # A plain attribute: a buffer would follow the model into bf16 and into checkpoints.
+        # A plain attribute: a buffer would be cast to bf16 with the model, and saved in checkpoints.
         self.inv_freq = torch.tensor(arch.inv_freq, dtype=torch.float32)
         self.rope_scaling = arch.rope_attention_scaling
         self.prepare_attention = prepare_attention
         self.token_statistics = False
         if post_process:
-            # ResponseHead adds a forward and no parameters; building a second layer would allocate the head twice.
+            # ResponseHead only overrides methods; building a second layer would allocate the head's weight twice.
             self.output_layer.__class__ = ResponseHead
             self.output_layer.vocab_size = arch.vocab_size
             self.output_layer.logits_bytes = logits_mib * 2**20
@@ -119,7 +118,7 @@ class PolicyModel(GPTModel):
         response_rows_N: torch.Tensor,
         targets_N: torch.Tensor,
     ) -> torch.Tensor | TokenScores:
-        """Response log-probs fp32 [N] on the last stage, hidden states [T, 1, H] on the others."""
+        """Returns response log-probs fp32 [N] on the last stage, hidden states [T, 1, H] on the others."""
         hidden: torch.Tensor | None = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens_1T, position_ids=None)
@@ -138,7 +137,7 @@ class PolicyModel(GPTModel):
         return scores
 
     def _attention(self, positions_T: torch.Tensor, plan: AttentionPlan) -> MicrobatchAttention:
-        """What all layers' attention needs to know of the microbatch."""
+        """The microbatch's kernel and rotary table, for all layers."""
         device, dtype = positions_T.device, self.config.params_dtype
         self.inv_freq = self.inv_freq.to(device)
         return MicrobatchAttention(

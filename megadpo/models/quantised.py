@@ -1,4 +1,4 @@
-"""Which linear layers of a built model compute in FP8, and how to have the model without it for a moment."""
+"""Counting the linear layers of a built model that compute in FP8, and switching FP8 off temporarily."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _LINEARS_OF_A_LAYER = 4
 
 
 def count_quantised(chunks: Sequence[GPTModel], fp8: Fp8) -> tuple[int, int]:
-    """(linear layers of this rank's chunks that compute in FP8, all of them).
+    """Returns the number of linear layers of this rank's chunks that compute in FP8, and the number of all of them.
 
-    Raises ConfigError where those that do are not those that the settings say should: layers without FP8 would train on
-    without a word.
+    Raises ConfigError if they are not those that the settings name: layers without FP8 would silently be trained.
     """
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     config = chunks[0].config
@@ -44,7 +43,7 @@ def count_quantised(chunks: Sequence[GPTModel], fp8: Fp8) -> tuple[int, int]:
 
 
 def _in_fp8(module: torch.nn.Module, layer: int, fp8: Fp8) -> bool:
-    """Whether a module of the layer, counted from 0 over the model, is a linear layer that computes in FP8."""
+    """True if a module of the layer, counted from 0 over the model, is a linear layer that computes in FP8."""
     if isinstance(module, EmulatedLinear):
         return module.quantised
     if not isinstance(module, TE_LINEAR_TYPES):
@@ -56,10 +55,10 @@ def _in_fp8(module: torch.nn.Module, layer: int, fp8: Fp8) -> bool:
 
 @contextmanager
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """The chunks compute in their own dtype for the duration of the context."""
+    """Has the chunks compute in their own dtype for the duration of the context."""
     modules = [module for chunk in chunks for module in chunk.modules()]
     emulated = [module for module in modules if isinstance(module, EmulatedLinear)]
-    # Megatron asks its configuration in every forward pass.
+    # Megatron reads its configuration in every forward pass.
     formats = [(module.config, module.config.fp8) for module in modules if isinstance(module, GPTModel)]
     try:
         for linear in emulated:

@@ -1,4 +1,4 @@
-"""An attention plan as kernels take it: segment after segment of queries, each with its keys beside it.
+"""An attention plan in the form of kernels' inputs: segments of queries, each with its keys.
 
 Legend: T rows of the stream, L rows of one segment's keys.
 """
@@ -17,9 +17,9 @@ from megadpo.runtime.device import to_device
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The plan's segments, in order: their queries cover the stream, their keys are what `keys` gives.
+    """The plan's segments in order: their queries cover the stream, `keys` returns their keys.
 
-    `earlier` has each segment's key ranges before its own rows, which are the last of its keys. In each segment the
+    `earlier` holds each segment's key ranges before its own rows, which are the last of its keys. In each segment the
     last query sees all keys, and each query before it one key less.
     """
 
@@ -29,7 +29,7 @@ class Segments:
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> Segments:
-        """The plan's segments."""
+        """Takes the segments from a plan."""
         earlier = tuple(
             tuple((start, min(stop, segment.start)) for start, stop in segment.key_ranges if start < segment.start)
             for segment in plan.segments
@@ -42,17 +42,17 @@ class Segments:
         return cls(query_lengths, key_lengths, earlier)
 
     def query_starts(self, torch_device: torch.device) -> torch.Tensor:
-        """int32 [segments + 1]: where each segment's queries start, and where the last ones end."""
+        """Start of each segment's queries, and end of the last one's, as int32 [segments + 1]."""
         return _starts(self.query_lengths, torch_device)
 
     def key_starts(self, torch_device: torch.device) -> torch.Tensor:
-        """int32 [segments + 1]: where each segment's keys start among `gathered_keys`, and where the last ones end."""
+        """Start of each segment's keys in `gathered_keys`, and end of the last one's, as int32 [segments + 1]."""
         return _starts(self.key_lengths, torch_device)
 
     def keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Each segment's rows [L, ...] of the keys (or values) [T, ...]; differentiable.
+        """Returns each segment's rows [L, ...] of the keys (or values) [T, ...]; differentiable.
 
-        They are views where a segment sees its own rows only, and copies where it sees earlier ones.
+        They are views if a segment only sees its own rows, and copies if it also sees earlier ones.
         """
         if not any(self.earlier):
             own: tuple[torch.Tensor, ...] = states.split(self.query_lengths)
@@ -61,21 +61,21 @@ class Segments:
         return result
 
     def gathered_keys(self, states: torch.Tensor) -> torch.Tensor:
-        """The rows of all segments' keys (or values) [T, ...] in one tensor, segment after segment; differentiable."""
+        """Returns the rows of all segments' keys (or values) [T, ...] concatenated in one tensor; differentiable."""
         if not any(self.earlier):
             return states
         result: torch.Tensor = _GatheredKeys.apply(states, self)
         return result
 
     def slices(self, states: torch.Tensor) -> list[list[torch.Tensor]]:
-        """For each segment the slices of the stream's rows that its keys are made of, its own rows last."""
+        """Returns, for each segment, the slices of the stream's rows that are its keys, its own rows last."""
         own = states.split(self.query_lengths)
         return [[*_rows(states, earlier), rows] for rows, earlier in zip(own, self.earlier, strict=True)]
 
     def sum_gradients(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The stream's gradient [T, ...] from those of each segment's keys.
+        """Sums the gradients of all segments' keys to that of the stream [T, ...].
 
-        Summed in the order of the segments: the same on every run, and on every device.
+        The order of summation is that of the segments, so the result is deterministic on every device.
         """
         own = [grad[-length:] for grad, length in zip(grads, self.query_lengths, strict=True)]
         total = torch.cat(own)

@@ -1,6 +1,6 @@
 """Transformer Engine's fused attention (cuDNN's) behind an AttentionPlan: all segments of a stream in one kernel call.
 
-As for `varlen.py`, a segment is one sequence with a length of queries and one of keys, causal at the bottom right.
+As in `varlen.py`, a segment is one sequence with a length of queries and one of keys, causal at the bottom right.
 
 Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head dimension.
 """
@@ -24,7 +24,7 @@ _MAX_HEAD_DIM = 256
 
 
 def why_not_te_attention(device: Device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps the kernel from serving such a model on `device`, as a clause; None where nothing does."""
+    """The reason why the kernel can't be used for such a model on `device`, as a clause; None if it can."""
     problem = why_not_transformer_engine(device, dtype)
     if problem is not None:
         return problem
@@ -39,21 +39,21 @@ def why_not_te_attention(device: Device, dtype: torch.dtype, head_dim: int) -> s
     if cudnn < (9, 7):
         return f"needs cuDNN 9.7 or newer for sequences of any length, this is {'.'.join(map(str, cudnn))}"
     if _deterministic() and capability[0] == 9 and cudnn < (9, 25):
-        # Its workspace is then the size of all scores: 256 GiB for an 8B model's stream of 8192 tokens.
+        # Its workspace would be as large as all scores: 256 GiB for an 8B model's stream of 8192 tokens.
         return f"needs cuDNN 9.25 or newer to be deterministic on Hopper, this is {'.'.join(map(str, cudnn))}"
     return None
 
 
 def _deterministic() -> bool:
-    """Whether Transformer Engine will take deterministic kernels, by the rule that it has."""
+    """True if Transformer Engine will choose deterministic kernels, by its own rule."""
     return torch.are_deterministic_algorithms_enabled() or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
 
 
 def dot_product_attention(*, heads: int, kv_heads: int, head_dim: int) -> Callable[..., torch.Tensor]:
-    """Transformer Engine's attention over a rank's heads, for sequences whose queries are fewer than their keys.
+    """Builds Transformer Engine's attention over a rank's heads, for sequences with fewer queries than keys.
 
-    Not to become part of a model: its state would appear in checkpoints. Tensor parallelism is not its business, as it
-    is told of this rank's heads only. With attention_type 'self' it would take the queries' lengths for the keys'.
+    It must not become a submodule of a model, or its state would appear in checkpoints. It gets this rank's heads only
+    and knows nothing of tensor parallelism. With attention_type 'self' it would use the queries' lengths for keys too.
     """
     from transformer_engine.pytorch import DotProductAttention
 
@@ -71,10 +71,10 @@ def dot_product_attention(*, heads: int, kv_heads: int, head_dim: int) -> Callab
 
 
 def te_attend(plan: AttentionPlan, torch_device: torch.device, core: Callable[..., torch.Tensor]) -> Attend:
-    """Attention under the plan by `core`, prepared once a microbatch; no layer waits for the device.
+    """Prepares attention under the plan by `core` once per microbatch; no layer waits for the device.
 
-    The longest lengths are given as numbers, since Transformer Engine would read them back from the device, and as
-    powers of two, since it chooses its kernel anew whenever they change.
+    Maximum lengths are passed as numbers, since Transformer Engine would read them back from the device, and rounded up
+    to powers of two, since it chooses its kernel anew whenever they change.
     """
     segments = Segments.of(plan)
     lengths: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """torch's variable-length flash attention behind an AttentionPlan: all segments of a stream in one kernel call.
 
 The kernel takes queries and keys as sequences laid end to end, each with its own two lengths, and aligns causality at
-the bottom right where they differ. So a segment is one sequence: its rows as queries, and as keys its earlier ranges
-followed by the range that ends with it.
+the bottom right if they differ. So a segment is one sequence: its rows are the queries, its key ranges the keys, the
+last of which ends with it.
 
 Legend: T rows of the stream, A query heads and G key/value heads of this rank, D head dimension.
 """
@@ -25,12 +25,12 @@ _MAX_HEAD_DIM = 256
 
 
 def why_not_varlen(device: Device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps the kernel from serving such a model on `device`, as a clause; None where nothing does."""
+    """The reason why the kernel can't be used for such a model on `device`, as a clause; None if it can."""
     if device.kind != "cuda":
         return "needs a CUDA device"
     if find_spec("torch.nn.attention.varlen") is None:
         return f"needs torch 2.10 or newer, this is {torch.__version__}"
-    # On ROCm another kernel answers, whose alignment of unequal lengths is not known here.
+    # On ROCm torch calls another kernel, whose alignment of unequal lengths has not been checked.
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return f"needs a build of torch for CUDA with flash attention, {torch.__version__} is another"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -41,17 +41,16 @@ def why_not_varlen(device: Device, dtype: torch.dtype, head_dim: int) -> str | N
     shown = ".".join(map(str, capability))
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, the device has {shown}"
-    # Its shared memory is too small for these sizes' backward.
+    # These GPUs have too little shared memory for the backward of such head dimensions.
     if 192 < head_dim <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
         return f"has no backward for head dimension {head_dim} on compute capability {shown}"
     return None
 
 
 def varlen_attend(plan: AttentionPlan, torch_device: torch.device) -> Attend:
-    """Attention under the plan, prepared once a microbatch; no layer waits for the device.
+    """Prepares attention under the plan once per microbatch; no layer waits for the device.
 
-    The forward is the same to the last bit each time; the kernel's backward is with
-    torch.use_deterministic_algorithms(True) only.
+    The forward is deterministic; the kernel's backward is only under torch.use_deterministic_algorithms(True).
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -74,7 +73,7 @@ def varlen_attend(plan: AttentionPlan, torch_device: torch.device) -> Attend:
 def _causal_options(kernel: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that make torch's kernel causal and let it take fewer key heads than query heads.
 
-    torch 2.10 is asked by `is_causal` and 2.11 by `window_size`; 2.12 wants to be told of fewer heads as well.
+    torch 2.10 takes `is_causal`, 2.11 takes `window_size`; 2.12 also needs an argument for fewer key heads.
     """
     known = inspect.signature(kernel).parameters
     options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}

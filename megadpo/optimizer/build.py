@@ -30,9 +30,9 @@ _FUSED_ADAM_ARGUMENTS = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dty
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataParallelOptions:
-    """How gradients and updated weights travel between data-parallel ranks; overlapping changes no number.
+    """Options of the communication between data-parallel ranks; overlapping does not change results.
 
-    `bucket_size` is in parameters, None for Megatron's own; without `overlap_grad_reduce` there is one bucket.
+    `bucket_size` is in parameters, None for Megatron's default; without `overlap_grad_reduce` there is one bucket.
     """
 
     overlap_grad_reduce: bool = False
@@ -43,10 +43,10 @@ class DataParallelOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerOptions:
-    """Where the optimizer keeps its states, and in which formats.
+    """Options of the optimizer's states: their location and their formats.
 
-    `precision_aware`: in Transformer Engine's FusedAdam, moments as `exp_avg_dtype` and `exp_avg_sq_dtype` (uint8 is
-    fp8). `offload_fraction` of the parameters is updated on the host, all states in fp32.
+    `precision_aware`: Transformer Engine's FusedAdam with moments in `exp_avg_dtype` and `exp_avg_sq_dtype` (uint8 is
+    fp8). `offload_fraction` of the parameters is updated on the host, with all states in fp32.
     """
 
     precision_aware: bool = False
@@ -57,10 +57,10 @@ class OptimizerOptions:
 
 
 def why_not_fused_adam(device: Device, *, with_formats: bool) -> str | None:
-    """What the device or the installation lacks of the optimizers of OptimizerOptions, None where nothing is lacking.
+    """The reason why the device or the installation lacks an optimizer of OptimizerOptions; None if nothing is lacking.
 
-    One on the host needs Transformer Engine too: Megatron (0.16) compares its version, and fails where there is none.
-    `with_formats`: moments are to be in formats of their own.
+    One on the host needs Transformer Engine too: Megatron (0.16) compares its version, and fails without one.
+    `with_formats`: moments have formats of their own.
     """
     if device.kind != "cuda":
         return "CUDA"
@@ -85,8 +85,8 @@ class Policy:
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule], options: DataParallelOptions = DataParallelOptions()
 ) -> list[DistributedDataParallel]:
-    """The chunks inside Megatron's DDP: contiguous gradient buffers, reduced over the data-parallel group."""
-    # Interleaved chunks wait for each other's microbatches, time in which the next chunk's weights can come in.
+    """Wraps the chunks in Megatron's DDP: contiguous gradient buffers, reduced over the data-parallel group."""
+    # Interleaved chunks wait for each other's microbatches; meanwhile the next chunk's weights can be gathered.
     align_param_gather = options.overlap_param_gather and len(chunks) > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.grad_reduce_in_fp32,
@@ -98,12 +98,12 @@ def wrap_data_parallel(
     )
     config = chunks[0].config
     wrapped = [
-        # Other chunks compute while a later one's gradients travel: it needs no buckets to overlap with itself.
+        # Other chunks compute while a later one's gradients are sent, so it needs no buckets to overlap with itself.
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=options.overlap_grad_reduce and index > 0)
         for index, chunk in enumerate(chunks)
     ]
     if options.overlap_grad_reduce:
-        # Only the last microbatch's gradients are sent; behind the first stage when all of a chunk's are there.
+        # Only the last microbatch's gradients are sent; after the first stage, when a chunk's gradients are complete.
         config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
         config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in wrapped])
     if align_param_gather:
@@ -112,14 +112,14 @@ def wrap_data_parallel(
 
 
 def _one_or_list(functions: list[Callable[..., Any]]) -> Any:
-    """Megatron's schedules take a function of the only chunk, or a list of every chunk's."""
+    """Returns the only chunk's function, or a list of all chunks', as Megatron's schedules expect."""
     return functions[0] if len(functions) == 1 else functions
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Brings all weights up to the last update, where gathering them waits for the next forward pass.
+    """Gathers all weights of the last update, which Megatron otherwise postpones to the next forward pass.
 
-    To be called before they are read in another way than by the chunks' forward. Collective over the data group.
+    To be called before weights are read other than by the chunks' forward. Collective over the data group.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
@@ -137,7 +137,7 @@ def build_optimizer(
     clip_grad: float,
     options: OptimizerOptions = OptimizerOptions(),
 ) -> MegatronOptimizer:
-    """AdamW with its state sharded over the data-parallel ranks; fp32 main weights when the model is bf16."""
+    """Builds AdamW with its state sharded over the data-parallel ranks, and fp32 main weights if the model is bf16."""
     offloads = options.offload_fraction > 0
     config = OptimizerConfig(
         optimizer="adam",
@@ -151,11 +151,11 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
-        # The optimizer on the host takes gradients and weights in the way made for the precision-aware one.
+        # The optimizer on the host takes gradients and weights in the same way as the precision-aware one.
         use_precision_aware_optimizer=options.precision_aware or offloads,
         exp_avg_dtype=options.exp_avg_dtype,
         exp_avg_sq_dtype=options.exp_avg_sq_dtype,
-        # As remainders of bf16 weights, main weights would go into checkpoints that nothing else can read.
+        # If main weights were stored as remainders of bf16 weights, no other optimizer could read the checkpoint.
         store_param_remainders=False,
         optimizer_cpu_offload=offloads,
         optimizer_offload_fraction=options.offload_fraction,
@@ -175,17 +175,17 @@ def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOpti
 
 
 def adam_package() -> str:
-    """The package whose Adam Megatron found when it was imported: transformer_engine, apex or torch."""
+    """The package whose Adam Megatron has imported: transformer_engine, apex or torch."""
     return str(Adam.__module__).partition(".")[0]
 
 
 def set_hyperparameters(
     optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> None:
-    """Writes this step's hyperparameters into every parameter group; norms and biases (`wd_mult` 0) do not decay.
+    """Sets this step's hyperparameters in every parameter group; norms and biases (`wd_mult` 0) do not decay.
 
-    Megatron leaves `weight_decay` at its global value without its own scheduler, and a loaded checkpoint brings the
-    values of the run that wrote it: the configuration of this run is the only truth, so it is set before every update.
+    Without its own scheduler Megatron leaves `weight_decay` at its global value, and a loaded checkpoint has the values
+    of the run that wrote it. So they are set before every update, from the configuration of this run.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""An update of the weights that all ranks make, or none: what is not finite on one rank must not reach any weight."""
+"""An update of the weights that all ranks make, or none does, so that non-finite numbers of a rank reach no weight."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megadpo.runtime.device import to_device
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update, made or not, was told: equal on all ranks.
+    """Outcome of an update, made or skipped; equal on all ranks.
 
-    `grad_norm` is of the whole model before clipping; `votes` the largest of each rank's; `skipped` why nothing was
-    changed, in words, empty where the update was made.
+    `grad_norm` is that of the whole model before clipping; `votes` are the maxima of the ranks' votes; `skipped` is the
+    reason in words if the update was skipped, else empty.
     """
 
     grad_norm: float
@@ -35,13 +35,13 @@ def guarded_update(
     votes: Callable[[], Sequence[float]],
     torch_device: torch.device,
 ) -> Update:
-    """Updates the weights by gradients that are reduced, unless a loss or a gradient of any rank is not finite.
+    """Updates the weights from reduced gradients, unless a loss or a gradient of any rank is not finite.
 
-    Then weights, main weights, moments and step counters stay as they are, to the last bit. `loss_sums` are scalars of
-    this rank, [] on all but the last stage; `votes` gives finite numbers, as many on every rank. Does what Megatron's
-    own step does, which has no such exit for bf16 and fp32, through its public methods, and computes no norm twice. One
-    all-reduce over the world for votes and flags, queued ahead of the norm's: the host waits for the device once, to
-    read the norm, and finds the votes there.
+    In that case weights, main weights, moments and step counters do not change at all. `loss_sums` are scalars of this
+    rank, [] except on the last stage; `votes` returns finite numbers, equally many on every rank. It does what
+    Megatron's own step does, which can't be skipped like this for bf16 and fp32, through its public methods, and
+    computes no norm twice. One all-reduce over the world for votes and flags is queued before the norm's, so that the
+    host waits for the device only once, for the norm.
     """
     optimizer.prepare_grads()
     flags = [_not_finite(loss_sums, torch_device), _not_finite(_gradients_beside_norm(optimizer), torch_device)]
@@ -63,7 +63,7 @@ def guarded_update(
 
 
 def _not_finite(tensors: Sequence[torch.Tensor], torch_device: torch.device) -> torch.Tensor:
-    """1 where NaN or an infinite number is in a tensor, or their norm exceeds fp32; else 0. Not read on the host."""
+    """1 if a tensor has a NaN or infinite number, or their norm exceeds fp32; else 0. It is not read on the host."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=torch_device)
     norm = torch.nn.utils.get_total_norm([tensor.detach().float() for tensor in tensors])
@@ -71,9 +71,9 @@ def _not_finite(tensors: Sequence[torch.Tensor], torch_device: torch.device) -> 
 
 
 def _gradients_beside_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
-    """This rank's reduced gradients that Megatron's norm leaves out: copies of what another rank counts.
+    """This rank's reduced gradients that Megatron's norm leaves out because another rank counts them.
 
-    Those of norms on all tensor ranks but the first, and of a tied embedding on the last stage.
+    They are those of norms on all tensor ranks except the first, and of a tied embedding on the last stage.
     """
     beside = []
     for member in distributed_optimizers(optimizer):
@@ -85,7 +85,7 @@ def _gradients_beside_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
 
 
 def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Scales all gradients as Megatron's step does, by a norm that is known already."""
+    """Clips all gradients as Megatron's step does, by a norm that has been computed before."""
     for member in distributed_optimizers(optimizer):
         if parameters := member.get_parameters():
             clip_grad_by_total_norm_fp32(

@@ -1,4 +1,4 @@
-"""Megatron's optimizer for parameters whose states lie in the host's memory, mended."""
+"""Megatron's optimizer for parameters with states in the host's memory, with fixes for resuming."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _PLACEMENT = (
 
 
 class HostOptimizer(HybridDeviceOptimizer):
-    """HybridDeviceOptimizer (megatron-core 0.16) that goes on from a checkpoint as if it had never stopped.
+    """HybridDeviceOptimizer (megatron-core 0.16) that resumes from a checkpoint exactly.
 
-    It keeps an optimizer of its own for each place (`sub_optimizers`) over inner parameters: fp32 copies, on the host
-    for the share that is offloaded. Each method says what goes wrong in Megatron's; all go when it doesn't.
+    It has an inner optimizer for each device (`sub_optimizers`) over inner parameters: fp32 copies, on the host for the
+    offloaded share. Each method names the fault in Megatron's; all can go when it is fixed.
     """
 
     def allocate(self) -> None:
-        """Gives every inner parameter zero moments, and a step counter where the optimizer keeps them by parameter.
+        """Gives every inner parameter zero moments, and a step counter if the optimizer has them by parameter.
 
-        Megatron's `dummy_step` makes a random update of the weights for that.
+        Megatron's `dummy_step` does this by a random update of the weights.
         """
         for optimizer in self.sub_optimizers:
             counts_by_parameter = isinstance(optimizer, torch.optim.AdamW)
@@ -40,9 +40,9 @@ class HostOptimizer(HybridDeviceOptimizer):
         self._sync_sub_optimizers_state_to_hdo()
 
     def state_dict(self) -> dict[str, Any]:
-        """What torch says of an optimizer, without where it works.
+        """Returns torch's state dict without the devices.
 
-        Megatron's groups name classes: a checkpoint of them can be written, and not be read again.
+        Megatron's groups contain classes: a checkpoint with them can be written, but not read again.
         """
         state: dict[str, Any] = super().state_dict()
         for group in state["param_groups"]:
@@ -51,18 +51,19 @@ class HostOptimizer(HybridDeviceOptimizer):
         return state
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
-        """Hands loaded states on, and forgets the loaded step.
+        """Passes loaded states on to the inner optimizers, and removes the loaded step.
 
-        Megatron's would set it again before every update, where an optimizer counts by groups: it would stand still.
+        Megatron's would set that step again before every update if an optimizer counts by groups, so that the counter
+        would never advance.
         """
         super()._sync_hdo_state_to_sub_optimizers()
         for group in self.param_groups:
             group.pop("step", None)
 
     def _move_new_state_to_right_device(self) -> None:
-        """Gives loaded moments and counters memory of their own beside their inner parameter.
+        """Copies loaded moments and counters to new memory on the device of their inner parameter.
 
-        Megatron's keeps the whole loaded tensors alive, of which a data-parallel rank needs a slice.
+        Megatron's keeps the whole loaded tensors in memory, of which a data-parallel rank only needs a slice.
         """
         for optimizer in self.sub_optimizers:
             for inner, state in optimizer.state.items():

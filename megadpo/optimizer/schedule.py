@@ -17,7 +17,7 @@ class LearningRate:
     total_steps: int
 
     def after(self, steps_done: int) -> float:
-        """Learning rate of the update that follows `steps_done` others.
+        """The learning rate of the update after `steps_done` others.
 
         Linear warm-up from 0 over `warmup_steps`, then constant, linear or cosine decay to `minimum` at `total_steps`.
         """

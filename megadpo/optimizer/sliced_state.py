@@ -1,10 +1,10 @@
-"""Megatron's distributed optimizer, with states that go into checkpoints and come back slice by slice.
+"""Megatron's distributed optimizer, with states that are saved and loaded slice by slice.
 
-Each data-parallel rank holds a slice of every flattened parameter's states. Megatron's `fully_reshardable` format asks
-for states in their parameter's shape; Megatron makes them by gathering all slices on every rank, which costs each 12
-bytes of host memory for every parameter of its model-parallel shard, and most of a save's time. But a slice of a
-flattened array is a few boxes of the array, and boxes are all that the distributed format knows: every rank writes and
-reads its own. The format on disk is the same; which layout wrote it, and whether slices were gathered, can't be told.
+Each data-parallel rank holds a slice of every flattened parameter's states. Megatron's `fully_reshardable` format needs
+states in their parameter's shape, for which Megatron gathers all slices on every rank; that costs each rank 12 bytes of
+host memory per parameter of its model-parallel shard, and most of a save's time. But a slice of a flattened array
+consists of a few boxes of the array, which is what the distributed format stores, so every rank can write and read its
+own. The format on disk is the same for every layout, with or without gathering.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def boxes_of_slice(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
-    """The boxes of an array of `shape` that elements [start, end) of it make up when it is flattened, in their order.
+    """Boxes of an array of `shape` that together are the elements [start, end) of the flattened array, in their order.
 
-    At most one whole box and, for each dimension but the last, two partial ones around it.
+    At most one whole box and, for each dimension except the last, two partial ones around it.
     """
     if start >= end:
         return
@@ -52,7 +52,7 @@ def boxes_of_slice(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
 
 
 class SlicedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer (megatron-core 0.16) whose `fully_reshardable` state is made of this rank's slices."""
+    """DistributedOptimizer (megatron-core 0.16) whose `fully_reshardable` state consists of this rank's slices."""
 
     def sharded_param_state_fully_reshardable(
         self,
@@ -62,7 +62,7 @@ class SlicedOptimizer(DistributedOptimizer):
     ) -> dict[int, dict[str, list[ShardedTensor]]]:
         """Main weights and moments by parameter and name, each as boxes of the parameter; no communication.
 
-        To be saved they are this rank's own, not copies, wherever they are kept in fp32; to be loaded, new tensors.
+        For saving they are this rank's own tensors, without copying if they are in fp32; for loading, new tensors.
         """
         described, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
         by_parameter = {sharded.data: sharded for sharded in nested_values(described)}
@@ -82,7 +82,7 @@ class SlicedOptimizer(DistributedOptimizer):
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[int, dict[str, list[torch.Tensor]]]) -> None:
-        """Takes over loaded main weights and moments, shaped as `sharded_param_state_fully_reshardable` asked."""
+        """Takes over loaded main weights and moments, in the shapes of `sharded_param_state_fully_reshardable`."""
         for index, (parameter, _, _) in enumerate(self._slices()):
             flat = {name: torch.cat([box.view(-1) for box in boxes]) for name, boxes in state_dict[index].items()}
             self._set_main_param_and_optimizer_states(parameter, flat)
@@ -90,7 +90,7 @@ class SlicedOptimizer(DistributedOptimizer):
             self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _slices(self) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-        """The parameters of which this rank has a part, with its bounds in the flattened parameter."""
+        """Yields the parameters of which this rank has a slice, with its bounds in the flattened parameter."""
         for buckets_by_dtype in self.gbuf_ranges:
             for buckets in buckets_by_dtype.values():
                 for bucket in buckets:
@@ -99,12 +99,12 @@ class SlicedOptimizer(DistributedOptimizer):
 
     def _states(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         held = self._get_main_param_and_optimizer_states(parameter)
-        # Plain tensors, whatever kind of its own an optimizer keeps: no other may be read again.
+        # Plain tensors, even if the optimizer uses a subclass, since only these can be loaded.
         return {name: held[name].detach().as_subclass(torch.Tensor) for name in _STATES}
 
 
 def _contiguous_shards(sharded: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
-    """What a parameter is in the checkpoint: shards, each with the place where it begins in the flattened parameter."""
+    """The shards of a parameter in the checkpoint, each with its offset in the flattened parameter."""
     shards = nested_values(sharded.build()) if isinstance(sharded, ShardedTensorFactory) else [sharded]
     for shard in shards:
         assert shard.data.is_contiguous(), f"{shard.key} is not contiguous in its parameter"
@@ -114,7 +114,7 @@ def _contiguous_shards(sharded: ShardedTensor | ShardedTensorFactory) -> Iterato
 def _boxes(shard: ShardedTensor, at: int, name: str, values: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
     """The boxes of `shard` that hold a state's `values`, which begin at `start` in the flattened parameter.
 
-    `shard` begins at `at`.
+    `at` is the offset of `shard`.
     """
     begin, end = max(start, at), min(start + values.numel(), at + shard.data.numel())
     for offset, size in boxes_of_slice(shard.local_shape, begin - at, end - at):
@@ -129,7 +129,10 @@ def _boxes(shard: ShardedTensor, at: int, name: str, values: torch.Tensor, start
             global_shape=shard.global_shape,
             global_offset=tuple(map(sum, zip(shard.global_offset, full_offset, strict=True))),
             axis_fragmentations=None,  # boxes of many sizes
-            replica_id=(*shard.replica_id[:-1], 0),  # the last one counts data-parallel ranks: no other has this slice
+            replica_id=(
+                *shard.replica_id[:-1],
+                0,
+            ),  # the last one counts data-parallel ranks: no other has this slice
             allow_shape_mismatch=shard.allow_shape_mismatch,
         )
         begin += length

@@ -1,4 +1,4 @@
-"""The reference: two numbers per pair. Every way to have them answers one call, `Reference.log_probs`."""
+"""The reference: two numbers per pair. All its modes implement one call, `Reference.log_probs`."""
 
 from megadpo.reference.cached import CachedReference
 from megadpo.reference.interface import Reference

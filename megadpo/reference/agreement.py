@@ -1,4 +1,4 @@
-"""Whether two computations of pairs' log-probs may differ by rounding only."""
+"""Judges whether two computations of pairs' log-probs agree up to rounding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megadpo.reference.store import LogProbs
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Nats per root of a token: what rounding does in one layout, and what no rounding does."""
+    """Limits in nats per root of a token: `usual` for rounding within one layout, `possible` for any rounding."""
 
     usual: float
     possible: float
 
 
-# Errors of tokens are independent of each other, so that the sum over a response of L tokens is off by sqrt(L) of one;
-# other weights move the tokens of a response in one direction. They grow with the logits: sixteen random layers whose
+# Rounding errors of tokens are independent, so the sum over a response of L tokens is off by sqrt(L) times one token's;
+# other weights move all tokens of a response in one direction. Errors grow with the logits: sixteen random layers whose
 # logits have a standard deviation of 6 differ between tensor=2 and one rank by 0.16 in bf16 and 0.65 in emulated mxfp8,
 # a small model with flat logits by 0.004 and 0.02. Other models are off by some nats.
 _BOUNDS = {"fp32": Bounds(1e-4, 1e-2), "bf16": Bounds(0.05, 0.5)}
@@ -28,13 +28,13 @@ _IN_FP8 = Bounds(0.1, 1.0)
 
 
 def noise_bounds(dtype: str, *, fp8: bool) -> Bounds:
-    """How far log-probs of the same weights may be apart in this precision."""
+    """Bounds on the difference of log-probs of the same weights in this precision."""
     return _IN_FP8 if fp8 else _BOUNDS[dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """How far two computations are apart (`noise`, in nats per root of a token), and the row that is worst."""
+    """The difference of two computations (`noise`, in nats per root of a token), and the row where it is largest."""
 
     noise: float
     row: int
@@ -43,7 +43,7 @@ class Disagreement:
 
 
 def compare(pairs: Sequence[TokenizedPair], kept_n4: LogProbs, computed_n4: LogProbs) -> Disagreement:
-    """The root mean square over the pairs' responses of what they differ by over the root of their length."""
+    """Compares two computations: root mean square, over all responses, of difference / sqrt(response length)."""
     lengths_n2 = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs], np.float64)
     off_n2 = (computed_n4 - kept_n4)[:, :2] / np.sqrt(lengths_n2)
     worst = int(np.abs(off_n2).max(axis=1).argmax())

@@ -1,4 +1,4 @@
-"""A reference whose log-probs have been computed before: looked up by what each pair's tokens are."""
+"""A reference whose log-probs have been computed before, and are looked up by a hash of each pair's tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megadpo.runtime.device import to_device
 
 
 class CachedReference:
-    """Answers with what has been kept of each pair, by the pair's digest; knows all that it is asked for.
+    """Returns the cached log-probs of each pair by its digest; all pairs it is asked for must be cached.
 
-    No model is there, and nothing is sent between ranks.
+    It has no model, and the ranks do not communicate.
     """
 
     chunks: Sequence[torch.nn.Module] = ()
@@ -27,8 +27,8 @@ class CachedReference:
     def __init__(
         self, digests: Sequence[bytes], logps_n4: LogProbs, *, is_last_stage: bool, torch_device: torch.device
     ) -> None:
-        """`logps_n4` are the pairs' SequenceLogProbs, fp64, a field a column."""
-        # Arrays, because every rank has them: a tenth of what objects would take.
+        """`logps_n4` are the pairs' SequenceLogProbs, fp64, with a column per field."""
+        # Arrays, because every rank has them: they take a tenth of the memory of objects.
         unsorted_n = _as_array(digests)
         order_n = np.argsort(unsorted_n)
         self._digests_n = unsorted_n[order_n]
@@ -37,10 +37,10 @@ class CachedReference:
         self.torch_device = torch_device
 
     def prepare(self) -> None:
-        """Does nothing: everything is there."""
+        """Does nothing, since everything is in memory."""
 
     def kept(self, digests: Sequence[bytes]) -> LogProbs:
-        """What has been kept of the pairs, fp64 [n, 4]; KeyError for one that is not known."""
+        """Returns the cached log-probs of the pairs, fp64 [n, 4]; KeyError if one is missing."""
         wanted_n = _as_array(digests)
         places_n = np.searchsorted(self._digests_n, wanted_n).clip(max=max(0, len(self._digests_n) - 1))
         if len(wanted_n) and not (self._digests_n[places_n] == wanted_n).all():
@@ -48,7 +48,7 @@ class CachedReference:
         return self._logps_n4[places_n]
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """The kept log-probs of this rank's microbatches; [] on all but the last pipeline stage."""
+        """The cached log-probs of this rank's microbatches; [] except on the last pipeline stage."""
         return [self._look_up(microbatch) for microbatch in batch.microbatches] if self.is_last_stage else []
 
     def _look_up(self, microbatch: PreferenceBatch) -> SequenceLogProbs:
@@ -64,7 +64,7 @@ class CachedReference:
         return nullcontext(())
 
     def device_bytes(self) -> int:
-        """None."""
+        """Zero."""
         return 0
 
 

@@ -13,19 +13,19 @@ from megadpo.forward_step import SequenceLogProbs
 
 
 class Reference(Protocol):
-    """Gives the reference's log-probs of a global batch."""
+    """Computes or looks up the reference's log-probs of a global batch."""
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
-        """This rank's chunks of the model that answers; empty where kept numbers do, or none."""
+        """This rank's chunks of the reference model; empty if there is no model."""
         ...
 
     def prepare(self) -> None:
-        """Begins, beside other work, what the next `log_probs` needs before its batch is known; it may be left out."""
+        """Starts preparations of the next `log_probs` that need no batch, overlapped with other work; optional."""
         ...
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Per-pair log-probs of this rank's microbatches, in their order; [] on all but the last pipeline stage."""
+        """Log-probs per pair of this rank's microbatches, in their order; [] except on the last pipeline stage."""
         ...
 
     def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
@@ -40,5 +40,5 @@ class Reference(Protocol):
         ...
 
     def device_bytes(self) -> int:
-        """Bytes that its weights take on this rank's device now."""
+        """Number of bytes of its weights on this rank's device at this moment."""
         ...

@@ -1,8 +1,8 @@
-"""What a reference's log-probs depend on, besides a pair's tokens: the key under which they are kept.
+"""The key of cached log-probs: everything that a reference's log-probs depend on, besides a pair's tokens.
 
-Hashes of the reference's weights and configuration, of the tokenizer and the chat template, the precision, and the
-version of this program's numerics. The layout, the order and the packing of pairs are not in it: they change the last
-bits of a sum, and nothing else. Hashes of weight files are kept in an index, so that they are read once.
+It consists of hashes of the reference's weights and configuration, of the tokenizer and the chat template, of the
+precision, and of the version of this program's numerics. The layout, the order and the packing of pairs are not in it:
+they only change the last bits of a sum. Hashes of weight files are kept in an index, so that they are read once.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from megadpo.data.prepare import tokenizer_files
 from megadpo.errors import CacheError
 from megadpo.runtime.files import Appender, writing
 
-# To be raised with every change after which the same weights and tokens give other log-probs, but for rounding;
-# tests/distributed/test_numerics_version.py notices such a change.
+# To be raised with every change after which the same weights and tokens give other log-probs, rounding aside;
+# tests/distributed/test_numerics_version.py detects such a change.
 NUMERICS_VERSION = 1
 
 _KEY, INDEX = "key.json", "hashes.txt"
 _CONFIG, _TOKENIZER_CONFIG, _TEMPLATE_FIELD = "config.json", "tokenizer_config.json", "chat_template"
-# Fields of config.json that say nothing of what is computed; the precision is a part of its own.
+# Fields of config.json that do not change the computation; the precision is a separate part.
 _NOT_COMPUTED = frozenset({"dtype", "torch_dtype", "transformers_version", "_name_or_path"})
 _BLOCK_BYTES = 2**24
-# What is looked at of a file whose hash is known: so many pieces of it, the first and the last among them.
+# A file whose hash is known is identified by a sample of pieces, the first and the last among them.
 _PIECES, _PIECE_BYTES = 16, 2**16
 
-# The parts of a key, and what they are called in messages.
+# The parts of a key, and their names in messages.
 PARTS = {
     "weights": "the reference's weights",
     "config": "the reference's config.json",
@@ -46,7 +46,7 @@ PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """The parts of a key by the names of PARTS: hashes, or what can be said in words."""
+    """The parts of a key by the names in PARTS: hashes, or values that can be shown."""
 
     parts: Mapping[str, str]
 
@@ -64,10 +64,10 @@ def cache_key(
     precision: str,
     index_dir: Path | None,
 ) -> CacheKey:
-    """The key of a reference's log-probs; reads every weight file that `index_dir` has no hash of. For one process.
+    """Computes the key of a reference's log-probs; reads weight files that `index_dir` has no hash of. For one process.
 
-    `precision` is all that says how numbers are rounded. Without `index_dir` all files are read, and nothing is kept.
-    CacheError where a file can't be read.
+    `precision` holds all settings that affect rounding. Without `index_dir` all files are read, and no hash is stored.
+    Raises CacheError if a file can't be read.
     """
     hash_of = _hash_of_file if index_dir is None else _FileHashes(index_dir).hash_of
     try:
@@ -91,7 +91,7 @@ def cache_key(
 
 
 def _tokenizer_parts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the tokenizer is made of, and its chat template, which tokenizer_config.json may hold as well."""
+    """Contents of the tokenizer's files, and its chat template, which may also be in tokenizer_config.json."""
     tokenizer: dict[str, Any] = {}
     template: dict[str, Any] = {}
     for name, content in tokenizer_files(directory).items():
@@ -112,10 +112,10 @@ def _hash(value: Mapping[str, Any]) -> str:
 
 
 class _FileHashes:
-    """SHA-256 of files, kept by what tells a file from another in lines that are only added: CHECKSUM HASH FILE.
+    """An index of the SHA-256 of files, as an append-only file of lines: CHECKSUM HASH FILE.
 
-    That is its path, size, times of modification and of change, and a checksum of pieces of it: copies and images may
-    give every file the same date.
+    FILE identifies a file by its path, size, times of modification and change, and a checksum of a sample of its
+    content, since copies and container images may give every file the same date.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -123,7 +123,7 @@ class _FileHashes:
         self._known: dict[str, str] = {}
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._exists() else ():
             checksum, _, entry = line.partition(" ")
-            if checksum == _checksum(entry):  # others were torn by a kill, or damaged: the file is read again
+            if checksum == _checksum(entry):  # files of incomplete or damaged lines are read again
                 digest, _, file = entry.partition(" ")
                 self._known[file] = digest
 
@@ -131,7 +131,7 @@ class _FileHashes:
         return self._path.is_file()
 
     def hash_of(self, path: Path) -> str:
-        """The file's hash; reads it where it is not known, or has changed."""
+        """Returns the file's hash; reads the file if its hash is unknown or it has changed."""
         file = _identity(path)
         if file not in self._known:
             self._known[file] = _hash_of_file(path)
@@ -139,17 +139,19 @@ class _FileHashes:
             with writing(self._path, CacheError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with Appender(self._path) as index:
-                    index.append(f"\n{_checksum(entry)} {entry}\n".encode())  # the line before may have been torn
+                    index.append(f"\n{_checksum(entry)} {entry}\n".encode())  # the line before may be incomplete
         return self._known[file]
 
 
 def _identity(path: Path) -> str:
     about = path.stat()
-    return json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, _pieces(path)])
+    return json.dumps(
+        [str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, _sampled_checksum(path)]
+    )
 
 
-def _pieces(path: Path) -> int:
-    """A checksum of pieces of a file, spread over it."""
+def _sampled_checksum(path: Path) -> int:
+    """A checksum of a sample of pieces spread over a file."""
     pieces, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for piece in range(_PIECES):
@@ -159,8 +161,8 @@ def _pieces(path: Path) -> int:
 
 
 def sampled_fingerprint(weight_files: Iterable[Path]) -> str:
-    """What tells weight files from others at a glance, wherever they lie: names, sizes, and checksums of pieces."""
-    return _hash({path.name: [path.stat().st_size, _pieces(path)] for path in weight_files})
+    """A fast fingerprint of weight files, independent of their directory: names, sizes, and checksums of samples."""
+    return _hash({path.name: [path.stat().st_size, _sampled_checksum(path)] for path in weight_files})
 
 
 def _checksum(text: str) -> str:
@@ -176,7 +178,7 @@ def _hash_of_file(path: Path) -> str:
 
 
 def write_key(directory: Path, key: CacheKey) -> None:
-    """Writes the key's parts into its directory, unless they are there; whole, whoever else does so too."""
+    """Writes the key's parts to its directory unless they are there; atomically, since others may write them too."""
     if (directory / _KEY).is_file():
         return
     temporary = directory / f".{_KEY}.{uuid4().hex}"
@@ -188,7 +190,7 @@ def write_key(directory: Path, key: CacheKey) -> None:
 
 
 def read_key(directory: Path) -> CacheKey | None:
-    """The key whose numbers are in a directory, None where it is none of a key."""
+    """Reads the key of a directory; None if it is not the directory of a key."""
     try:
         parts = json.loads((directory / _KEY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,7 +199,7 @@ def read_key(directory: Path) -> CacheKey | None:
 
 
 def differing_parts(before: CacheKey, now: CacheKey) -> list[str]:
-    """The parts in which two keys differ, in words; with their values where these are no hashes."""
+    """Descriptions of the parts in which two keys differ, with their values unless they are hashes."""
     said = []
     for name, words in PARTS.items():
         old, new = before.parts.get(name), now.parts.get(name)

@@ -1,4 +1,4 @@
-"""No reference at all, for losses of the policy's log-probs alone."""
+"""No reference, for losses that only use the policy's log-probs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megadpo.forward_step import SequenceLogProbs
 
 
 class NoReference:
-    """Answers with zeros, which such losses don't look at."""
+    """Returns zeros, which such losses ignore."""
 
     chunks: Sequence[torch.nn.Module] = ()
 
@@ -24,7 +24,7 @@ class NoReference:
         """Does nothing."""
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Zeros for every pair of this rank's microbatches; [] on all but the last pipeline stage."""
+        """Zeros for every pair of this rank's microbatches; [] except on the last pipeline stage."""
         if not self.is_last_stage:
             return []
         zeros = [
@@ -44,5 +44,5 @@ class NoReference:
         return nullcontext(())
 
     def device_bytes(self) -> int:
-        """None."""
+        """Zero."""
         return 0

@@ -1,4 +1,4 @@
-"""A frozen copy of the model that waits in the host's memory and is on the device for its pass only."""
+"""A frozen copy of the model that is kept in the host's memory, and on the device only during its pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megadpo.runtime.device import SideStream, host_copy
 
 
 class OffloadedReference(ResidentReference):
-    """A resident reference whose weights come in from pinned host memory and are dropped after each pass.
+    """A resident reference whose weights are copied from pinned host memory, and freed after each pass.
 
-    They travel to the device only: the host's copy is the truth. Their memory on the device is taken from what the
-    step before has given back, so that it does not add to the peak of the policy's passes.
+    They are only copied to the device, since the host's copy stays valid. Their device memory is what the step before
+    has freed, so that it does not add to the peak of the policy's passes.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device, follows: bool = False) -> None:
@@ -26,7 +26,7 @@ class OffloadedReference(ResidentReference):
         self._drop()
 
     def prepare(self) -> None:
-        """Begins to copy the weights in; the host goes on, with loading the batch for instance."""
+        """Starts copying the weights to the device; meanwhile the host continues, for instance loading the batch."""
         if self._is_in:
             return
         for parameter, host in zip(self.parameters(), self._host, strict=True):
@@ -38,7 +38,7 @@ class OffloadedReference(ResidentReference):
 
     @contextmanager
     def weights(self, *, change: bool = False) -> Iterator[None]:
-        """The weights are on the device for the duration of the context; with `change` they are copied back after."""
+        """Keeps the weights on the device for the duration of the context; with `change` they are copied back."""
         self.prepare()
         self._stream.join()
         try:

@@ -12,10 +12,10 @@ from megadpo.forward_step import SequenceLogProbs, score
 
 
 class ResidentReference:
-    """Scores every batch with its own weights, on the policy's schedule and through the policy's forward path.
+    """Scores every batch with its own weights, by the policy's schedule and forward path.
 
-    The parameters keep `requires_grad`: for a weight that is frozen by the flag, torch takes another path through the
-    matrix product, and the reference would differ from an equal policy by rounding.
+    The parameters keep `requires_grad`: without it torch computes the matrix product differently, and the reference
+    would differ from an equal policy by rounding.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, torch_device: torch.device, follows: bool = False) -> None:
@@ -25,15 +25,15 @@ class ResidentReference:
         self.follows = follows
 
     def prepare(self) -> None:
-        """Does nothing: everything is there."""
+        """Does nothing, since the weights are on the device."""
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Per-pair log-probs by a forward-only pass of the batch's schedule."""
+        """Log-probs per pair, by a forward-only pass of the batch's schedule."""
         with self.weights():
             return score(self.chunks, batch, torch_device=self.torch_device)
 
     def weights(self, *, change: bool = False) -> AbstractContextManager[None]:
-        """The weights are on the device for the duration of the context; with `change` what it makes of them stays."""
+        """Has the weights on the device for the duration of the context; with `change` changes to them are kept."""
         return nullcontext()
 
     def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
@@ -56,9 +56,9 @@ class ResidentReference:
             yield self.chunks
 
     def device_bytes(self) -> int:
-        """Bytes of the parameters on the device."""
+        """Number of bytes of the parameters on the device."""
         return sum(parameter.untyped_storage().nbytes() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The parameters of all chunks, each once."""
+        """Yields the parameters of all chunks, without repetition."""
         return (parameter for chunk in self.chunks for parameter in chunk.parameters())

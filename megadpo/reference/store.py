@@ -1,11 +1,11 @@
-"""Log-probs of pairs on disk, found again by what they depend on: append-only, safe to interrupt and to share.
+"""An append-only store of pairs' log-probs on disk, which may be interrupted, and shared by several jobs.
 
-A cache directory has one directory per key (`key.py`), named by its hash. In it `key.json` holds the key's parts in
-words, and every writer that adds something has a segment of its own, which only grows: `TIME-RANDOM.logps`, records of
-one size. A record is a pair's digest, its log-probs in fp64, and a checksum that also covers the key.
+A cache directory has one directory per key (`key.py`), named by its hash. In it `key.json` holds the key's parts, and
+every writer has its own segment, a file that only grows: `TIME-RANDOM.logps`, with records of one size. A record is a
+pair's digest, its log-probs in fp64, and a checksum that also covers the key.
 
-What a kill leaves is at most the beginning of a record at a segment's end, which readers leave out. A record whose
-checksum is wrong is an error: nothing that was written in whole turns bad by an interruption.
+A killed writer leaves at most an incomplete record at a segment's end, which readers skip. A record with a wrong
+checksum is an error, since an interruption can't damage a complete record.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-# The log-probs are those of SequenceLogProbs' fields, in their order.
+# The log-probs are SequenceLogProbs' fields in their order.
 _RECORD = np.dtype([("digest", "V16"), ("logps", "<f8", 4), ("checksum", "<u4")])
 _CHECKED_BYTES = _RECORD.itemsize - 4
 _SUFFIX = ".logps"
@@ -38,18 +38,18 @@ LogProbs = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class OtherKey:
-    """Another key that a cache directory holds numbers of, and the parts in which it differs, in words."""
+    """Another key in a cache directory, and descriptions of the parts in which it differs."""
 
     directory: Path
     differences: list[str]
 
 
 class LogProbStore:
-    """The records of one key; for one process. What others add is seen after `refresh`.
+    """The records of one key; for one process. Records of other jobs are seen after `refresh`.
 
-    What is known stays as it is: of a pair that two jobs have written in the same moment, each goes on with the record
-    that it saw first, and later readers take the one that stands first in the order of the segments' names. A context
-    manager, which closes the segment that `append` opens.
+    Known records do not change: if two jobs write a pair at the same moment, each continues with the record that it saw
+    first, and later readers take the one in the segment whose name sorts first. A context manager, which closes the
+    segment that `append` opens.
     """
 
     def __init__(self, directory: Path, key: CacheKey) -> None:
@@ -76,25 +76,25 @@ class LogProbStore:
         return len(self._values)
 
     def refresh(self) -> None:
-        """Reads what has been added on disk. CacheError for a record that is not what was written."""
+        """Reads records that have been added on disk. Raises CacheError for a damaged record."""
         for path in self.segments():
             for digest, logps in self._read_on(path):
                 self._values.setdefault(digest, logps)
 
     def segments(self) -> list[Path]:
-        """The files of records, in the order in which they count."""
+        """The segment files in the order of their precedence."""
         return sorted(self.directory.glob(f"*{_SUFFIX}"))
 
     def known(self, digests: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-        """Which of the pairs have a record."""
+        """A mask of the pairs that have a record."""
         return np.fromiter((digest in self._values for digest in digests), np.bool_, len(digests))
 
     def lookup(self, digests: Sequence[bytes]) -> LogProbs:
-        """Log-probs of pairs that are all known, fp64 [n, 4]."""
+        """Log-probs of pairs, all of which must be known, fp64 [n, 4]."""
         return np.array([self._values[digest] for digest in digests], np.float64).reshape(-1, 4)
 
     def append(self, digests: Sequence[bytes], logps_n4: LogProbs) -> None:
-        """Adds a record for each pair that has none yet; on disk when this returns. CacheError where it can't be."""
+        """Adds a record for each pair without one, and flushes it to disk. Raises CacheError if that fails."""
         self.refresh()  # other jobs may fill the same key
         fresh = {
             digest: logps
@@ -111,13 +111,13 @@ class LogProbStore:
             with writing(self.directory, CacheError):
                 self._own_segment().append(records.tobytes())
         except CacheError:
-            self._close_segment()  # it may end in a part of a record: nothing must come behind
+            self._close_segment()  # it may end with an incomplete record, which nothing must follow
             raise
         self._values |= fresh
 
     def _own_segment(self) -> Appender:
         if self._segment is None:
-            # Named by the clock, so that in a directory that one run after the other fills, the first record counts.
+            # Named by the clock, so that the first record counts if runs fill the directory one after the other.
             self._segment = Appender(self.directory / f"{time.time_ns():020d}-{uuid4().hex}{_SUFFIX}")
         return self._segment
 
@@ -127,7 +127,7 @@ class LogProbStore:
             self._segment = None
 
     def _read_on(self, path: Path) -> Iterator[tuple[bytes, list[float]]]:
-        """The whole records that a segment has beyond those that were read before."""
+        """Reads the complete records of a segment beyond those that were read before."""
         start = self._bytes_read.get(path, 0)
         try:
             with path.open("rb") as segment:
@@ -148,7 +148,7 @@ class LogProbStore:
         yield from zip(records["digest"].tolist(), records["logps"].tolist(), strict=True)
 
     def _checksums(self, content: bytes) -> Iterator[int]:
-        """The checksum of every record in `content`."""
+        """Checksums of all records in `content`."""
         view = memoryview(content)
         for start in range(0, len(content), _RECORD.itemsize):
             yield zlib.crc32(view[start : start + _CHECKED_BYTES], self._seed)
@@ -158,9 +158,9 @@ _REMOVED = "its pairs are computed again"
 
 
 def open_store(cache_dir: Path, key: CacheKey) -> LogProbStore:
-    """The store of a key under `cache_dir`, made where there is none; for one process.
+    """Opens the store of a key under `cache_dir`, or creates it; for one process.
 
-    CacheError where it can't be made, or holds something else than it should.
+    Raises CacheError if it can't be created, or if its content is not that of a store.
     """
     directory = cache_dir / key.digest[:32]
     with writing(cache_dir, CacheError):
@@ -172,7 +172,7 @@ def open_store(cache_dir: Path, key: CacheKey) -> LogProbStore:
 
 
 def other_keys(cache_dir: Path, key: CacheKey) -> list[OtherKey]:
-    """The other keys that `cache_dir` holds numbers of, those that differ least first."""
+    """The other keys in `cache_dir`, those with the fewest differences first."""
     found = []
     for directory in sorted(cache_dir.glob("*/")):
         known = read_key(directory)

@@ -1,4 +1,4 @@
-"""Collectives of our own: agreement of all ranks on a value, votes, and one gather for everything that is logged."""
+"""Collectives of this project: agreement of all ranks on a value, votes, and one gather for all logged metrics."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 def broadcast_from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """Rank 0's picklable `value`, on every rank. One object broadcast over the world, or a `group` of all ranks."""
+    """Returns rank 0's picklable `value` on every rank. One broadcast, over the world or a `group` of all ranks."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 def on_main(action: Callable[[], T], *, patience_s: float | None = None) -> T:
-    """The result of `action` on rank 0, on every rank; its MegaDPOError or OSError is raised on every rank too.
+    """Runs `action` on rank 0 and returns its result on every rank, or raises its MegaDPOError or OSError there.
 
     The other ranks wait as long as in any collective, or `patience_s` seconds in a group made for this call.
     """
@@ -52,7 +52,7 @@ def _on_main(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
 
 
 def on_every(action: Callable[[], T]) -> T:
-    """What `action` returns on each rank; where it raises a MegaDPOError on any, every rank raises that of the lowest.
+    """Runs `action` on every rank and returns its result; if any rank has a MegaDPOError, all raise the lowest rank's.
 
     One all-gather over the world.
     """
@@ -85,7 +85,7 @@ def check_all_agree(what: str, content: str) -> None:
 
 
 def largest_over_ranks(values_K: torch.Tensor) -> torch.Tensor:
-    """The largest of all ranks' values at each place, on every rank and on the device; they must be finite.
+    """Element-wise maximum of all ranks' values, which must be finite; on every rank and on the values' device.
 
     One all-reduce over the world, which the host does not wait for.
     """
@@ -95,12 +95,12 @@ def largest_over_ranks(values_K: torch.Tensor) -> torch.Tensor:
 
 
 def own_store() -> dist.Store:
-    """The store at which the world's ranks have met, by a connection that this process uses for nothing else."""
+    """The store of the default process group, on a new connection that this process uses for nothing else."""
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined] # the stubs lack it
 
 
 def gather_rows(row_K: torch.Tensor) -> torch.Tensor:
-    """All ranks' [K] vectors as [world, K], on every rank. One all-gather over the world."""
+    """Returns all ranks' [K] vectors as [world, K] on every rank. One all-gather over the world."""
     rows = [torch.empty_like(row_K) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, row_K)
     return torch.stack(rows)

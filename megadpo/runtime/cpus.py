@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity mask, and the quota of its control group."""
+"""The number of CPUs that this process may use, from its affinity mask and the quota of its control group."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cpus(*, cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
-    """CPUs that the affinity mask and the quota leave to this process; 1.5 CPUs' worth of time count as 2.
+    """Number of CPUs that the affinity mask and the quota allow this process; a quota of 1.5 CPUs counts as 2.
 
-    A container's limit is mostly a quota: the mask still shows every CPU of the machine. `cgroups` is where control
-    groups (version 1 or 2) are mounted, `membership` the file that names this process's own.
+    Containers are mostly limited by a quota; the mask then still shows every CPU of the machine. `cgroups` is the mount
+    point of control groups (version 1 or 2), `membership` the file that names this process's own.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *map(math.ceil, _quotas(cgroups, membership))]))
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
-    """CPUs that the quota of this process's control group and of each group around it is worth."""
+    """Quotas, in CPUs, of this process's control group and of each group around it."""
     for group in _groups(cgroups, membership):
         with suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
             quota, period = (group / "cpu.max").read_text().split()
@@ -35,9 +35,9 @@ def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
 
 
 def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """Directories of the groups that limit this process's CPU time, innermost first.
+    """Directories of the control groups that limit this process's CPU time, innermost first.
 
-    A container may see its own group as the root, or by a path that leads nowhere inside it: its ancestors still do.
+    A container may see its own group as the root, or by a path that does not exist inside it; its ancestors' paths do.
     """
     try:
         lines = membership.read_text().splitlines()

@@ -1,7 +1,7 @@
 """The device a process computes on, and the one place that names torch.cuda.
 
-On CUDA this file only picks the card and the backend. On CPU it lets unmodified Megatron-Core run over gloo: Megatron
-asks for CUDA in a handful of ways, and `megatron_on_cpu` answers each of them with its CPU counterpart. Every shim says
+On CUDA this file only picks the GPU and the backend. On CPU it lets unmodified Megatron-Core run over gloo: Megatron
+asks for CUDA in a handful of ways, and `megatron_device` answers each of them with its CPU counterpart. Every shim says
 what Megatron does, why that breaks on a CPU build of torch, and when it can go. Seen with megatron-core 0.16.1.
 """
 
@@ -39,7 +39,7 @@ Span: TypeAlias = tuple[Mark, Mark]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where this process computes: `kind` is 'cuda' or 'cpu', `torch_device` the device of its tensors."""
+    """The device that this process computes on: `kind` is 'cuda' or 'cpu', `torch_device` is that of its tensors."""
 
     kind: str
     torch_device: torch.device
@@ -50,7 +50,7 @@ class Device:
         return "nccl" if self.kind == "cuda" else "gloo"
 
     def mark(self) -> Mark:
-        """A point in time of the device's work, taken without waiting for it."""
+        """Marks a point in the device's queue of work, without waiting for it."""
         if self.kind == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -58,7 +58,7 @@ class Device:
         return time.perf_counter()
 
     def seconds_between(self, start: Mark, end: Mark) -> float:
-        """Seconds from one mark to a later one; waits until the device has reached it."""
+        """Seconds from one mark to a later one; waits until the device has reached the later one."""
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
             return start.elapsed_time(end) / 1000.0
@@ -77,20 +77,20 @@ class Device:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def release_cached_memory(self) -> None:
-        """Gives back to the CUDA device what torch keeps for tensors to come."""
+        """Frees the CUDA memory that torch caches for future tensors."""
         if self.kind == "cuda":
             torch.cuda.empty_cache()
 
     def memory_gib(self) -> float | None:
-        """Memory of the CUDA device in GiB, whatever is in it; None on CPU."""
+        """Total memory of the CUDA device in GiB, used or not; None on CPU."""
         if self.kind == "cpu":
             return None
         return torch.cuda.get_device_properties(self.torch_device).total_memory / 2**30
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """FLOP/s of dense matrix products in `dtype` that the card's data sheet promises; None on CPU.
+        """FLOP/s of dense matrix products in `dtype` by the GPU's data sheet; None on CPU.
 
-        None also, with a line in the log, for a card that the table does not hold, and for all but bf16.
+        Also None, with a line in the log, for a GPU that is not in the table, and for all dtypes except bf16.
         """
         if self.kind == "cpu":
             return None
@@ -107,13 +107,13 @@ class Device:
         return known[1].bf16_tflops * 1e12
 
     def gpu_name(self) -> str | None:
-        """Name in the table of cards of the CUDA device; None on CPU and for a card that the table does not hold."""
+        """Name of the CUDA device in the table of GPUs; None on CPU and for a GPU that is not in the table."""
         known = find_gpu(torch.cuda.get_device_name(self.torch_device)) if self.kind == "cuda" else None
         return None if known is None else known[0]
 
 
 def planning_device() -> Device:
-    """A CPU whose tensors have shapes and no numbers: what is computed on it takes no memory and hardly any time."""
+    """A CPU device whose tensors are meta tensors, so that computing on it takes no memory and hardly any time."""
     return Device("cpu", torch.device("meta"))
 
 
@@ -127,28 +127,28 @@ def to_device(tensor: torch.Tensor, torch_device: torch.device) -> torch.Tensor:
 
 
 def host_copy(tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-    """A copy in the host's memory, pinned where the tensor is on CUDA, so that it can travel back beside other work.
+    """Copies a tensor to host memory, pinned if it comes from CUDA so that copying back can overlap with other work.
 
-    `into`, an earlier copy whose content is not needed any more, becomes it where it fits: fresh memory takes longer.
-    MemoryError where there is none to be had.
+    `into`, an earlier copy that is not needed any more, is overwritten if shape and dtype fit, which is faster than
+    allocating. Raises MemoryError if there is not enough memory.
     """
     if into is None or (into.shape, into.dtype) != (tensor.shape, tensor.dtype):
         try:
             into = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        except RuntimeError as error:  # of torch's allocators, the pinned one's as of CUDA
+        except RuntimeError as error:  # torch's allocators raise it, that of pinned memory as a CUDA error
             raise MemoryError(str(error).partition("\n")[0]) from error
     return into.copy_(tensor)
 
 
 class SideStream:
-    """A queue of work for the device beside its current one; on CPU the work is done at once."""
+    """A CUDA stream beside the current one; on CPU its work is done at once."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self._stream = torch.cuda.Stream(torch_device) if torch_device.type == "cuda" else None
 
     @contextlib.contextmanager
     def queued(self) -> Iterator[None]:
-        """What the context asks of the device is queued here, and starts when all that was asked before is done."""
+        """Queues the context's work on this stream, to start when all work queued before is done."""
         if self._stream is None:
             yield
             return
@@ -157,15 +157,16 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """The device's further work waits for what is queued here; the host does not."""
+        """Has the device's further work wait for what is queued here; the host does not wait."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def select_device(kind: str) -> Device:
-    """The device for this process (`auto`: CUDA where there is one).
+    """Selects the device of this process (`auto`: CUDA if there is one).
 
-    On CUDA the card LOCAL_RANK is made current; on CPU torch's threads are shared out over the ranks of this machine.
+    On CUDA, device number LOCAL_RANK becomes the current one; on CPU, torch's threads are split over the ranks of this
+    machine.
     """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,10 +186,9 @@ def select_device(kind: str) -> Device:
 
 
 def _share_cpu_threads() -> None:
-    """Splits the usable CPUs over the ranks of this machine; with more threads than that the ranks fight over them.
+    """Splits the usable CPUs over the ranks of this machine; more threads than CPUs would slow the ranks down.
 
-    OMP_NUM_THREADS is honoured, except that torchrun sets it to 1 where the user has not: under a launcher a 1 says
-    nothing.
+    OMP_NUM_THREADS is honoured, except for a 1 under a launcher: torchrun sets it to 1 where the user has not set it.
     """
     said = os.environ.get("OMP_NUM_THREADS")
     if said is None or (said == "1" and "LOCAL_WORLD_SIZE" in os.environ):
@@ -199,14 +199,14 @@ def _share_cpu_threads() -> None:
 def megatron_device(device: Device) -> Iterator[None]:
     """Makes Megatron-Core usable on `device` for the duration of the context; changes nothing on CUDA.
 
-    What Megatron wants on CUDA it gets on `device`, which may be `planning_device()`.
-    Raises ConfigError when the installed megatron-core is outside the tested range.
+    Tensors that Megatron creates on CUDA are created on `device`, which may be `planning_device()`.
+    Raises ConfigError if the installed megatron-core is outside the tested range.
     """
     _check_megatron_version()
     if device.kind == "cuda":
         yield
         return
-    if device.torch_device.type != "meta":  # no optimizer is made of shapes
+    if device.torch_device.type != "meta":  # a plan creates no optimizer
         _check_torch_optimizer()
     with contextlib.ExitStack() as stack:
         for patch in (*_cuda_patches(device.torch_device), *_tensor_patches(), *_factory_patches(device.torch_device)):
@@ -233,7 +233,7 @@ def _check_megatron_version() -> None:
 
 
 def _check_torch_optimizer() -> None:
-    """Refuses CPU where Megatron has bound the CUDA kernels of Transformer Engine or apex, which it does at import."""
+    """Raises ConfigError on CPU if Megatron has bound CUDA kernels of Transformer Engine or apex at its import."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
     if HAVE_APEX_OR_TE:
@@ -244,7 +244,7 @@ def _check_torch_optimizer() -> None:
 
 
 def _cuda_patches(torch_device: torch.device) -> list[Any]:
-    """Names in torch.cuda that Megatron calls unconditionally. To go when Megatron asks tensors for their device."""
+    """Patches names in torch.cuda that Megatron calls unconditionally, until Megatron asks tensors for their device."""
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
@@ -263,7 +263,7 @@ def _cuda_patches(torch_device: torch.device) -> list[Any]:
 
 
 def _tensor_patches() -> list[Any]:
-    """Tensor methods: `.cuda()` is the identity; `.type()` answers with CUDA names, which optimizers test for."""
+    """Patches tensor methods: `.cuda()` is the identity; `.type()` returns CUDA names, which optimizers test for."""
     original: Callable[..., Any] = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -277,7 +277,7 @@ def _tensor_patches() -> list[Any]:
 
 
 def _factory_patches(torch_device: torch.device) -> list[Any]:
-    """torch.zeros(..., device='cuda') and its siblings, in schedules, gradient clipping and optimizer scalars."""
+    """Patches torch.zeros(..., device='cuda') and the like, in schedules, gradient clipping and optimizer scalars."""
 
     def on_device(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
@@ -293,7 +293,7 @@ def _factory_patches(torch_device: torch.device) -> list[Any]:
 
 @contextlib.contextmanager
 def _rng_patch() -> Iterator[None]:
-    """Megatron's own setter reaches into torch.cuda.default_generators, which is empty without CUDA."""
+    """Patches Megatron's RNG setter, which indexes torch.cuda.default_generators, an empty list without CUDA."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
@@ -310,7 +310,7 @@ def _rng_patch() -> Iterator[None]:
 
 
 class _WeightGradientKernels:
-    """Megatron's CUDA extension `fused_weight_gradient_mlp_cuda`."""
+    """CPU counterpart of Megatron's CUDA extension `fused_weight_gradient_mlp_cuda`."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_outputs: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -328,9 +328,9 @@ class _WeightGradientKernels:
 
 @contextlib.contextmanager
 def _weight_gradient_patch() -> Iterator[None]:
-    """Megatron adds weight gradients into its buffer inside the matrix product where an extension for CUDA is there.
+    """Patches in the extension with which Megatron adds weight gradients to its buffer inside the matrix product.
 
-    Without it every microbatch makes a gradient of every weight and adds it up afterwards.
+    Without it every microbatch creates a gradient of every weight and adds it to the buffer afterwards.
     """
     from megatron.core.tensor_parallel import layers
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors of writing that say what to do."""
+"""Files that are written whole or not at all, and write errors that say what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megadpo.errors import MegaDPOError
 
 @contextmanager
 def writing(path: Path, error_type: type[MegaDPOError] = MegaDPOError) -> Iterator[None]:
-    """Turns an OSError of the context, which writes `path`, into an `error_type` that names the file and the remedy."""
+    """Turns an OSError of the context, which writes `path`, into an `error_type` that names file and remedy."""
     try:
         yield
     except OSError as error:
@@ -25,15 +25,15 @@ def writing(path: Path, error_type: type[MegaDPOError] = MegaDPOError) -> Iterat
 
 
 def is_file_name(name: object, suffix: str) -> bool:
-    """Whether something that was read is the bare name of a file with this suffix, and leads to no other directory."""
+    """True if a value read from a file is the bare name of a file with this suffix, in no other directory."""
     return isinstance(name, str) and Path(name).name == name and "\\" not in name and name.endswith(suffix)
 
 
 class Appender:
-    """A file that grows, and has everything on disk when `append` returns; a context manager."""
+    """A file that is appended to; all of it is on disk when `append` returns. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        # Without a buffer, which would fail once more on closing, in another error's place.
+        # Unbuffered: after a failed write a buffer would fail again on closing, and replace the first error.
         self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> Appender:
@@ -45,21 +45,21 @@ class Appender:
         self.close()
 
     def append(self, content: bytes) -> None:
-        """Adds the content at the end. After an OSError a part of it may stand there."""
+        """Adds the content at the end. After an OSError a part of it may have been written."""
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._file.close()
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a text file by rename, on disk before it has its name: a reader sees the old text or the new one.
+    """Replaces a text file by rename once the new one is on disk: a reader sees the old text or the new one.
 
-    MegaDPOError where it can't be written.
+    Raises MegaDPOError if it can't be written.
     """
     temporary = path.with_name(f".{path.name}")
     with writing(path):
@@ -72,7 +72,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Has the names in a directory on disk when it returns, where the file system can: renames outlive a crash then."""
+    """Flushes a directory's names to disk, where the file system can, so that renames survive a crash."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a GPU can do by its data sheet: one table, for telemetry and for planning."""
+"""Rates and memory of GPUs by their data sheets: one table, for telemetry and for planning."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Rates and memory of one kind of card.
+    """Rates and memory of one kind of GPU.
 
-    `bf16_tflops` and `fp8_tflops` are dense matrix products' (None: no such units). `memory_gib` is what CUDA reports
-    in total, a little under the number on the box. `nvlink_gb_per_s` is what one card sends to its neighbours in a
-    machine, `network_gb_per_s` its share of the network in the vendor's own machines; both one way, in 10**9 bytes.
-    `words` are those of the card's name by which it is known, `compute_capability` says what its units can do.
+    `bf16_tflops` and `fp8_tflops` are rates of dense matrix products (None: no such units). `memory_gib` is the total
+    that CUDA reports, a little less than the advertised number. `nvlink_gb_per_s` is what one GPU can send to others of
+    its machine, `network_gb_per_s` its share of the network in the vendor's own machines; both one way, in 10**9 bytes.
+    CUDA's name of the device contains all of `words`. `compute_capability` is CUDA's.
     """
 
     words: tuple[str, ...]
@@ -41,8 +41,8 @@ def _gpu(words: str, capability: tuple[int, int], *numbers: float | None) -> Gpu
     )
 
 
-# By the name that `cluster.gpu` takes. More words come before fewer, so that the first whose words fit is the card.
-# Cards without NVLink between all of a machine's have their PCI Express rate instead.
+# By the name that `cluster.gpu` takes. Entries with more words come first, so that the first whose words fit is right.
+# GPUs without NVLink between all of a machine's have their PCI Express rate instead.
 GPUS = {
     "gb200": _gpu("GB200", (10, 0), 2500.0, 5000.0, 184.0, 8.0, 900.0, 50.0),
     "b200": _gpu("B200", (10, 0), 2250.0, 4500.0, 178.0, 8.0, 900.0, 50.0),
@@ -60,7 +60,7 @@ GPUS = {
 
 
 def find_gpu(device_name: str) -> tuple[str, Gpu] | None:
-    """Name and data of the card that CUDA calls `device_name`; None where the table has none, or for a card's part."""
+    """Name and data of the GPU that CUDA calls `device_name`; None if it is not in the table, or for a part (MIG)."""
     words = set(re.split(r"[\s-]+", device_name))
     if "MIG" in words:
         return None

@@ -1,4 +1,4 @@
-"""Builds the process groups of a layout and says where this rank sits in it."""
+"""Builds the process groups of a parallel layout, and this rank's position in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megadpo.runtime.device import Device
 
 @dataclass(frozen=True, slots=True)
 class ParallelState:
-    """This rank's place in the tensor × pipeline × data grid, and the groups it talks in.
+    """This rank's position in the tensor × pipeline × data grid, and its process groups.
 
     `virtual_pipeline_size` is the number of model chunks on each pipeline stage (1 without interleaving).
     """
@@ -33,26 +33,26 @@ class ParallelState:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the last layers, the head and so the log-probs and the loss."""
+        """True where this rank holds the last layers and the head, and so computes the log-probs and the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0, the one that writes files and speaks."""
+        """True on global rank 0, which writes files and logs."""
         return self.tensor_rank == self.pipeline_rank == self.data_rank == 0
 
 
 @contextmanager
 def distributed(device: Device, *, timeout_s: float) -> Iterator[None]:
-    """The default process group for the duration of the context (a world of one when there is no launcher).
+    """Opens the default process group for the duration of the context (a world of one if there is no launcher).
 
-    Leaves the group standing when the body raises: destroying it would wait for peers that may never come.
+    Does not destroy the group when the body raises: destroying it would wait for peers that may never come.
     """
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         dist.init_process_group(device.backend, timeout=timeout)
     else:
-        # A store in memory: no port to collide with another run on this machine.
+        # A store in memory needs no port, which could collide with another run on this machine.
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     yield
     dist.destroy_process_group()
@@ -61,7 +61,7 @@ def distributed(device: Device, *, timeout_s: float) -> Iterator[None]:
 def build_parallel_state(
     *, tensor: int, pipeline: int, virtual_pipeline: int | None, seed: int, timeout_s: float
 ) -> ParallelState:
-    """Initialises Megatron's model-parallel groups over the default group and returns this rank's place in them.
+    """Initialises Megatron's model-parallel groups over the default group and returns this rank's position in them.
 
     The world must be a multiple of tensor × pipeline; the quotient is the data-parallel size.
     """
@@ -94,10 +94,10 @@ def build_parallel_state(
 def simulated_parallel_state(
     *, tensor: int, pipeline: int, virtual_pipeline: int | None, data: int, stage: int
 ) -> Iterator[ParallelState]:
-    """The place of a pipeline stage's first rank in a world that is not there; its collectives return at once.
+    """Yields the state of a pipeline stage's first rank in a world that does not exist; collectives return at once.
 
-    For building models on the meta device. No process group may exist; Megatron's groups of one that has ended are
-    forgotten.
+    For building models on the meta device. No process group may exist; Megatron's groups of an earlier one are
+    destroyed.
     """
     from megatron.core import parallel_state as mpu
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,6 +1,6 @@
-"""Pickles of a checkpoint that are data: whoever made it can't have a program run by whoever loads it.
+"""Restricts the pickles in a checkpoint to data, so that a stranger's checkpoint can't run code when it is loaded.
 
-torch unpickles `.metadata`, and objects between the tensors, by calling whatever they name.
+torch unpickles `.metadata`, and objects between the tensors, by calling whatever functions they name.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megadpo.errors import CheckpointError
 from megadpo.runtime.files import is_file_name
 
-# Of a class that is made at run time, and can be changed (Py_TPFLAGS_HEAPTYPE).
+# Flag of classes that were created at run time and can be changed (Py_TPFLAGS_HEAPTYPE).
 _HEAP_TYPE = 1 << 9
 _NAME_SHOWN = 100
 _DISTRUST = "Don't trust this checkpoint; get it again from those who made it"
 
-# What torch's and Megatron's writers make metadata of, besides plain Python values. `all_local_plans`, which Megatron
-# adds, are the classes of the planner.
+# The classes that torch's and Megatron's metadata consist of, besides plain Python values. Those of the planner are for
+# `all_local_plans`, which Megatron adds.
 _MODULES = {
     metadata: (
         *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata"),
@@ -44,11 +44,11 @@ _NAMES: dict[tuple[str, str], Any] = {
     **{(module.__name__, name): getattr(module, name) for module, names in _MODULES.items() for name in names},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     ("torch", "Size"): torch.Size,
-    # In place of a function, whose defaults a pickle could change.
+    # A lookup in place of torch's function, whose defaults a pickle could change.
     ("torch.serialization", "_get_layout"): MappingProxyType(
         {str(layout): layout for layout in vars(torch).values() if isinstance(layout, torch.layout)}
     ).__getitem__,
-    # Where it was saved; by Python 3.13 in a module that others don't have.
+    # Path of the saved checkpoint; Python 3.13 has the class in a module that other versions lack.
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }
@@ -56,12 +56,12 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 @contextmanager
 def data_only_unpickling(directory: Path) -> Iterator[None]:
-    """While it is open, torch takes nothing but data from a checkpoint; CheckpointError where there is more.
+    """Has torch accept only data from a checkpoint for the duration of the context; CheckpointError for anything else.
 
     A patch of torch 2.13: `FileSystemReader.read_metadata` calls `pickle.load`, and `DefaultLoadPlanner.load_bytes`
-    asks torch.load for objects with weights_only=False, for every tensor that the metadata calls an object. It can go
-    when torch reads both with a list of what it admits. For the whole process; threads that read meanwhile are held to
-    it too.
+    calls torch.load with weights_only=False for every tensor that the metadata calls an object. It can go when torch
+    reads both with a list of admitted classes. It applies to the whole process, so also to other threads that read
+    meanwhile.
     """
     load = torch.load
 
@@ -69,7 +69,7 @@ def data_only_unpickling(directory: Path) -> Iterator[None]:
         try:
             return load(file, *arguments, **{**options, "weights_only": True})
         except pickle.UnpicklingError as error:
-            # torch's own text advises to switch the check off; what it found is in the error before.
+            # torch's own text advises to switch the check off; the error before it names what was found.
             name = file if isinstance(file, (str, Path)) else f"an object in {directory}"
             raise CheckpointError(
                 f"{name}: holds more than tensors and plain values: {error.__context__ or error}. {_DISTRUST}"
@@ -83,43 +83,45 @@ def data_only_unpickling(directory: Path) -> Iterator[None]:
 
 
 class _MetadataPickle:
-    """Stands in for the module `pickle` where torch reads a checkpoint's metadata."""
+    """Replaces the module `pickle` where torch reads a checkpoint's metadata."""
 
     dump = staticmethod(pickle.dump)
 
     @staticmethod
     def load(file: IO[bytes]) -> Metadata:
-        """The metadata; CheckpointError where it names anything that metadata don't consist of."""
+        """Returns the metadata; CheckpointError if the pickle names anything that metadata do not consist of."""
         path = getattr(file, "name", "its metadata")
         data = file.read()
         _check_opcodes(data, str(path))
-        with _classes_as_they_were(str(path)):
+        with _restored_classes(str(path)):
             content = _Unpickler(io.BytesIO(data), str(path)).load()
         if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
             raise CheckpointError(f"{path}: holds no metadata of a checkpoint but a {type(content).__name__}")
-        for place in content.storage_data.values():
-            if not isinstance(place, filesystem._StorageInfo) or not is_file_name(
-                place.relative_path, filesystem.DEFAULT_SUFFIX
+        for info in content.storage_data.values():
+            if not isinstance(info, filesystem._StorageInfo) or not is_file_name(
+                info.relative_path, filesystem.DEFAULT_SUFFIX
             ):
-                raise CheckpointError(f"{path}: names a file that doesn't lie beside it: {_shown(place)}. {_DISTRUST}")
+                raise CheckpointError(
+                    f"{path}: names a file that doesn't lie beside it: {_shown_name(info)}. {_DISTRUST}"
+                )
         return content
 
 
-def _shown(place: Any) -> str:
-    """The file that an entry names, cut short: the text of whatever else a pickle makes may have no end."""
-    name = place.relative_path if isinstance(place, filesystem._StorageInfo) else place
+def _shown_name(entry: Any) -> str:
+    """The file name in an entry, shortened, or the entry's type: other objects in a pickle may print without end."""
+    name = entry.relative_path if isinstance(entry, filesystem._StorageInfo) else entry
     return repr(name[:_NAME_SHOWN]) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what metadata consist of, by full name, and nothing else."""
+    """Unpickler that finds the classes metadata consist of, by full name, and no others."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may call or make; CheckpointError for anything else, which has not been called."""
+        """Returns the class if it is admitted; otherwise raises CheckpointError before anything is called."""
         try:
             return _NAMES[module, name]
         except KeyError:
@@ -129,11 +131,11 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def _plain_and_sized() -> tuple[re.Pattern[bytes], dict[int, int]]:
-    """A run of operations of fixed size; and how many bytes say the size of what follows each of the others.
+def _opcode_sizes() -> tuple[re.Pattern[bytes], dict[int, int]]:
+    """Returns a pattern for a run of fixed-size opcodes, and for the others the width of their length field in bytes.
 
-    LONG_BINPUT is in neither: unpickling makes room for as many objects as the number that it puts one at. Nor are
-    operations that end with a line. Pickles have neither since Python 3.8 (protocol 4).
+    LONG_BINPUT is in neither, since unpickling allocates a memo of the size its argument names; nor are opcodes whose
+    argument ends with a line. Pickles of protocol 4, the default since Python 3.8, have none of these.
     """
     sizes = {
         pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -153,25 +155,25 @@ def _plain_and_sized() -> tuple[re.Pattern[bytes], dict[int, int]]:
     return re.compile(b"(?:%b)*+" % runs, re.DOTALL), sized
 
 
-_PLAIN, _SIZED = _plain_and_sized()
+_FIXED_SIZE_RUN, _LENGTH_BYTES = _opcode_sizes()
 
 
 def _check_opcodes(data: bytes, path: str) -> None:
-    """CheckpointError where a pickle has an operation that none needs, and that could take memory without end."""
+    """Raises CheckpointError for a pickle with opcodes that metadata never need and that could exhaust memory."""
     position = 0
-    while (match := _PLAIN.match(data, position)) and (position := match.end()) < len(data):
-        if data[position] not in _SIZED:
+    while (match := _FIXED_SIZE_RUN.match(data, position)) and (position := match.end()) < len(data):
+        if data[position] not in _LENGTH_BYTES:
             raise CheckpointError(
                 f"{path}: is no pickle of metadata: it has operation {data[position]:#04x} at byte {position}, they "
                 f"need none like it. {_DISTRUST}"
             )
-        start = position + 1 + _SIZED[data[position]]
+        start = position + 1 + _LENGTH_BYTES[data[position]]
         position = start + int.from_bytes(data[position + 1 : start], "little")
 
 
 @dataclass(frozen=True, slots=True)
-class _Remembered:
-    """A class, or a member of an enum, with what a pickle could set of it: the process has no other."""
+class _Snapshot:
+    """A class or enum member, which the whole process shares, with the attributes that a pickle could change."""
 
     thing: Any
     kind: type
@@ -179,13 +181,13 @@ class _Remembered:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, thing: Any) -> _Remembered:
-        """As it is now."""
+    def of(cls, thing: Any) -> _Snapshot:
+        """Takes the snapshot."""
         return cls(thing, type(thing), thing.__bases__ if isinstance(thing, type) else (), dict(vars(thing)))
 
     def restore(self) -> bool:
-        """Undoes what has changed since; whether anything had."""
-        now = _Remembered.of(self.thing)
+        """Undoes all changes since the snapshot; returns True if there were any."""
+        now = _Snapshot.of(self.thing)
         names = now.values.keys() | self.values.keys()
         changed = [name for name in names if now.values.get(name) is not self.values.get(name)]
         if not changed and (now.kind, now.bases) == (self.kind, self.bases):
@@ -205,14 +207,14 @@ class _Remembered:
 
 
 @contextmanager
-def _classes_as_they_were(path: str) -> Iterator[None]:
-    """Undoes what unpickling sets of the listed classes themselves, which it can; CheckpointError where it did."""
+def _restored_classes(path: str) -> Iterator[None]:
+    """Undoes changes that unpickling makes to the admitted classes themselves, and raises CheckpointError if it did."""
     classes = [thing for thing in _NAMES.values() if isinstance(thing, type) and thing.__flags__ & _HEAP_TYPE]
     members = [member for enum in classes if issubclass(enum, Enum) for member in enum]
-    before = [_Remembered.of(thing) for thing in (*classes, *members)]
+    before = [_Snapshot.of(thing) for thing in (*classes, *members)]
     try:
         yield
     finally:
-        changed = [remembered.thing for remembered in before if remembered.restore()]
+        changed = [snapshot.thing for snapshot in before if snapshot.restore()]
         if changed:
             raise CheckpointError(f"{path}: would change {changed[0]!r}, which the whole program uses. {_DISTRUST}")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar in a terminal, and one line of text per logged step everywhere."""
+"""Progress for people: a bar in a terminal, and one line of text per logged step everywhere."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = get_logger(__name__)
 Bar = TypeVar("Bar", bound="ProgressBar")
 
 
-# Without a terminal, how often a line tells that long work moves.
+# Interval of log lines that replace the bar where there is no terminal.
 _SECONDS_BETWEEN_LINES = 20.0
 
 
 class ProgressBar:
-    """A bar with a title and a note while it is entered, where stderr is a terminal and it is `visible`."""
+    """A progress bar with a title and a note, drawn while entered if stderr is a terminal and it is `visible`."""
 
     def __init__(self, title: str, *, total: int, done: int = 0, visible: bool, in_bytes: bool = False) -> None:
         self._bar = Progress(
@@ -64,7 +64,7 @@ class ProgressBar:
         self._bar.update(self._task, completed=done, note=note)
 
     def update(self, done: int, note: str) -> None:
-        """Moves the bar to `done`; without a terminal, logs a line now and then instead."""
+        """Moves the bar to `done`; without a terminal, logs a line every 20 seconds instead."""
         self.move(done, note)
         now = time.monotonic()
         if not self._silent and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -73,7 +73,7 @@ class ProgressBar:
 
 
 class ByteProgress(ProgressBar):
-    """Counts bytes that threads are done with."""
+    """Progress in bytes, counted by several threads."""
 
     def __init__(self, title: str, *, visible: bool) -> None:
         super().__init__(title, total=0, visible=visible, in_bytes=True)
@@ -81,26 +81,26 @@ class ByteProgress(ProgressBar):
         self._lock = Lock()
 
     def begin(self, total: int) -> None:
-        """Says how many there are."""
+        """Sets the total number of bytes."""
         self._total = total
         self._bar.update(self._task, total=total)
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Adds `count` bytes to those that are done."""
         with self._lock:
             self._done += count
             self.update(self._done, f"{self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB")
 
 
 class TrainingProgress(ProgressBar):
-    """Reports logged steps of a training."""
+    """Progress of a training, step by step."""
 
     def __init__(self, steps_done: int, total_steps: int, *, visible: bool) -> None:
         super().__init__("training", total=total_steps, done=steps_done, visible=visible)
         self._total = total_steps
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves the bar to `step` and logs a line of the numbers that a person follows."""
+        """Moves the bar to `step` and logs a line of the main metrics."""
         if "loss" in metrics:
             self.move(step, f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}")
             logger.info(

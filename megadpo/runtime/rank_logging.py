@@ -1,4 +1,4 @@
-"""Loggers that speak on global rank 0 only, and say which rank spoke elsewhere."""
+"""Logging for many ranks: everything from global rank 0, errors with the rank's number from the others."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
 def global_rank() -> int:
-    """Rank of this process as the launcher set it (RANK), 0 when there is no launcher."""
+    """Rank of this process as the launcher has set it (RANK); 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started, 1 when there is no launcher (RANK is not set)."""
+    """Number of processes that the launcher has started; 1 without a launcher (RANK is not set)."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
 def launched_restarts() -> int:
-    """How often the launcher starts failed ranks again, 0 when there is none."""
+    """Number of times that the launcher restarts failed ranks; 0 without a launcher."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to whatever sys.stderr is at the moment: a progress bar stands in for it while it draws."""
+    """Writes to the current sys.stderr, which a progress bar replaces while it draws."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -40,7 +40,7 @@ class _StderrHandler(logging.StreamHandler):
 
 
 class _Formatter(logging.Formatter):
-    """Hides secrets, and what a terminal would act on: names in files are a stranger's choice."""
+    """Hides secrets and control characters: names in files may come from strangers."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(redact(super().format(record)))
@@ -62,8 +62,8 @@ def configure_logging(level: int = logging.INFO) -> None:
 def silence_libraries() -> None:
     """Hides warnings of Megatron and torch that a user can do nothing about, and transformers' progress bars.
 
-    What they announce (no Transformer Engine, no apex, collectives that are to be renamed) is said by this project
-    where it matters. Warnings of other modules stay.
+    This project itself says what they announce (no Transformer Engine, no apex, renamed collectives) where it matters.
+    Warnings of other modules stay.
     """
     for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.jit\."):
         warnings.filterwarnings("ignore", module=module)

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megadpo.errors import ConfigError
 from megadpo.models.attention_plan import AttentionPlan, Segment
-from megadpo.models.kernels import choose_attention, prepare_with
+from megadpo.models.kernels import attention_factory, choose_attention
 from megadpo.models.sdpa import Attend
 from megadpo.runtime.device import Device
 from tests.helpers.plans import packed, shared_prompt, side_by_side
@@ -62,7 +62,7 @@ def prepared(kernel: str, plan: AttentionPlan, heads: int, kv_heads: int, head_d
         choose_attention(kernel, device=Device("cuda", GPU), dtype=torch.bfloat16, head_dim=head_dim)
     except ConfigError as error:
         pytest.skip(str(error))
-    prepare = prepare_with(kernel, dtype=torch.bfloat16, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    prepare = attention_factory(kernel, dtype=torch.bfloat16, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return prepare(plan, GPU)
 
 

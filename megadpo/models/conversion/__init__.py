@@ -1,5 +1,5 @@
-"""Weights between Hugging Face, Megatron models and checkpoints: tables and pure arithmetic, files, whole conversions.
+"""Conversion of weights between Hugging Face, Megatron models and checkpoints.
 
-families (tables) → mapping, stored (pure) → safetensors_io, safetensors_writer, dcp (files), work (threads)
+families (tables) → mapping, stored (pure arithmetic) → safetensors_io, safetensors_writer, dcp (files), threads
 → load_save (models), streaming, compare (checkpoints).
 """

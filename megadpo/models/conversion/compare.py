@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint differ from those of a Hugging Face directory, value by value."""
+"""Compares the weights of a checkpoint with those of a Hugging Face directory, value by value."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megadpo.models.conversion.stored import HFBlock
 from megadpo.models.conversion.streaming import Worker, for_each_stored_block
 from megadpo.models.hf_config import Architecture
 
-# Of the same number of bytes as the floats: as numbers -0.0 equals 0.0, and NaN nothing.
+# Integers of the floats' sizes, to compare bits: as numbers -0.0 equals 0.0, and NaN differs from itself.
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class WeightDifference:
-    """A Hugging Face tensor that differs: in how many values, and by how much at most."""
+    """A Hugging Face tensor that differs, with the number of different values and the largest difference."""
 
     name: str
     values: int
@@ -31,10 +31,10 @@ class WeightDifference:
 def different_weights(
     arch: Architecture, reader: BoxReader, hf_dir: Path | str, *, stored: torch.dtype, worker: Worker
 ) -> list[WeightDifference]:
-    """The parts of tensors in `hf_dir` that a checkpoint does not hold exactly, of this rank's share; see `sum_up`.
+    """Returns the parts of tensors in `hf_dir`, in this rank's share, that differ from the checkpoint's.
 
-    The files' values are cast to `stored`, the format of the checkpoint's weights, and compared bit by bit. A head that
-    lies beside tied embeddings is compared with those. No communication.
+    The files' values are cast to `stored`, the format of the checkpoint's weights, and compared bit by bit. A head
+    stored in addition to tied embeddings is compared with those. No communication; see `sum_up`.
     """
     different: list[WeightDifference] = []
     with SafetensorsReader(hf_dir) as theirs:
@@ -52,18 +52,18 @@ def different_weights(
 
 
 def sum_up(parts: Iterable[WeightDifference]) -> list[WeightDifference]:
-    """One difference a tensor, by name, from those of its parts."""
+    """Merges the differences of a tensor's parts into one per tensor, sorted by name."""
     found: dict[str, WeightDifference] = {}
     for part in parts:
         so_far = found.get(part.name, WeightDifference(part.name, 0, 0.0))
-        # torch's maximum is NaN where one of them is.
+        # torch's maximum is NaN if any value is.
         largest = torch.tensor([so_far.largest, part.largest], dtype=torch.float64).max().item()
         found[part.name] = WeightDifference(part.name, so_far.values + part.values, largest)
     return sorted(found.values())
 
 
 def _difference(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> list[WeightDifference]:
-    """[] where two tensors of one format hold the same bits."""
+    """Compares two tensors of one format bit by bit; [] if they are equal."""
     bits = _BITS[tensor.element_size()]
     values = int((tensor.view(bits) != expected.view(bits)).sum())
     if values == 0:

@@ -1,4 +1,4 @@
-"""torch's distributed checkpoints box by box: tensors made only when they are written, and read one box at a time."""
+"""torch's distributed checkpoints box by box: values are produced only when written, and read one box at a time."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from torch.futures import Future
 
 from megadpo.errors import CheckpointError
 from megadpo.models.conversion.stored import Box
-from megadpo.models.conversion.threads import in_threads, shares
+from megadpo.models.conversion.threads import in_threads, split_evenly
 from megadpo.runtime.files import writing
 from megadpo.runtime.pickles import data_only_unpickling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LazyBox:
-    """A box of the tensor `key`, of `shape` in all; `make` gives its values when they are to be written."""
+    """A box of the tensor `key`, which has the given `shape`; `make` returns its values when they are written."""
 
     key: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class LazyBox:
 
     @property
     def nbytes(self) -> int:
-        """What the values take in memory."""
+        """Size of the box's values in memory."""
         return self.box.values * self.dtype.itemsize
 
 
@@ -62,17 +62,17 @@ def save_lazily(
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Writes this rank's boxes, in their order, each thread a file; the metadata is that of all ranks.
+    """Writes this rank's boxes in their order, one file per thread; the metadata covers all ranks.
 
-    A thread holds one box's values at a time, twice, and calls `advance` with their bytes after each. Collective over
-    all ranks; CheckpointException on all where any of them fails.
+    A thread holds one box's values at a time, twice, and then calls `advance` with their size in bytes. Collective over
+    all ranks; CheckpointException on all of them if any fails.
     """
     writer = _ThreadedWriter(directory, threads=threads, advance=advance)
     checkpoint.save({}, storage_writer=writer, planner=_LazyPlanner(boxes))
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans boxes by their shapes, and makes their values when the writer asks."""
+    """Save planner that plans boxes by their shapes, and produces their values when the writer asks for them."""
 
     def __init__(self, boxes: Sequence[LazyBox]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -96,9 +96,9 @@ def _write_item(index: MetadataIndex, lazy: LazyBox) -> WriteItem:
 
 
 class _ThreadedWriter(FileSystemWriter):
-    """torch's writer of files, whose threads keep the order of the boxes, hold one each, and hand their errors on.
+    """torch's file writer with threads that keep the order of the boxes, hold one box each, and report their errors.
 
-    torch's own keep the last box of every tensor, and what ends one of them is lost together with its boxes.
+    torch's own threads keep the last box of every tensor in memory, and an error in one of them is lost with its boxes.
     """
 
     def __init__(self, directory: Path, *, threads: int, advance: Callable[[int], None]) -> None:
@@ -110,7 +110,7 @@ class _ThreadedWriter(FileSystemWriter):
         def write(number: int, items: Iterator[WriteItem]) -> list[WriteResult]:
             return self._write_file(f"{plan.storage_data.prefix}{number}.distcp", items, planner)
 
-        runs = [run for run in shares(plan.items, self._threads, _item_bytes) if run]
+        runs = [run for run in split_evenly(plan.items, self._threads, _item_bytes) if run]
         done: Future[list[WriteResult]] = Future()
         done.set_result([result for results in in_threads(write, runs) for result in results])
         return done
@@ -123,7 +123,7 @@ class _ThreadedWriter(FileSystemWriter):
                 start = file.tell()
                 data = planner.resolve_data(item)
                 assert isinstance(data, torch.Tensor)
-                file.write(_saved(data).getbuffer())
+                file.write(_serialized(data).getbuffer())
                 self._advance(data.nbytes)
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
@@ -132,22 +132,22 @@ class _ThreadedWriter(FileSystemWriter):
         return results
 
 
-def _saved(values: torch.Tensor) -> io.BytesIO:
-    """What torch.save makes of them. In memory: of a file that can't be written, torch says nothing but a position."""
+def _serialized(values: torch.Tensor) -> io.BytesIO:
+    """Serializes values with torch.save, in memory: if a file can't be written, torch's error only names a position."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return buffer
 
 
 def _item_bytes(item: WriteItem) -> int:
-    """What an item takes in a file, without the kilobyte that describes it."""
+    """Size of an item in a file, without the kilobyte of its description."""
     data = item.tensor_data
     assert data is not None
     return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class BoxReader:
-    """The tensors of a checkpoint directory: shapes and boxes at once, values a box at a time, from any thread."""
+    """Reads a checkpoint directory's tensors: shapes and boxes at once, values one box at a time, from any thread."""
 
     def __init__(self, directory: Path) -> None:
         self._files = FileSystemReader(directory)
@@ -161,31 +161,31 @@ class BoxReader:
         }
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], list[Box]]]:
-        """{name: (shape, boxes)} of all tensors, the optimizer's too."""
+        """Shape and boxes of all tensors by name, including the optimizer's."""
         return {
             key: (tuple(entry.size), [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
             for key, entry in self._tensors.items()
         }
 
     def nbytes(self, key: str, box: Box) -> int:
-        """What the values of a box take in memory."""
+        """Size of a box's values in memory."""
         return box.values * self._tensors[key].properties.dtype.itemsize
 
     def read(self, key: str, box: Box) -> torch.Tensor:
-        """The values of one of the tensor's boxes. Takes twice their memory meanwhile: torch copies what it has read.
+        """Reads the values of one of the tensor's boxes; it takes twice their memory, since torch copies what it reads.
 
-        Damaged files raise anything.
+        Damaged files may raise any exception.
         """
         entry = self._tensors[key]
         target = torch.empty(box.sizes, dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [chunk]))
-        self._files.read_data(plan, _Into(target)).wait()
+        self._files.read_data(plan, _TensorLoadPlanner(target)).wait()
         return target
 
 
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor."""
+class _TensorLoadPlanner(DefaultLoadPlanner):
+    """Load planner that reads into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -198,4 +198,4 @@ class _Into(DefaultLoadPlanner):
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: `tensor` is a part of the target."""
+        """Does nothing: `tensor` is a view of the target."""

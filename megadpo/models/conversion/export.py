@@ -1,4 +1,4 @@
-"""The directory that a run hands back: Hugging Face weights, tokenizer, and a model card on how it came about."""
+"""The exported model: a directory with Hugging Face weights, tokenizer, and a model card on how it was made."""
 
 from __future__ import annotations
 
@@ -56,17 +56,16 @@ def export_model(
 def write_model(
     write: Callable[[Path], None], side_files: SideFiles, out_dir: Path, *, dtype: torch.dtype, card: str
 ) -> None:
-    """Makes `out_dir` of the safetensors that `write(DIRECTORY)` writes, in `dtype`, the side files, and the card.
+    """Creates `out_dir` with the safetensors that `write(DIRECTORY)` writes in `dtype`, the side files, and the card.
 
-    The directory appears under its name when it is complete; where something stands there already (an empty directory
-    aside) nothing is lost. Where the weights can't be written, nothing is left. Collective over all ranks, which raise
-    the same ConversionError.
+    The directory gets its name when it is complete. An existing one is never overwritten unless it is empty. If the
+    weights can't be written, nothing is left. Collective over all ranks, which raise the same ConversionError.
     """
     partial = out_dir.with_name(f".{out_dir.name}.partial")
-    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an export that was killed
+    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # left by an export that was killed
     try:
         write(partial)
-    except MegaDPOError:  # on every rank, none of which writes any more
+    except MegaDPOError:  # raised on every rank, none of which is still writing
         if global_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -89,9 +88,9 @@ def write_model(
 def model_card(
     *, name: str, loss: str, steps: int, settings_yaml: str, metrics: Mapping[str, float], health: str
 ) -> str:
-    """Markdown with YAML front matter: how it was trained, the last metrics, how healthy it was, and all settings.
+    """Markdown with YAML front matter: the training in words, the last metrics, the health verdict, and all settings.
 
-    Each validation set has a column of its own; without metrics (nothing was trained) there is no table.
+    Each validation set has its own column; without metrics (nothing was trained) there is no table.
     """
     prefixes = sorted(
         {key.removesuffix("loss") for key in metrics if key.startswith("eval/") and key.endswith("/loss")}
@@ -116,7 +115,7 @@ def model_card(
 
 
 def conversion_card(*, name: str, checkpoint: str, origin: str) -> str:
-    """Markdown with YAML front matter for converted weights: from which checkpoint, and where that comes from."""
+    """Markdown with YAML front matter for converted weights, which names the checkpoint and its origin."""
     lines = [
         *_front_matter("megadpo"),
         f"# {name}",

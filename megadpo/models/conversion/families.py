@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make up which Megatron parameter: one table per family, read in both directions."""
+"""Tables of the Hugging Face tensors that make up each Megatron parameter: one per family, used in both directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Axis(Enum):
-    """Sizes that the axes of Hugging Face tensors have."""
+    """Names of the sizes that axes of Hugging Face tensors have."""
 
     VOCAB = "vocabulary"
     HIDDEN = "hidden size"
@@ -23,7 +23,7 @@ class Axis(Enum):
 
 
 class Split(Enum):
-    """How the tensor-parallel ranks share a Megatron parameter."""
+    """The way in which a Megatron parameter is split over the tensor-parallel ranks."""
 
     REPLICATED = "every rank holds all of it"
     VOCAB_ROWS = "rows of the padded vocabulary, in order"
@@ -42,10 +42,10 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One Megatron parameter, and the Hugging Face tensors it is made of.
+    """One Megatron parameter, and the Hugging Face tensors that it is made of.
 
-    `when` says which architectures have it. `copy_of_another` marks a parameter that repeats the tensors of another
-    row: it is loaded where it exists, and never exported.
+    `when` returns True for architectures that have it. `copy_of_another` marks a parameter that repeats the tensors of
+    another row: it is loaded if it exists, and never exported.
     """
 
     megatron: str
@@ -57,14 +57,14 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Family:
-    """The table of one family, and the tensors (regular expressions) that its checkpoints may hold besides."""
+    """The table of one family, and regular expressions of tensors in its checkpoints that are ignored."""
 
     rows: tuple[WeightRow, ...]
     ignorable: tuple[str, ...]
 
 
-# Names in a checkpoint of what the native layers call otherwise: those under which Transformer Engine's fused layers
-# keep the same weights, so that a checkpoint written with one kind of layers loads into the other.
+# Names in a checkpoint of weights that the native layers call otherwise. They are those of Transformer Engine's fused
+# layers, so that a checkpoint written with one kind of layers loads into the other.
 CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -156,7 +156,7 @@ _AFTER_LAYERS = (
     ),
 )
 
-# Buffers of rotary frequencies that old versions of transformers saved; they follow from the configuration.
+# Rotary frequencies that old versions of transformers saved as buffers; they follow from the configuration.
 _ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
 _PLAIN = Family((*_BEFORE_LAYERS, _INPUT_NORM, _QKV_WEIGHT, _ATTENTION_OUT, *_MLP, *_AFTER_LAYERS), _ROTARY_BUFFERS)

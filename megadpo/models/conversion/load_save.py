@@ -1,4 +1,4 @@
-"""Fills a sharded Megatron model from a Hugging Face directory, and gathers it into one. The only part that talks."""
+"""Loads a Hugging Face directory into a sharded Megatron model, and exports one. The only part with communication."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _NumberedLayer(Protocol):
 
 
 def check_hf_weights(arch: Architecture, hf_dir: Path | str) -> None:
-    """Raises ConversionError unless the files in `hf_dir` hold exactly the weights of `arch`, by their headers alone.
+    """Raises ConversionError unless the files in `hf_dir` hold exactly the weights of `arch`, judged by their headers.
 
-    Names all that is missing, unexpected, wrongly shaped or quantized; a damaged file or index on its own. Opens every
-    file and reads no weights: call it on one rank before anything that takes long.
+    The error names all tensors that are missing, unexpected, wrongly shaped or quantized, or one damaged file or index.
+    It opens every file and reads no weights: call it on one rank before anything that takes long.
     """
     with SafetensorsReader(hf_dir) as reader:
         _check_headers(arch, reader.headers, hf_dir)
@@ -57,9 +57,9 @@ def load_hf_weights(
     """Overwrites every parameter of this rank's (unwrapped) GPTModel chunks with the weights in `hf_dir`.
 
     Values are cast from the file's dtype to the parameter's; vocabulary padding becomes zero. Reads the headers of all
-    files and the data of this rank's slices only. Every rank raises the same ConversionError: for what
-    `check_hf_weights` finds, for weights that are NaN or infinite, and for a head that differs from tied embeddings.
-    Every rank of the world must call it: one all-gather of what each has found.
+    files and the data of this rank's slices only. Every rank raises the same ConversionError: for the problems of
+    `check_hf_weights`, for weights that are NaN or infinite, and for a head that differs from tied embeddings.
+    Every rank of the world must call it: one all-gather of the problems that each has found.
     """
     plans = shard_plans(arch, tp_rank=tp_rank, tp_size=tp_size)
     with SafetensorsReader(hf_dir) as reader, torch.no_grad():
@@ -117,7 +117,7 @@ def export_hf_weights(
                 merged = _to_first_stage(merged, rank_plans[0], stage, wire_dtype, device, state)
             if writer is not None and merged is not None and not problems:
                 problems += _write(writer, merged)
-        # Only now: a rank that left the loop early would leave its peers waiting in it.
+        # Raised after the loop: a rank that left it early would leave its peers waiting.
         raise_on_all(problems, f"{out_dir}: the model can't be exported")
 
         def finish() -> None:
@@ -129,9 +129,9 @@ def export_hf_weights(
 
 
 def global_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every parameter of the chunks, with layers counted over the whole model instead of over the chunk.
+    """Yields every parameter of the chunks, with layers counted over the whole model instead of over the chunk.
 
-    A norm that Transformer Engine keeps inside the linear layer behind it has the name of Megatron's own.
+    A norm that Transformer Engine keeps inside the following linear layer gets the name of Megatron's own norm.
     """
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
@@ -185,9 +185,9 @@ def warn_of_rounding(
 def read_finite(
     reader: SafetensorsReader, problems: list[str], dtype: torch.dtype, name: str, slices: tuple[slice, ...]
 ) -> torch.Tensor:
-    """The piece of a tensor; adds a line to `problems` where a value is NaN or infinite, or would be in `dtype`."""
+    """Reads a slice of a tensor; adds a line to `problems` if a value is NaN or infinite, or would be in `dtype`."""
     piece = reader.read(name, slices)
-    # The extremes are NaN where any value is; isfinite would take several times the piece in memory and 50 x as long.
+    # Minimum and maximum are NaN if any value is; isfinite would take several times the memory and 50 x as long.
     extremes = [abs(extreme.item()) for extreme in torch.aminmax(piece)]
     if not all(math.isfinite(extreme) for extreme in extremes):
         problems.append(f"{name} holds NaN or infinite values")
@@ -197,7 +197,7 @@ def read_finite(
 
 
 def unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
-    """A line where the head that a tied checkpoint holds besides differs from the embedding in this rank's rows."""
+    """A problem if a checkpoint with tied embeddings also has a head, which differs from them in this rank's rows."""
     return [
         f"{LM_HEAD.name} differs from {piece.hf_name} in rows {piece.start}:{piece.stop}, but config.json ties them; "
         "set tie_word_embeddings to false, or remove the tensor that is not used"
@@ -209,7 +209,7 @@ def unequal_head(plan: ShardPlan, reader: SafetensorsReader) -> list[str]:
 
 
 def raise_on_all(problems: Sequence[str], what: str) -> None:
-    """Raises one ConversionError on every rank where any rank has found a problem; one all-gather over the world."""
+    """Raises the same ConversionError on every rank if any rank has found a problem; one all-gather over the world."""
     found: list[Sequence[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, problems)
     every = list(dict.fromkeys(line for lines in found for line in lines))
@@ -238,7 +238,7 @@ def _stage_of_each(
 
 
 def _write(writer: BlockWriter, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Writes whole tensors; what could not be written."""
+    """Writes whole tensors; returns the problems, [] if there are none."""
     try:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -250,9 +250,9 @@ def _write(writer: BlockWriter, tensors: Mapping[str, torch.Tensor]) -> list[str
 def _gather(
     plans: Sequence[ShardPlan], shard: torch.Tensor, state: ParallelState, problems: list[str]
 ) -> dict[str, torch.Tensor] | None:
-    """Whole Hugging Face tensors of one parameter on tensor rank 0, None on the others.
+    """Gathers the whole Hugging Face tensors of one parameter on tensor rank 0; returns None on the others.
 
-    Adds a line to `problems` where the ranks hold different values of what they must hold alike.
+    Adds a line to `problems` if ranks hold different values of a parameter that should be equal on all.
     """
     shard = shard.contiguous()
     if state.tensor_size == 1:
@@ -277,7 +277,7 @@ def _to_first_stage(
     torch_device: torch.device,
     state: ParallelState,
 ) -> dict[str, torch.Tensor] | None:
-    """Moves one parameter's tensors from `stage` to the first stage, where they are returned; None on other stages."""
+    """Moves one parameter's tensors from `stage` to the first stage and returns them there; None on other stages."""
     if state.pipeline_rank == 0:
         received = {
             name: torch.empty(shape, dtype=dtype, device=torch_device) for name, shape in plan.hf_shapes.items()

@@ -1,6 +1,6 @@
-"""Pure arithmetic of the conversion: which slices of Hugging Face tensors make one tensor-parallel shard, and back.
+"""Mapping between slices of Hugging Face tensors and tensor-parallel shards: pure arithmetic, in both directions.
 
-One `ShardPlan` serves both directions: `fill_shard` copies its pieces into the shard, `merge_shards` copies them out
+Both directions use one `ShardPlan`: `fill_shard` copies its pieces into the shard, `merge_shards` copies them out
 of all the ranks' shards, so Hugging Face → Megatron → Hugging Face is bit-equal by construction.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """`start:stop` of one Hugging Face tensor along the plan's axis, whole along the other."""
+    """The slice `start:stop` of one Hugging Face tensor along the plan's axis, whole along the other."""
 
     hf_name: str
     start: int
@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """One Megatron parameter on one tensor-parallel rank: pieces laid one after another along `axis`, then zeros."""
+    """One Megatron parameter on one tensor-parallel rank: pieces concatenated along `axis`, then zeros."""
 
     megatron_name: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class ShardPlan:
 
 
 def weight_rows(arch: Architecture) -> Iterator[tuple[WeightRow, str, int]]:
-    """Every (row, Megatron name, global layer) of the model in table order; layer 0 for what is outside the layers.
+    """Yields (row, Megatron name, global layer) of all parameters in table order; layer 0 for those outside the layers.
 
     Names are global: `decoder.layers.{i}` counts over the whole model, not over one pipeline stage.
     """
@@ -63,7 +63,7 @@ def weight_rows(arch: Architecture) -> Iterator[tuple[WeightRow, str, int]]:
 
 
 def shard_plans(arch: Architecture, *, tp_rank: int, tp_size: int) -> dict[str, ShardPlan]:
-    """Plan of every parameter of the model on one tensor-parallel rank, by global Megatron name, in table order."""
+    """Plans of all parameters of the model on one tensor-parallel rank, by global Megatron name, in table order."""
     _check_divisible(arch, tp_size)
     return {
         name: _shard_plan(arch, row, name, layer, tp_rank=tp_rank, tp_size=tp_size)
@@ -72,7 +72,7 @@ def shard_plans(arch: Architecture, *, tp_rank: int, tp_size: int) -> dict[str, 
 
 
 def exported_names(arch: Architecture) -> list[str]:
-    """Global Megatron names of all parameters that an export writes, each once, in table order."""
+    """Global Megatron names of all parameters that an export writes, without repetition, in table order."""
     return [name for row, name, _ in weight_rows(arch) if not row.copy_of_another]
 
 
@@ -87,7 +87,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def weight_problems(arch: Architecture, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Every missing, unexpected and wrongly shaped tensor among the `found` names and shapes; empty if they fit."""
+    """A line for every missing, unexpected or wrongly shaped tensor among the `found` names and shapes; [] if none."""
     expected = hf_shapes(arch)
     accepted = dict(expected)
     if arch.tied_embeddings:
@@ -106,7 +106,7 @@ def weight_problems(arch: Architecture, found: Mapping[str, tuple[int, ...]]) ->
 def fill_shard(plan: ShardPlan, read: Callable[[str, tuple[slice, ...]], torch.Tensor], shard: torch.Tensor) -> None:
     """Overwrites `shard` with the plan's pieces, cast to its dtype, and zeros in the vocabulary's padding rows.
 
-    `read(hf_name, slices)` is asked for one piece after another, so no more than a piece is held besides the shard.
+    `read(hf_name, slices)` is called for one piece after another, so no more than a piece is held beside the shard.
     """
     if tuple(shard.shape) != plan.shape:
         raise ConversionError(
@@ -122,7 +122,7 @@ def fill_shard(plan: ShardPlan, read: Callable[[str, tuple[slice, ...]], torch.T
 
 
 def cut_rows(plan: ShardPlan, start: int, stop: int) -> ShardPlan:
-    """The plan of rows `start:stop` alone of a shard whose pieces are rows (`plan.axis` 0)."""
+    """Restricts the plan of a shard whose pieces are rows (`plan.axis` 0) to its rows `start:stop`."""
     pieces: list[Piece] = []
     position = 0
     for piece in plan.pieces:
@@ -136,7 +136,7 @@ def cut_rows(plan: ShardPlan, start: int, stop: int) -> ShardPlan:
 
 
 def merge_shards(plans: Sequence[ShardPlan], shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole Hugging Face tensors from one parameter's shards of all tensor-parallel ranks, in rank order.
+    """Merges one parameter's shards of all tensor-parallel ranks, in rank order, to whole Hugging Face tensors.
 
     A replicated parameter is taken from the first rank. Padding rows of the vocabulary are left out.
     """
@@ -175,7 +175,7 @@ def _shard_plan(arch: Architecture, row: WeightRow, name: str, layer: int, *, tp
     shapes = {tensor.name.format(layer=layer): _hf_shape(arch, tensor) for tensor in row.hf}
     names = list(shapes)
     whole = next(iter(shapes.values()))
-    # All of one rank's columns are all its rows as well, and rows are what `cut_rows` takes.
+    # With one rank, all columns are also all rows, and `cut_rows` takes rows.
     by_column = row.split is Split.COLUMNS and tp_size > 1
     axis = 1 if by_column else 0
     if row.split is Split.REPLICATED or (row.split is Split.COLUMNS and not by_column):
@@ -205,7 +205,7 @@ def _shard_plan(arch: Architecture, row: WeightRow, name: str, layer: int, *, tp
 
 
 def _qkv_pieces(arch: Architecture, names: Sequence[str], *, start: int, stop: int) -> list[Piece]:
-    """Rows `start:stop` of the grouped order, which may begin and end inside a group (more ranks than groups)."""
+    """Pieces of rows `start:stop` of the grouped order; with more ranks than groups they may begin inside a group."""
     query_rows = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
     pieces: list[Piece] = []
     position = 0

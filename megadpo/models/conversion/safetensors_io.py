@@ -1,4 +1,4 @@
-"""Safetensors directories as Hugging Face lays them out: headers, and slices of the tensors."""
+"""Reads safetensors directories in Hugging Face's layout: headers, and slices of the tensors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ INDEX_FILE = "model.safetensors.index.json"
 METADATA = "__metadata__"
 
 
-# Formats of weights by safetensors' names for them, in the order in which its files hold them.
+# Formats of weights under safetensors' names, in the order in which its files hold them.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Beyond all models; a million axes take minutes, and fill the screen where they are told.
+# More than any model has; a million axes would take minutes, and fill the screen in a message.
 _MOST_AXES = 8
-# What is read at a time where columns are picked from rows.
+# Size of the blocks that are read if columns are picked from rows.
 _BLOCK_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies (file, and its first byte there), its shape, its dtype as safetensors spells it (F32, …)."""
+    """A tensor's file, its offset there, its shape, and its dtype in safetensors' spelling (F32, …)."""
 
     file: str
     offset: int
@@ -40,11 +40,11 @@ class TensorHeader:
 
 
 class SafetensorsReader:
-    """Tensors of a Hugging Face directory: headers at once, data only in the slices that are asked for.
+    """Reads tensors of a Hugging Face directory: all headers at once, data only in the requested slices.
 
-    A context manager that keeps the files open; threads may share it. Files are read, not mapped: mapped pages would
-    count as memory of this process. A missing or damaged file, an index that contradicts the files or leads out of the
-    directory, and a directory without safetensors are ConversionErrors.
+    A context manager that keeps the files open; threads may share it. Files are read, not mapped, since mapped pages
+    would count as memory of this process. Raises ConversionError for a missing or damaged file, an index that
+    contradicts the files or leads out of the directory, and a directory without safetensors.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -72,9 +72,9 @@ class SafetensorsReader:
         self._stack.close()
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The tensor's `slices` (rows, or rows and columns; all of it by default) in the file's dtype, on the CPU.
+        """Reads the tensor's `slices` (rows, or rows and columns; by default all) in the file's dtype, on the CPU.
 
-        `name` is a tensor of floats. ConversionError where the file can't be read.
+        `name` must be a tensor of floats. Raises ConversionError if the file can't be read.
         """
         header = self.headers[name]
         bounds = [piece.indices(size)[:2] for piece, size in zip(slices, header.shape, strict=False)]
@@ -109,11 +109,11 @@ class SafetensorsReader:
     def _open(self, file: str, headers: dict[str, TensorHeader]) -> None:
         """Opens a file and adds its tensors to `headers`."""
         path = self._directory / file
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise ConversionError(f"{path} is not a file; download it again")
         try:
             with safe_open(path, framework="pt"):
-                pass  # all that the header says has been checked
+                pass  # all properties in the header have been checked
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise ConversionError(f"{path} does not exist, but {INDEX_FILE} names it; complete the download") from None
@@ -137,14 +137,14 @@ class SafetensorsReader:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """The memory of a contiguous CPU tensor, as bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def hf_weight_files(directory: Path) -> list[Path]:
-    """The files that a Hugging Face directory's weights are in, and the index that says so.
+    """Files with the weights of a Hugging Face directory, and their index.
 
-    ConversionError where the directory has no safetensors files, or an index that can't be read.
+    Raises ConversionError if the directory has no safetensors files, or an index that can't be read.
     """
     weight_map = _read_weight_map(directory)
     if weight_map is None:
@@ -153,7 +153,7 @@ def hf_weight_files(directory: Path) -> list[Path]:
 
 
 def _read_weight_map(directory: Path) -> dict[str, str] | None:
-    """File of every tensor by the index, None where one file holds all."""
+    """File of every tensor according to the index; None if one file holds all."""
     has_single, index = (directory / SINGLE_FILE).is_file(), directory / INDEX_FILE
     if has_single and index.is_file():
         raise ConversionError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale")
@@ -180,7 +180,7 @@ def _read_weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file that safetensors refuses, and the remedy; None where its header is whole."""
+    """The damage of a file that safetensors refuses, and the remedy; None if its header is intact."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -1,4 +1,4 @@
-"""Writes safetensors files as Hugging Face lays them out: block by block, in any order, from any process."""
+"""Writes safetensors files in Hugging Face's layout: block by block, in any order, from any process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARTIAL_DIR = ".export.partial"
 
 @dataclass(frozen=True, slots=True)
 class FileSpan:
-    """Where a tensor is to lie: the number of the file, the first byte in it, its shape and dtype."""
+    """The position of a tensor in the files: number of the file and offset in it, shape and dtype."""
 
     file: int
     offset: int
@@ -33,13 +33,13 @@ class FileSpan:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Size of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """Files that are to be written, each by its first bytes and its size, and where in them each tensor lies."""
+    """Header and size of each file to be written, and the position of each tensor in them."""
 
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class FileLayout:
 def lay_out(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, max_shard_bytes: int = 5 * 10**9
 ) -> FileLayout:
-    """Files of at most `max_shard_bytes` of tensors, in their order; a larger one has its own.
+    """Lays out tensors in their order in files of at most `max_shard_bytes`; a larger tensor gets a file of its own.
 
     `tensors` is {name: (shape, dtype)}. The files are byte for byte those that safetensors would write.
     """
@@ -76,7 +76,7 @@ def lay_out(
 
 
 def _lay_out_file(spans: Mapping[str, FileSpan]) -> tuple[bytes, int, dict[str, FileSpan]]:
-    """(header, size, spans with their offsets) of one file. Its tensors lie by dtype, then by name."""
+    """Returns header, size, and spans with offsets of one file. Its tensors are ordered by dtype, then by name."""
     dtypes = list(FLOAT_DTYPES.values())
     order = sorted(spans, key=lambda name: (dtypes.index(spans[name].dtype), name))
     names = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -99,17 +99,17 @@ def _lay_out_file(spans: Mapping[str, FileSpan]) -> tuple[bytes, int, dict[str, 
 
 @contextmanager
 def new_files(directory: Path | str, layout: FileLayout) -> Iterator[None]:
-    """The files of `layout`, empty but for their headers, for `BlockWriter`s of any process; for one of them alone.
+    """Creates the files of `layout` with their headers, for `BlockWriter`s of any process; to be called by one of them.
 
     They lie in a hidden folder inside `directory`, which must hold no weights yet, until `finish_files` moves them into
-    place; what is left of them goes with the context. So an export that was killed never looks complete.
-    ConversionError where they can't be made.
+    place; leaving the context removes what is left. So an export that was killed never looks complete. Raises
+    ConversionError if they can't be created.
     """
     partial = Path(directory) / _PARTIAL_DIR
     existing = sorted(path.name for path in Path(directory).glob("*.safetensors*"))
     if existing:
         raise ConversionError(f"{directory} already holds {existing[0]}; remove it or name another directory")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
         with writing(partial, ConversionError):
             partial.mkdir(parents=True)
@@ -123,9 +123,9 @@ def new_files(directory: Path | str, layout: FileLayout) -> Iterator[None]:
 
 
 class BlockWriter:
-    """Writes blocks of tensors, in any order and from any thread, to their places in files that `new_files` has made.
+    """Writes blocks of tensors, in any order and from any thread, to the files that `new_files` has created.
 
-    A context manager. What can't be written is a ConversionError.
+    A context manager. Raises ConversionError if a block can't be written.
     """
 
     def __init__(self, directory: Path | str, layout: FileLayout) -> None:
@@ -147,7 +147,7 @@ class BlockWriter:
         self._stack.close()
 
     def write(self, name: str, values: torch.Tensor, *, row: int = 0, column: int = 0) -> None:
-        """Puts `values`, of any dtype and device, into the tensor from `row` and `column` on."""
+        """Writes `values`, of any dtype and device, to the tensor, starting at `row` and `column`."""
         span = self._spans[name]
         values = values.detach().to("cpu", span.dtype).contiguous()
         width = math.prod(span.shape[1:]) * span.dtype.itemsize
@@ -159,14 +159,14 @@ class BlockWriter:
                 _write_at(self._files[span.file], memory[first : first + run], start + number * width)
 
     def flush(self) -> None:
-        """Returns when all that was written is on disk."""
+        """Flushes all written blocks to disk."""
         for path, file in zip(self._paths, self._files, strict=True):
             with writing(path, ConversionError):
                 os.fsync(file)
 
 
 def finish_files(directory: Path | str, layout: FileLayout) -> None:
-    """Moves the files into place under Hugging Face's names, the index last; for the process that made them."""
+    """Moves the files into place under Hugging Face's names, the index last; for the process that created them."""
     directory = Path(directory)
     count = len(layout.sizes)
     files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,4 +1,4 @@
-"""Files beside the weights that say how to use them: configuration, tokenizer, chat templates, generation defaults."""
+"""Files that accompany the weights: configuration, tokenizer, chat templates, generation defaults."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SideFiles = Mapping[str, bytes]
 
 
 def read_side_files(directory: Path) -> SideFiles:
-    """The side files in `directory`. Raises ConversionError without a config.json; the others are optional.
+    """Reads the side files in `directory`. Raises ConversionError without a config.json; the others are optional.
 
-    In memory they outlast a source that is removed while a run trains; the largest, tokenizer.json, has some 20 MB.
+    They are kept in memory, in case the source is removed during a run; the largest, tokenizer.json, has some 20 MB.
     """
     if not (directory / _CONFIG).is_file():
         raise ConversionError(f"{directory / _CONFIG} does not exist; name the directory that the model came from")
@@ -51,10 +51,10 @@ def read_side_files(directory: Path) -> SideFiles:
 
 
 def write_side_files(files: SideFiles, directory: Path, *, dtype: torch.dtype) -> None:
-    """Writes side files into `directory`, which is made, byte for byte; for one rank.
+    """Creates `directory` and writes side files into it, byte for byte; for one rank.
 
-    One exception: where `config.json` names another dtype than `dtype`, that of the weights beside it, the value of
-    that field alone is changed. ConversionError where they can't be written.
+    One exception: if `config.json` names another dtype than `dtype`, that of the weights beside it, only the value of
+    that field is changed. Raises ConversionError if they can't be written.
     """
     with writing(directory, ConversionError):
         for name, content in files.items():
@@ -63,11 +63,10 @@ def write_side_files(files: SideFiles, directory: Path, *, dtype: torch.dtype) -
 
 
 def different_side_files(theirs: SideFiles, ours: SideFiles) -> dict[str, str]:
-    """{name: how it differs}: a checkpoint's (`ours`) from the Hugging Face directory's that it was made from.
+    """Compares a checkpoint's side files (`ours`) with those of its Hugging Face directory; {name: difference}.
 
-    Byte for byte, but config.json by the values of its fields, without the dtype, which conversions change.
-
-    Both configurations are JSON objects.
+    Files are compared byte for byte, except config.json: by the values of its fields, without the dtype, which
+    conversions change. Both configurations must be JSON objects.
     """
     different = {}
     for name in sorted({*theirs, *ours}):
@@ -83,14 +82,14 @@ def different_side_files(theirs: SideFiles, ours: SideFiles) -> dict[str, str]:
 
 
 def _different_fields(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    # As text: in Python 1 == true.
+    # Compared as text, since in Python 1 == True.
     before, after = ({name: json.dumps(value, sort_keys=True) for name, value in f.items()} for f in (theirs, ours))
     names = sorted({*before, *after} - {*_DTYPE_FIELDS})
     return [name for name in names if before.get(name) != after.get(name)]
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype) -> bytes:
-    """The JSON text with the value of its `dtype` (older: `torch_dtype`) field replaced, all else untouched."""
+    """Returns the JSON text with the value of its `dtype` (older: `torch_dtype`) field replaced, else unchanged."""
     fields, name = json.loads(config), str(dtype).removeprefix("torch.")
     for key in _DTYPE_FIELDS:
         if fields.get(key) not in (None, name):

@@ -1,7 +1,7 @@
-"""Pure arithmetic of a checkpoint's tensors: their names and shapes, and where their boxes lie in Hugging Face tensors.
+"""Names, shapes and boxes of a checkpoint's tensors, mapped to Hugging Face tensors: pure arithmetic.
 
-Megatron stores a parameter of all layers as one tensor with the layer as its first axis, cut into boxes; which boxes is
-up to who writes it (this program's import, or a training at any layout).
+Megatron stores a parameter of all layers as one tensor with the layer as its first axis, cut into boxes, which depend
+on the writer (this program's import, or a training at any layout).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from megadpo.models.conversion.mapping import ShardPlan, cut_rows, shard_plans, 
 if TYPE_CHECKING:
     from megadpo.models.hf_config import Architecture
 
-# Values that are worked on at a time: a thread holds a few times this, whatever the size of the tensor.
+# Number of values that are processed at a time: a thread holds a few times as many, for tensors of any size.
 _BLOCK_VALUES = 2**24
 _LAYER = "{layer}."
 
 
 class Box(NamedTuple):
-    """A part of a stored tensor: its first index and its extent along each axis."""
+    """A part of a stored tensor: its offsets and its sizes along all axes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def values(self) -> int:
-        """Number of values in it."""
+        """Number of values in the box."""
         return math.prod(self.sizes)
 
 
 class HFBlock(NamedTuple):
-    """Values that lie from `row` and `column` on in the Hugging Face tensor `name`; a vector has rows only."""
+    """A block of values of the Hugging Face tensor `name` that starts at `row` and `column`; vectors only have rows."""
 
     name: str
     row: int
@@ -53,10 +53,10 @@ class HFBlock(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredParameter:
-    """One Megatron parameter as a checkpoint holds it: in the tensor `key`, at `layer` of that tensor's first axis.
+    """One Megatron parameter in a checkpoint: it is in the tensor `key`, at index `layer` of that tensor's first axis.
 
-    `layer` is None for parameters outside the layers, which have a tensor to themselves. `plan` is the whole
-    parameter's. A `padded` one may have any number of zero rows at its end.
+    `layer` is None for parameters outside the layers, which have a tensor of their own. `plan` is that of the whole
+    parameter. A `padded` one may have any number of zero rows at its end.
     """
 
     key: str
@@ -66,34 +66,34 @@ class StoredParameter:
     padded: bool
 
     def boxes(self) -> Iterator[Box]:
-        """The parameter in boxes of whole rows that make up a block."""
+        """Cuts the parameter into boxes of whole rows, each of about one block."""
         for start, stop in _row_ranges(self.plan.shape):
             inner = self.plan.shape[1:]
             leading = () if self.layer is None else (self.layer,)
             yield Box((*leading, start, *(0 for _ in inner)), (*(1 for _ in leading), stop - start, *inner))
 
     def owns(self, box: Box) -> bool:
-        """Whether a box of the tensor holds values of this parameter, and no other's."""
+        """True if a box of the tensor holds values of this parameter and of no other."""
         return self.layer is None or (box.offsets[0], box.sizes[0]) == (self.layer, 1)
 
     def within(self, box: Box) -> Box:
-        """A box that it owns, without the axis of layers."""
+        """Returns a box of this parameter without the axis of layers."""
         return box if self.layer is None else Box(box.offsets[1:], box.sizes[1:])
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape can hold it."""
+        """True if a tensor of this shape can hold the parameter."""
         if not self.padded:
             return tuple(shape) == self.shape
         needed = sum(piece.stop - piece.start for piece in self.plan.pieces)
         return tuple(shape[1:]) == self.shape[1:] and shape[0] >= needed
 
     def plan_of(self, box: Box) -> ShardPlan:
-        """The plan of the rows that a box which it owns takes up, in their whole width."""
+        """The plan of the rows of a box of this parameter, in their whole width."""
         (start, *_), (rows, *_) = self.within(box)
         return cut_rows(self.plan, start, start + rows)
 
     def hf_blocks(self, box: Box, values: torch.Tensor) -> Iterator[HFBlock]:
-        """Where the values of a box that it owns belong, block by block, without those of padding rows."""
+        """Yields the values of a box of this parameter as blocks of Hugging Face tensors, without padding rows."""
         (first, *columns), sizes = self.within(box)
         matrix = values.view(sizes)
         for start, stop in _row_ranges(sizes):
@@ -105,7 +105,7 @@ class StoredParameter:
 
 
 def stored_parameters(arch: Architecture) -> list[StoredParameter]:
-    """Every parameter of the model that a checkpoint holds, each once, in table order."""
+    """All parameters of the model that a checkpoint holds, without repetition, in table order."""
     plans = shard_plans(arch, tp_rank=0, tp_size=1)
     parameters = []
     for row, name, layer in weight_rows(arch):
@@ -125,7 +125,7 @@ def stored_parameters(arch: Architecture) -> list[StoredParameter]:
 
 
 def stored_problems(arch: Architecture, found: Mapping[str, tuple[Sequence[int], Sequence[Box]]]) -> list[str]:
-    """What keeps tensors, given as their shapes and boxes, from being the weights of the model; empty if nothing."""
+    """Reasons why tensors, given as their shapes and boxes, can't be the weights of the model; [] if they can."""
     parameters = stored_parameters(arch)
     expected = {parameter.key: parameter for parameter in parameters}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
@@ -143,7 +143,7 @@ def stored_problems(arch: Architecture, found: Mapping[str, tuple[Sequence[int],
 
 
 def _key(megatron: str) -> str:
-    """Name of the tensor that holds a parameter, from the name in its row: without the layer."""
+    """Name of the tensor that holds a parameter: the name in its table row without the layer."""
     before, layer, name = megatron.partition(_LAYER)
     for native, stored in CHECKPOINT_NAMES.items() if layer else ():
         if name.startswith(native):
@@ -152,7 +152,7 @@ def _key(megatron: str) -> str:
 
 
 def _row_ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, one past the last) row of each block of a matrix or vector."""
+    """Yields the row ranges [start, stop) of the blocks of a matrix or vector."""
     rows, *inner = sizes
     step = max(1, _BLOCK_VALUES // math.prod(inner))
     for start in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""Weights between Hugging Face files and checkpoints, box by box: no model is built, and memory is bounded.
+"""Conversion between Hugging Face files and checkpoints, box by box, without building a model and in bounded memory.
 
 Each rank takes its share of the boxes, and each of its threads a share of those.
 """
@@ -23,18 +23,18 @@ from megadpo.models.conversion.stored import (
     StoredParameter,
     stored_parameters,
 )
-from megadpo.models.conversion.threads import ByteBudget, in_threads, shares
+from megadpo.models.conversion.threads import ByteBudget, in_threads, split_evenly
 from megadpo.models.hf_config import Architecture
 
-# What a process's threads hold of a checkpoint's boxes together; a larger box is held alone.
+# Limit of the memory that a process's threads hold of a checkpoint's boxes; a larger box is held alone.
 _HELD_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """One rank of a conversion: its share, the threads that do it, and who is told of the bytes that are done.
+    """One rank of a conversion: its share of the work, its number of threads, and its progress callbacks.
 
-    `begin` is told the bytes of the share, then `advance` those of each part of it, from any thread.
+    `begin` is called with the bytes of the share, then `advance` with those of each finished part, from any thread.
     """
 
     rank: int
@@ -47,8 +47,8 @@ class Worker:
 def store_hf_weights(arch: Architecture, hf_dir: Path, directory: Path, *, dtype: torch.dtype, worker: Worker) -> None:
     """Writes the weights in `hf_dir`, cast to `dtype`, into `directory` as Megatron's distributed files.
 
-    Collective over all ranks, which raise the same ConversionError: for weights that are NaN or infinite, or would be
-    in `dtype`, and for a head that differs from tied embeddings, each by its name. The headers have been checked.
+    Collective over all ranks, which raise the same ConversionError with the names of weights that are NaN or infinite,
+    or would be in `dtype`, and of a head that differs from tied embeddings. The headers must have been checked before.
     """
     problems: list[str] = []
     with SafetensorsReader(hf_dir) as reader:
@@ -65,7 +65,7 @@ def store_hf_weights(arch: Architecture, hf_dir: Path, directory: Path, *, dtype
             for parameter in stored_parameters(arch)
             for box in parameter.boxes()
         ]
-        mine = shares(boxes, worker.world_size, lambda lazy: lazy.nbytes)[worker.rank]
+        mine = split_evenly(boxes, worker.world_size, lambda lazy: lazy.nbytes)[worker.rank]
         worker.begin(sum(lazy.nbytes for lazy in mine))
         save_lazily(directory, mine, threads=worker.threads, advance=worker.advance)
     raise_on_all(sorted(problems), f"{hf_dir}: these weights cannot be trained; give other ones")
@@ -90,9 +90,10 @@ def _make(
 def for_each_stored_block(
     arch: Architecture, reader: BoxReader, work: Callable[[HFBlock], None], *, worker: Worker
 ) -> None:
-    """Calls `work` with this rank's share of a checkpoint's weights, in blocks of Hugging Face tensors, in threads.
+    """Calls `work`, in threads, with this rank's share of a checkpoint's weights, as blocks of Hugging Face tensors.
 
-    The checkpoint's tensors are those of the model (`stored_problems`). What reading raises is raised. No collectives.
+    The checkpoint's tensors must be those of the model (`stored_problems`). Errors of reading are raised. No
+    collectives.
     """
     found = reader.tensors()
     parts = [
@@ -115,6 +116,6 @@ def for_each_stored_block(
                     work(block)
             worker.advance(nbytes(part))
 
-    mine = shares(parts, worker.world_size, nbytes)[worker.rank]
+    mine = split_evenly(parts, worker.world_size, nbytes)[worker.rank]
     worker.begin(sum(map(nbytes, mine)))
-    in_threads(run, [items for items in shares(mine, worker.threads, nbytes) if items])
+    in_threads(run, [items for items in split_evenly(mine, worker.threads, nbytes) if items])

@@ -1,4 +1,4 @@
-"""Work on many tensors shared out to threads, with a bound on what they hold at a time."""
+"""Threads that work on many tensors, with a bound on the memory that they hold together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def shares(items: Sequence[T], count: int, size: Callable[[T], int]) -> list[list[T]]:
-    """The items in their order, in `count` runs of about the same size together; some may be empty."""
+def split_evenly(items: Sequence[T], count: int, size: Callable[[T], int]) -> list[list[T]]:
+    """Splits the items, in their order, into `count` runs of about the same total size; some may be empty."""
     total = sum(map(size, items))
     runs: list[list[T]] = [[] for _ in range(count)]
     before = 0
@@ -25,9 +25,9 @@ def shares(items: Sequence[T], count: int, size: Callable[[T], int]) -> list[lis
 
 
 def in_threads(work: Callable[[int, Iterator[T]], R], runs: Sequence[Sequence[T]]) -> list[R]:
-    """What `work(number, items)` returns for each of the runs, in their order, each in a thread of its own.
+    """Calls `work(number, items)` for each of the runs, each in its own thread; returns the results in order.
 
-    An error in one is raised here; the items of the others then end early.
+    An error in one thread is raised here; the items of the others then end early.
     """
     stop = Event()
 
@@ -48,11 +48,11 @@ def in_threads(work: Callable[[int, Iterator[T]], R], runs: Sequence[Sequence[T]
         try:
             return [future.result() for future in [pool.submit(guarded, *run) for run in enumerate(runs)]]
         finally:
-            stop.set()  # an interrupt of the waiting thread ends the others too
+            stop.set()  # an interrupt of the waiting thread also ends the others
 
 
 class ByteBudget:
-    """So many bytes that threads may hold together; what is larger is held alone."""
+    """A limit on the bytes that threads hold together; an item above the limit is held alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -61,7 +61,7 @@ class ByteBudget:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Waits for room; it is free again after the context."""
+        """Waits until `size` bytes are free, and holds them for the duration of the context."""
         with self._changed:
             self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
             self._held += size

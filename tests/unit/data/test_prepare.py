@@ -84,7 +84,7 @@ def test_bad_rows_are_skipped_counted_and_told(tmp_path: Path, tokenizer_dir: Pa
     pairs = kept(prepared)
     assert (pairs.counts.read, pairs.counts.kept, pairs.counts.skipped) == (9, 6, 3)
     assert [pair.index for pair in pairs] == [0, 4, 5, 6, 7, 8]
-    problems = open_store(prepared).about.problems
+    problems = open_store(prepared).report.problems
     assert [problem.partition(": ")[0][-7:] for problem in problems] == ["jsonl:2", "jsonl:3", "jsonl:4"]
     assert "chosen is empty" in problems[1]
 

@@ -18,7 +18,7 @@ from megadpo.config.validation import ModelShape, validate
 from megadpo.errors import ConfigError
 from megadpo.models import fp8 as fp8_module
 from megadpo.models.fp8 import Fp8, unaligned_features, why_not_fp8
-from megadpo.models.fp8_emulation import AmaxHistory, rounded
+from megadpo.models.fp8_emulation import AmaxHistory, fake_quantize
 from megadpo.models.fp8_recipes import default_format, feature_multiple, token_multiple
 from megadpo.models.hf_config import Architecture, parse_architecture, read_architecture
 from megadpo.models.quantised import without_fp8
@@ -44,12 +44,12 @@ def by_hand(value: float, scale: float, mantissa_bits: int) -> float:
 @pytest.mark.parametrize(("dtype", "largest", "bits"), [(E4M3, 448.0, 3), (E5M2, 57344.0, 2)])
 def test_a_tensors_largest_value_makes_its_scale(dtype: torch.dtype, largest: float, bits: int) -> None:
     values = [[3.0, -0.7], [0.1234, -1.999]]
-    left = rounded(torch.tensor(values), dtype, "tensorwise", contracted=1)
+    left = fake_quantize(torch.tensor(values), dtype, "tensorwise", contracted=1)
     scale = largest / 3.0
     expected = [[by_hand(value, scale, bits) for value in row] for row in values]
     torch.testing.assert_close(left, torch.tensor(expected), rtol=1e-6, atol=0)
     assert left[0, 0] == pytest.approx(3.0, rel=1e-6)
-    assert rounded(torch.zeros(2, 2), dtype, "tensorwise", contracted=1).abs().max() == 0
+    assert fake_quantize(torch.zeros(2, 2), dtype, "tensorwise", contracted=1).abs().max() == 0
 
 
 @pytest.mark.parametrize("contracted", [0, 1])
@@ -59,7 +59,7 @@ def test_blocks_have_scales_of_their_own_along_the_contraction(recipe: str, size
     line = torch.cat([torch.full((size,), 1000.0), torch.linspace(0.001, 0.011, size // 2)])
     lines = torch.stack([line, line * 5])
     matrix = lines if contracted == 1 else lines.t()
-    left = rounded(matrix, E4M3, recipe, contracted=contracted)
+    left = fake_quantize(matrix, E4M3, recipe, contracted=contracted)
     left = left if contracted == 1 else left.t()
     # A scale is a power of two, so that the rounding of a value is relative to itself alone: half of 2^-3.
     assert ((left - lines).abs() <= lines.abs() * 2**-4).all()
@@ -70,7 +70,7 @@ def test_blocks_have_scales_of_their_own_along_the_contraction(recipe: str, size
         normal = small * scale >= 2**-6
         torch.testing.assert_close(left[row, size:][normal], expected[normal], rtol=1e-6, atol=0)
     # One scale for all would lose the small ones.
-    assert rounded(lines, E4M3, "tensorwise", contracted=1)[0, size] == 0
+    assert fake_quantize(lines, E4M3, "tensorwise", contracted=1)[0, size] == 0
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
@@ -78,7 +78,7 @@ def test_blocks_have_scales_of_their_own_along_the_contraction(recipe: str, size
 def test_values_too_small_for_a_scale_stay_numbers(recipe: str, dtype: torch.dtype) -> None:
     """As the gradients of pairs that have long been told apart are."""
     for value in (1e-30, 1e-36, 1e-40):
-        left = rounded(torch.tensor([[0.0, value, -value]]), dtype, recipe, contracted=1)
+        left = fake_quantize(torch.tensor([[0.0, value, -value]]), dtype, recipe, contracted=1)
         assert left.isfinite().all() and left[0, 0] == 0
         assert (left.abs() <= 2 * value).all()
 
@@ -86,10 +86,10 @@ def test_values_too_small_for_a_scale_stay_numbers(recipe: str, dtype: torch.dty
 def test_weights_share_a_scale_in_squares_of_128() -> None:
     weight = torch.full((256, 128), 0.001)
     weight[0, 0] = 1000.0
-    left = rounded(weight, E4M3, "blockwise", contracted=1, is_weight=True)
+    left = fake_quantize(weight, E4M3, "blockwise", contracted=1, is_weight=True)
     assert (left[1:128, 1:] == 0).all()  # beside the large one
     torch.testing.assert_close(left[128:], weight[128:], rtol=2**-4, atol=0)
-    lines = rounded(weight, E4M3, "blockwise", contracted=1)
+    lines = fake_quantize(weight, E4M3, "blockwise", contracted=1)
     assert (lines[1:] > 0).all() and (lines[0, 1:] == 0).all()
 
 
@@ -109,7 +109,7 @@ def test_delayed_scaling_uses_what_it_has_seen() -> None:
     history.record(torch.tensor([-1.0]), Alone())
     assert history.scale(E4M3, cpu) == 448 / 2  # the first is forgotten
     # What is larger than before is cut off.
-    left = rounded(torch.tensor([[4.0, 1.0]]), E4M3, "delayed", contracted=1, scale=history.scale(E4M3, cpu))
+    left = fake_quantize(torch.tensor([[4.0, 1.0]]), E4M3, "delayed", contracted=1, scale=history.scale(E4M3, cpu))
     assert left.tolist() == [[2.0, 1.0]]
 
 

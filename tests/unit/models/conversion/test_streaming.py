@@ -24,7 +24,7 @@ from megadpo.models.conversion.dcp import BoxReader, LazyBox, save_lazily
 from megadpo.models.conversion.mapping import cut_rows, fill_shard, shard_plans
 from megadpo.models.conversion.stored import Box, HFBlock, stored_parameters, stored_problems
 from megadpo.models.conversion.streaming import Worker, for_each_stored_block, store_hf_weights
-from megadpo.models.conversion.threads import ByteBudget, in_threads, shares
+from megadpo.models.conversion.threads import ByteBudget, in_threads, split_evenly
 from megadpo.models.hf_config import read_architecture
 from tests.helpers.no_room import largest_file
 from tests.helpers.safetensors_files import write_safetensors
@@ -155,7 +155,7 @@ def test_what_keeps_tensors_from_being_the_model_is_named(model: Path) -> None:
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1), count=st.integers(1, 9))
 def test_shares_are_runs_of_about_the_same_size(sizes: list[int], count: int) -> None:
-    runs = shares(sizes, count, lambda size: size)
+    runs = split_evenly(sizes, count, lambda size: size)
     assert len(runs) == count
     assert [size for run in runs for size in run] == sizes
     assert all(sum(run) <= sum(sizes) / count + max(sizes) for run in runs)
