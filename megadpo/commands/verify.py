@@ -19,7 +19,8 @@ from megadpo.checkpoint.directory import HF_DIRECTORY
 from megadpo.checkpoint.state import WEIGHTS_FROM, load_weights, readable
 from megadpo.commands.convert import at_work, open_weights
 from megadpo.config.choices import Dtype
-from megadpo.data.dataset import Keys, iter_rows, parse_row
+from megadpo.data.dataset import iter_rows, parse_row
+from megadpo.data.layouts import Keys
 from megadpo.data.loader import BatchBuilder
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.errors import ConfigError, ConversionError, listing

@@ -23,8 +23,6 @@ from megadpo.data.sources import open_source
 from megadpo.errors import ConfigError, DataError
 from megadpo.runtime.rank_logging import get_logger
 
-__all__ = ["Keys", "Message", "RawPair", "RawRow", "iter_rows", "parse_row", "validation_rows"]
-
 logger = get_logger(__name__)
 
 # Several rows decide on the layout, so that one bad row at the start does not make all others look bad.

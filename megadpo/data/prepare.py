@@ -23,7 +23,8 @@ from threading import Thread
 
 import numpy as np
 
-from megadpo.data.dataset import Keys, RawRow, iter_rows, parse_row, text_size
+from megadpo.data.dataset import RawRow, iter_rows, parse_row, text_size
+from megadpo.data.layouts import Keys
 from megadpo.data.sources import Source, open_source
 from megadpo.data.store import (
     BAD,

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils as templates
 
-from megadpo.data.dataset import Message, RawPair
+from megadpo.data.dataset import RawPair
+from megadpo.data.messages import Message
 from megadpo.errors import ConfigError, DataError, visible
 from megadpo.runtime.rank_logging import get_logger
 

@@ -12,23 +12,7 @@ from typing import Any
 import torch
 
 from megadpo.loss.formulas import FORMULAS, LossKnobs, PairTerms, divergence_score
-from megadpo.loss.table import LOSSES, REFERENCE_FREE, LossSpec, needs_reference
-
-__all__ = [
-    "LENGTHS",
-    "LENGTH_PRODUCTS",
-    "LOSSES",
-    "REFERENCE_FREE",
-    "STATISTICS",
-    "SUMS",
-    "TOKEN_STATISTICS",
-    "LossSpec",
-    "PairLogProbs",
-    "PreferenceLoss",
-    "SequenceLogProbs",
-    "length_statistics",
-    "pair_statistics",
-]
+from megadpo.loss.table import REFERENCE_FREE, needs_reference
 
 # Metrics logged as means over pairs, under TRL's names.
 STATISTICS = (

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs
+from megadpo.loss.preference import SequenceLogProbs
 
 
 class Reference(Protocol):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs
+from megadpo.loss.preference import SequenceLogProbs
 
 
 class NoReference:

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs, score
+from megadpo.forward_step import score
+from megadpo.loss.preference import SequenceLogProbs
 
 
 class ResidentReference:

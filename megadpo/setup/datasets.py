@@ -13,7 +13,8 @@ import numpy as np
 from megadpo.config.choices import OnError
 from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config, DataConfig
-from megadpo.data.dataset import Keys, validation_rows
+from megadpo.data.dataset import validation_rows
+from megadpo.data.layouts import Keys
 from megadpo.data.loader import BatchBuilder, BatchShape, Cursor, TrainingData
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import PairCounts, PairView, PreparationReport, described_counts, select_pairs

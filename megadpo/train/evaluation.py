@@ -8,9 +8,9 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs, preference_statistics, run_schedule
+from megadpo.forward_step import preference_statistics, run_schedule
 from megadpo.loss.logprobs import TokenScores
-from megadpo.loss.preference import PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
 from megadpo.metrics.reduction import add_sums
 from megadpo.reference import Reference
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megadpo.data.loader import GlobalBatch
-from megadpo.forward_step import SequenceLogProbs, pair_log_probs, score
-from megadpo.loss.preference import PreferenceLoss
+from megadpo.forward_step import pair_log_probs, score
+from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
 from megadpo.metrics.reduction import Metric, Reduction, reduce_metrics
 from megadpo.models.quantised import without_fp8
 from megadpo.reference import Reference

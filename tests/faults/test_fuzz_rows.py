@@ -15,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megadpo.data.dataset import Keys, RawPair, RawRow, iter_rows, parse_row
+from megadpo.data.dataset import RawPair, RawRow, iter_rows, parse_row
+from megadpo.data.layouts import Keys
 from megadpo.errors import DataError
 from tests.helpers.odd_rows import LAYOUTS, Said, anything, dressed, spoiled_line, spoiled_value, text
 

@@ -9,7 +9,8 @@ import torch
 
 from megadpo.data.batch import PreferenceBatch, build_batch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.loss.preference import LOSSES, PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss
+from megadpo.loss.table import LOSSES
 
 
 class LossCase(NamedTuple):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadpo.data.dataset import Keys, RawPair, iter_rows, parse_row
+from megadpo.data.dataset import RawPair, iter_rows, parse_row
+from megadpo.data.layouts import Keys
 
 _NOUNS = "river stone lamp garden engine window teacher valley copper signal harbour pencil".split()
 _VERBS = "finds keeps moves paints breaks carries opens counts".split()

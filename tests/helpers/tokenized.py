@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadpo.data.dataset import Keys
+from megadpo.data.layouts import Keys
 from megadpo.data.prepare import Recipe, open_store, prepare_store
 from megadpo.data.store import select_pairs
 from megadpo.data.tokenization import TokenizedPair

@@ -16,7 +16,8 @@ import torch
 from megadpo.data.batch import PreferenceBatch
 from megadpo.forward_step import preference_statistics, sum_log_probs
 from megadpo.loss.logprobs import TokenScores
-from megadpo.loss.preference import LOSSES, REFERENCE_FREE, PreferenceLoss
+from megadpo.loss.preference import PreferenceLoss
+from megadpo.loss.table import LOSSES, REFERENCE_FREE
 from tests.helpers.loss_cases import CASES, LossCase, packed, random_logps, random_pairs
 
 pytest.importorskip("trl", minversion="1.16", reason="TRL is the oracle of these tests")

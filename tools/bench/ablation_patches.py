@@ -16,8 +16,8 @@ from bench.ablations import Ablation
 from megadpo.data.batch import PreferenceBatch
 from megadpo.data.loader import GlobalBatch, TrainingData, steps_per_epoch
 from megadpo.data.tokenization import TokenizedPair
-from megadpo.forward_step import SequenceLogProbs
 from megadpo.loss.logprobs import TokenScores
+from megadpo.loss.preference import SequenceLogProbs
 from megadpo.models.attention_plan import AttentionPlan, Segment
 from megadpo.models.policy import ResponseHead
 from megadpo.reference import CachedReference, Reference

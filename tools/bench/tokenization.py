@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadpo.data.dataset import Keys
+from megadpo.data.layouts import Keys
 from megadpo.data.loader import epoch_order
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store
 from megadpo.data.store import select_pairs

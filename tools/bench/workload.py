@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from megadpo.data.dataset import Keys, RawPair, iter_rows, parse_row
+from megadpo.data.dataset import RawPair, iter_rows, parse_row
+from megadpo.data.layouts import Keys
 from megadpo.data.tokenization import TokenizedPair, load_tokenizer, tokenize_pair
 from megadpo.data.truncation import Outcome, cut_to_length
 from megadpo.errors import DataError

@@ -16,8 +16,8 @@ from megadpo.config.choices import ReferenceMode
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import TokenizedPair
 from megadpo.errors import MegaDPOError
-from megadpo.forward_step import SequenceLogProbs, score
-from megadpo.loss.preference import PreferenceLoss
+from megadpo.forward_step import score
+from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
 from megadpo.models.builder import load_model
 from megadpo.models.fp8 import Fp8
 from megadpo.models.fp8_recipes import default_format

@@ -23,7 +23,8 @@ from megadpo.config.compose import compose_config
 from megadpo.config.validation import validate
 from megadpo.data.loader import BatchBuilder, GlobalBatch
 from megadpo.data.tokenization import load_tokenizer
-from megadpo.forward_step import SequenceLogProbs, score
+from megadpo.forward_step import score
+from megadpo.loss.preference import SequenceLogProbs
 from megadpo.models.builder import load_model
 from megadpo.models.conversion.load_save import export_hf_weights
 from megadpo.models.hf_config import read_architecture

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadpo.data.dataset import Keys, RawPair, RawRow, iter_rows, parse_row, validation_rows
+from megadpo.data.dataset import RawPair, RawRow, iter_rows, parse_row, validation_rows
+from megadpo.data.layouts import Keys
 from megadpo.errors import ConfigError, DataError
 from tests.helpers.pairs import read_pairs
 from tests.helpers.runs import write_jsonl
