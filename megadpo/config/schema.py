@@ -1,8 +1,8 @@
-"""Every configuration key: its type, unit, range and why its default is what it is. The one place defaults stand.
+"""All configuration keys: type, unit, range, and the reason for the default. The only place that defines defaults.
 
-One dataclass per group of keys; `Config` holds them. A key is here only when setting it changes what the program does.
-Ranges and rules between keys are checked in `validation.py`; types are checked where YAML becomes these, `compose.py`.
-Lists accept a bare value for a list of one.
+One dataclass per group of keys; `Config` holds them. A key only exists if setting it changes what the program does.
+Ranges and rules between keys are checked in `validation.py`, types in `compose.py`, which builds these from YAML. Lists
+accept a bare value for a list of one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ModelConfig:
     """Computes activations again in the backward instead of keeping them. Null: keep all, the fastest."""
 
     recompute_method: RecomputeMethod | None = None
-    """Which layers, with full recomputation only. Null: uniform."""
+    """Layers that are recomputed, with full recomputation only. Null: uniform."""
 
     recompute_num_layers: int | None = None
     """Layers of `recompute_method`, >= 1, counted in each model chunk; full only. Null: 1."""
@@ -101,10 +101,10 @@ class DataConfig:
     """Tokens of the prompt plus one response, >= 2. Holds most chat data; memory grows with it."""
 
     truncation: Truncation = Truncation.keep_start
-    """What happens to longer pairs. The default is TRL's rule, so that runs compare."""
+    """Treatment of longer pairs. The default is TRL's rule, so that runs compare."""
 
     on_error: OnError = OnError.error
-    """What happens to rows that cannot be used. Stopping is the default: a mistake in the data is seldom alone."""
+    """Treatment of rows that can't be used. Stopping is the default: a mistake in the data is seldom alone."""
 
     template_date: str | None = None
     """YYYY-MM-DD that chat templates are told as today's date. Null: the day the run first starts, kept on resuming."""
@@ -163,7 +163,7 @@ class ParallelConfig:
     """Add up and exchange gradients in fp32. False: in the weights' format, 2 bytes less a parameter, and rounding."""
 
     def uses_sequence_parallelism(self) -> bool:
-        """Whether it is on, by its key or by its default."""
+        """True if sequence parallelism is on, by its key or by its default."""
         return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     timeout_s: float = 1800.0
@@ -176,13 +176,13 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
-    """The loss of a pair. Which of its keys a loss reads is in `loss_table.py`; others must keep their defaults."""
+    """The loss of a pair. Keys that the loss does not read (megadpo/loss/table.py) must keep their defaults."""
 
     name: list[LossName] = field(default_factory=lambda: [LossName.sigmoid])
     """The loss, or several that are added up. Sigmoid is DPO as published."""
 
     weights: list[float] | None = None
-    """What each loss of `name` counts in the sum, > 0. Null: 1 each, as in TRL."""
+    """Weight of each loss of `name` in the sum, > 0. Null: 1 each, as in TRL."""
 
     beta: float = 0.1
     """Strength of the pull towards the reference (per nat), > 0. The value of the DPO paper and of TRL.
@@ -209,7 +209,7 @@ class LossConfig:
     """The alpha of f_divergence=alpha, in (0, 1): 0 would be forward KL, 1 reverse KL. TRL's value."""
 
     ld_alpha: float | None = None
-    """What tokens beyond the length of a pair's shorter response count, in [0, 1) (LD-DPO). Null: as all others, 1."""
+    """Weight of tokens beyond the length of a pair's shorter response, in [0, 1) (LD-DPO). Null: as all others, 1."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,7 +217,7 @@ class ReferenceConfig:
     """The model whose log-probs the policy is compared with."""
 
     mode: ReferenceMode = ReferenceMode.resident
-    """Where the reference's numbers come from; see docs/reference.md. Resident, because it asks for nothing but memory.
+    """Source of the reference's numbers; see docs/reference.md. Resident, because it needs nothing but memory.
     """
 
     hf_path: str | None = None
@@ -259,7 +259,7 @@ class PrecisionConfig:
     """Steps whose largest values delayed scaling keeps, >= 1; delayed only. Megatron's default."""
 
     fp8_amax_compute_algo: AmaxAlgorithm = AmaxAlgorithm.most_recent
-    """Which of them makes the scale; delayed only. Megatron's default."""
+    """Choice of the value that gives the scale; delayed only. Megatron's default."""
 
     num_layers_at_start_in_bf16: int = 0
     """First layers that are not quantised, >= 0; at most as many as a pipeline stage has."""
@@ -375,7 +375,7 @@ class TrainConfig:
     """auto: newest valid checkpoint of run_dir, or a fresh start; never: run_dir must be empty; or a directory."""
 
     resume_changes: list[ResumeChange] = field(default_factory=list)
-    """What is meant to differ from the run that is continued; any other such difference is refused."""
+    """Intended differences from the run that is continued; any other such difference is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -400,7 +400,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DeviceConfig:
-    """What computes."""
+    """The device that computes."""
 
     kind: DeviceKind = DeviceKind.auto
     """auto takes CUDA where there is one."""
@@ -426,12 +426,12 @@ class ClusterConfig:
     """Memory of a card in GiB, > 0. Null: in a dry run on CUDA the device's, else the table's."""
 
     network_gb_per_s: float | None = None
-    """What the network carries for each card, one way, in 10**9 bytes a second, > 0. Null: the table's."""
+    """Network bandwidth of each card, one way, in 10**9 bytes a second, > 0. Null: the table's."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What tools/plan.py assumes of the pairs where no data are given."""
+    """Lengths of pairs that tools/plan.py assumes if no data are given."""
 
     prompt_tokens: int | None = None
     """Tokens of every prompt, >= 1. Null: a quarter of data.max_length."""
@@ -454,14 +454,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: list[TrackerName] = field(default_factory=lambda: [TrackerName.jsonl, TrackerName.tensorboard])
-    """Where metrics go; jsonl is always among them, because reports and resuming read it."""
+    """Destinations of metrics; jsonl is always among them, because reports and resuming read it."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def show(value: object) -> str:
-    """Text of a value as it would be written on the command line."""
+    """Formats a value as it would be written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
