@@ -27,7 +27,7 @@ MAX_PAIRS = 16
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the conversion that the command line describes; the exit status."""
+    """Runs the conversion that the command line describes; returns the exit status."""
     options = _parser().parse_args(arguments)
     commands = {"import": _import, "export": _export, "verify": _verify}
     return run_tool("convert", lambda logger: commands[options.command](options))
@@ -99,7 +99,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _fresh(out: Path) -> Path:
-    """`out` in full; ConfigError where it holds something."""
+    """Returns `out` as an absolute path; raises ConfigError if it has content."""
     out = out.resolve()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out={out}: must not exist, or be an empty directory: name another, or remove it")

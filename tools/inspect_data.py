@@ -31,7 +31,7 @@ _DEFAULT_PAIRS = 4
 
 
 def main(arguments: list[str]) -> int:
-    """Shows the data that the command line names; the exit status (0 done, 2 refused)."""
+    """Shows the data that the command line names; returns the exit status (0 done, 2 refused)."""
     if any(word in ("-h", "--help") for word in arguments):
         print(__doc__)
         return 0
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     def inspect(logger: logging.Logger) -> int:
         config, pairs, output = read_words(arguments)
         with TemporaryDirectory(prefix="megadpo-tokens-") as scratch:
-            # Nothing is left behind unless a cache is named.
+            # Without a named cache, no files are left behind.
             cached = replace(config, data=replace(config.data, cache_dir=config.data.cache_dir or scratch))
             show(resolve_defaults(resolve_model(cached), datetime.now()), pairs, output)
         if output is not None:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_words(arguments: list[str]) -> tuple[Config, int, Path | None]:
-    """The configuration, how many pairs to decode, and the page to write. Raises one ConfigError with all mistakes."""
+    """Parses configuration, number of pairs to decode, and page to write. Raises one ConfigError with all mistakes."""
     own = {key: value for key, _, value in (word.partition("=") for word in arguments) if key in ("pairs", "output")}
     problems = []
     pairs = own.get("pairs", str(_DEFAULT_PAIRS))
@@ -70,12 +70,12 @@ def read_words(arguments: list[str]) -> tuple[Config, int, Path | None]:
 
 
 def _check(config: Config) -> None:
-    """Raises one ConfigError with all that is wrong; no ranks are started, so any layout has as many as it needs."""
+    """Raises one ConfigError with all violations, for as many ranks as the layout needs, since none are started."""
     validate(config, world_size=max(1, config.parallel.tensor * config.parallel.pipeline))
 
 
 def show(config: Config, pairs: int, output: Path | None) -> None:
-    """Prints the report of a resolved configuration's data, and writes it as a page where one is asked for."""
+    """Prints the report of a resolved configuration's data, and writes it as a page if one is requested."""
     # These take seconds to import; mistakes in the words cost none.
     from inspection.page import render_page
     from inspection.report import report_set

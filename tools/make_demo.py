@@ -42,13 +42,13 @@ console = Console()
 def prepare(
     root: Path, *, pretrain_steps: int = 160, train_pairs: int = TRAIN_PAIRS, held_out: int = HELD_OUT_PAIRS
 ) -> None:
-    """Writes root/data/{train,heldout}.jsonl and root/model, the same on every call; what was there is replaced."""
+    """Writes root/data/{train,heldout}.jsonl and root/model, the same on every call; replaces existing ones."""
     shutil.rmtree(root, ignore_errors=True)
     corpus.write_jsonl(root / "data" / "train.jsonl", corpus.make_pairs(train_pairs, seed=10, held_out=False))
     corpus.write_jsonl(root / "data" / "heldout.jsonl", corpus.make_pairs(held_out, seed=11, held_out=True))
     console.print(f"{train_pairs} training pairs and {held_out} held-out pairs in {shown(root / 'data')}")
     console.print("loading torch and transformers …")
-    # Imported here, for they take seconds: `train` does without them and the rest says first what it does
+    # Imported here, since they take seconds: `train` does not need them, and other commands print a line before
     from demo import pretrain
 
     tokenizer = pretrain.build_tokenizer()
@@ -59,7 +59,7 @@ def prepare(
 
 
 def train_command(overrides: Sequence[str]) -> list[str]:
-    """The command that trains the demo model: torchrun, RANKS processes."""
+    """The command that trains the demo model with torchrun on RANKS processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     return [*launcher, "tools/train.py", "+model=demo", "+experiment=demo", *overrides]
 
@@ -120,7 +120,7 @@ def results_table(before: Measured, after: Measured, rewards: Rewards, *, beta: 
 
 
 def find_shortfalls(before: float, after: float) -> list[str]:
-    """What keeps two held-out accuracies from showing that DPO taught the preference; empty when nothing does."""
+    """Reasons why two held-out accuracies do not show that DPO taught the preference; [] if they do."""
     found = []
     if not before <= HIGHEST_BEFORE:
         found.append(f"accuracy before is {before:.3f}, above {HIGHEST_BEFORE}: the starting model knew the preference")
@@ -130,7 +130,7 @@ def find_shortfalls(before: float, after: float) -> list[str]:
 
 
 def require(path: Path, command: str) -> None:
-    """Exits with the remedy if a path that an earlier phase writes is not there."""
+    """Exits with the remedy if a path that an earlier phase writes is missing."""
     if not path.exists():
         sys.exit(f"{shown(path)} is missing: run `python tools/make_demo.py {command}` first")
 
@@ -141,7 +141,7 @@ def shown(path: Path) -> str:
 
 
 def run(root: Path, overrides: Sequence[str]) -> None:
-    """All phases, with the seconds of each."""
+    """Runs all phases, and prints the seconds of each."""
     phases = (
         ("prepare", lambda: prepare(root)),
         ("train", lambda: train(root, overrides)),
@@ -157,7 +157,7 @@ def run(root: Path, overrides: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     phases = parser.add_subparsers(dest="phase", required=True)
     for name in ("run", "prepare", "train", "report"):
@@ -165,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in ("run", "train"):
             phase.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to tools/train.py")
     options = parser.parse_args(arguments)
-    # Read when torch and transformers are imported. One thread: the same sums whatever the number of cores, and for
-    # a model this small no slower.
+    # Read when torch and transformers are imported. One thread gives the same sums on any number of cores, and is not
+    # slower for a model this small.
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
     if options.phase == "prepare":
         prepare(ROOT)

@@ -29,18 +29,18 @@ from megadpo.setup.model_source import resolve_model
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 _SUGGEST = "--suggest"
-# What it decides.
+# Keys that it decides.
 _SUGGESTED = (
     *("parallel.tensor=", "parallel.pipeline=", "parallel.virtual_pipeline=", "parallel.sequence_parallel="),
     *("parallel.num_layers_in_", "model.recompute_"),
 )
 _SHOWN = 10
-# Where there is no terminal, tables keep the width that they have in the documentation.
+# Width of tables without a terminal, as in the documentation.
 _WIDTH = 120
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the plan that the command line asks for; the exit status (0 fits, 2 refused or does not fit)."""
+    """Prints the plan of the command line; returns the exit status (0 fits, 2 refused or does not fit)."""
     if any(word in ("-h", "--help") for word in arguments):
         print(__doc__)
         return 0
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         config = compose_config(words, config_dir=CONFIG_DIR, check=check_plan, dispensable={"data.train_path": []})
         console = Console(width=None if sys.stdout.isatty() else _WIDTH)
         with TemporaryDirectory(prefix="megadpo-tokens-") as scratch:
-            # Nothing is left behind unless a cache is named.
+            # Without a named cache, no files are left behind.
             cached = replace(config, data=replace(config.data, cache_dir=config.data.cache_dir or scratch))
             show(resolve_defaults(resolve_model(cached), datetime.now()), console, suggesting=suggesting)
         return 0
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _without_layout(arguments: list[str]) -> list[str]:
-    """The words for --suggest, which looks at every layout. Raises ConfigError where one is asked for."""
+    """Checks the words for --suggest, which tries all layouts. Raises ConfigError if they name one."""
     words = [word for word in arguments if word != _SUGGEST]
     inert = [word for word in words if word.lstrip("+").startswith(_SUGGESTED)]
     if inert:
@@ -72,7 +72,7 @@ def _without_layout(arguments: list[str]) -> list[str]:
 
 
 def show(config: Config, console: Console, *, suggesting: bool) -> None:
-    """Prints a resolved configuration's plan, or the layouts that fit. Raises ConfigError where none does."""
+    """Prints a resolved configuration's plan, or the layouts that fit. Raises ConfigError if none does."""
     # These take seconds to import; mistakes in the words cost none.
     from megadpo.commands.plan import planned_job
     from megadpo.planner import make_plan

@@ -62,7 +62,7 @@ _OWN = ("output", "buckets", "bucket_by")
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the scoring that the command line describes; the exit status (0 done, 2 refused or stopped by a check)."""
+    """Runs the scoring of the command line; returns the exit status (0 done, 2 refused or stopped by a check)."""
     if any(word in ("-h", "--help") for word in arguments):
         print(__doc__)
         return 0
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
-    """The configuration, the file to write, and how pairs are parted by length.
+    """Parses the configuration, the output file, and the buckets by length.
 
     Raises one ConfigError with all mistakes, inert keys included.
     """
@@ -110,7 +110,7 @@ def read_words(arguments: list[str]) -> tuple[Config, Path, Buckets]:
 
 
 def for_scoring(config: Config) -> Config:
-    """A copy in which what a file of conf/ says of training alone is left at its defaults."""
+    """Returns a copy in which keys of a file of conf/ that only matter for training have their defaults."""
     own = config.reference
     mode = ReferenceMode.resident if own.cache_dir is None else ReferenceMode.cached
     return replace(
@@ -122,7 +122,7 @@ def for_scoring(config: Config) -> Config:
 
 
 def _buckets(words: dict[str, str], problems: list[str]) -> Buckets:
-    """What the tool's own words say of buckets; adds what is wrong to `problems`."""
+    """Parses the tool's own words about buckets; adds mistakes to `problems`."""
     by = words.get("bucket_by", Buckets().by)
     if by not in BY:
         problems.append(f"bucket_by={by}: must be one of {', '.join(BY)}")

@@ -17,7 +17,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the training that the command line describes; the exit status.
+    """Runs the training that the command line describes; returns the exit status.
 
     0 done, 2 refused or stopped by a check, 75 told to stop; a rank that has waited too long for others ends with 70.
     """

@@ -1,11 +1,11 @@
-"""Rules of checkpoints: which are kept must be decidable from what a run saves and evaluates."""
+"""Rules of checkpoints: keeping them may only depend on steps that are saved and metrics that are evaluated."""
 
 from __future__ import annotations
 
 from megadpo.config.schema import Config
 
-# Metrics of an evaluation that say which checkpoint is better.
-_JUDGES = ("loss", "rewards/accuracies", "rewards/margins")
+# Metrics of an evaluation by which checkpoints can be compared.
+_METRICS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def check_checkpoints(config: Config) -> list[str]:
@@ -28,7 +28,7 @@ def _check_keep_best(config: Config) -> list[str]:
     if best is None:
         return []
     sets = list(config.data.validation_files()) or ([""] if config.data.validation_fraction else [])
-    known = [f"eval/{name}/{judge}".replace("//", "/") for name in sets for judge in _JUDGES]
+    known = [f"eval/{name}/{metric}".replace("//", "/") for name in sets for metric in _METRICS]
     if not known:
         return [f"checkpoint.keep_best={best}: needs a validation set: give data.validation_path or drop it"]
     violations = []

@@ -6,39 +6,39 @@ from enum import Enum
 
 
 class Choice(str, Enum):
-    """One of a few names; equal to its YAML text (`Dtype.bf16 == "bf16"`), which is also how it prints."""
+    """Base of the enums; a member is equal to its YAML text (`Dtype.bf16 == "bf16"`), and prints as that."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 class Truncation(Choice):
-    """What happens to a pair longer than `data.max_length`."""
+    """Treatment of pairs longer than `data.max_length`."""
 
     keep_start = "keep_start"  # responses are cut at the end; a prompt that fills max_length alone drops its pair
-    keep_end = "keep_end"  # the prompt loses its beginning, once per pair, by what the longer response needs
+    keep_end = "keep_end"  # the prompt's beginning is cut, once per pair, by as much as the longer response needs
     drop = "drop"  # the pair is dropped and counted
     error = "error"  # the run stops at the first one
 
 
 class ResumeChange(Choice):
-    """What a continuation may change of a run once it is said that it is meant."""
+    """Changes to a run that a resumed run may make if they are declared."""
 
-    data = "data"  # other pairs, tokenizer or template: they are begun with their first epoch
-    batch_size = "batch_size"  # train.global_batch_size; the run goes on behind the last pair it has seen
+    data = "data"  # other pairs, tokenizer or template; training starts with their first epoch
+    batch_size = "batch_size"  # train.global_batch_size; the run continues after the last pair it has seen
     loss = "loss"  # keys of loss.
-    reference = "reference"  # its weights, where they do not follow the policy, or whether there is one
+    reference = "reference"  # its weights, unless they follow the policy, or its existence
 
 
 class OnError(Choice):
-    """What happens to a row of the data that cannot be used."""
+    """Treatment of rows of the data that can't be used."""
 
     error = "error"  # the run stops and names it
     skip = "skip"  # it is counted and left out
 
 
 class LossName(Choice):
-    """Loss of one pair; formulas and sources in `loss_table.py`."""
+    """Loss of one pair; formulas and sources are in megadpo/loss/table.py."""
 
     sigmoid = "sigmoid"  # DPO; with label smoothing, cDPO
     robust = "robust"
@@ -58,7 +58,7 @@ class LossName(Choice):
 
 
 class FDivergence(Choice):
-    """What holds the policy to the reference (f-DPO)."""
+    """Divergence between policy and reference (f-DPO)."""
 
     reverse_kl = "reverse_kl"  # DPO's own
     forward_kl = "forward_kl"
@@ -67,12 +67,12 @@ class FDivergence(Choice):
 
 
 class ReferenceMode(Choice):
-    """How the reference model's log-probs are had."""
+    """Source of the reference's log-probs."""
 
     resident = "resident"  # a second frozen model beside the policy
-    offload = "offload"  # its weights wait in the host's memory, and are on the device for the reference's pass only
-    cached = "cached"  # computed once for each pair, and kept on disk
-    none = "none"  # there is none: for losses that need none
+    offload = "offload"  # its weights are in the host's memory, and on the device only for the reference's pass
+    cached = "cached"  # computed once for each pair, and stored on disk
+    none = "none"  # no reference, for losses that need none
 
 
 class Dtype(Choice):
@@ -83,15 +83,15 @@ class Dtype(Choice):
 
 
 class Backend(Choice):
-    """What the layers are made of."""
+    """Modules of the layers."""
 
-    auto = "auto"  # transformer_engine where it can serve
+    auto = "auto"  # transformer_engine where it can be used
     native = "native"  # Megatron-Core's own modules: on every device
     transformer_engine = "transformer_engine"  # norms, linears and activation of Transformer Engine: CUDA, bf16
 
 
 class Fp8Recipe(Choice):
-    """What shares a scale in FP8 matrix products."""
+    """Values that share a scale in FP8 matrix products."""
 
     tensorwise = "tensorwise"  # a tensor, by its own largest value
     delayed = "delayed"  # a tensor, by its largest values in earlier steps
@@ -100,7 +100,7 @@ class Fp8Recipe(Choice):
 
 
 class Fp8Backend(Choice):
-    """What computes FP8 matrix products."""
+    """Implementation of FP8 matrix products."""
 
     transformer_engine = "transformer_engine"  # NVIDIA's kernels
     emulate = "emulate"  # rounds the operands and computes in fp32, on any device: for numbers, not for speed
@@ -114,7 +114,7 @@ class Fp8Format(Choice):
 
 
 class AmaxAlgorithm(Choice):
-    """What delayed scaling makes of the largest values it has kept."""
+    """Choice of the maximum, among those of earlier steps, from which delayed scaling computes its scale."""
 
     most_recent = "most_recent"
     max = "max"
@@ -129,7 +129,7 @@ class Schedule(Choice):
 
 
 class TrackerName(Choice):
-    """Where metrics are written."""
+    """Destination of metrics."""
 
     jsonl = "jsonl"  # RUN_DIR/metrics.jsonl
     tensorboard = "tensorboard"  # RUN_DIR/tensorboard/
@@ -137,7 +137,7 @@ class TrackerName(Choice):
 
 
 class DeviceKind(Choice):
-    """What computes."""
+    """Kind of the device that computes."""
 
     auto = "auto"  # CUDA where there is one
     cuda = "cuda"
@@ -145,14 +145,14 @@ class DeviceKind(Choice):
 
 
 class RecomputeGranularity(Choice):
-    """Which activations of the layers the backward computes again instead of keeping them."""
+    """Activations of the layers that are recomputed in the backward instead of saved."""
 
     selective = "selective"  # those of `model.recompute_modules`
-    full = "full"  # all: a layer, or several, keep their input alone
+    full = "full"  # all: only the input of a layer, or of several, is saved
 
 
 class RecomputeMethod(Choice):
-    """Which layers of a chunk full recomputation takes."""
+    """Layers of a chunk that full recomputation applies to."""
 
     uniform = "uniform"  # all, `model.recompute_num_layers` together
     block = "block"  # the first `model.recompute_num_layers` one by one, the others not at all
@@ -166,7 +166,7 @@ class RecomputeModule(Choice):
 
 
 class MomentDtype(Choice):
-    """Number format in which one of Adam's running means is kept."""
+    """Number format of one of Adam's running means."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -175,9 +175,9 @@ class MomentDtype(Choice):
 
 
 class AttentionKernel(Choice):
-    """What computes attention."""
+    """Kernel of the attention layers."""
 
-    auto = "auto"  # varlen where it can serve
+    auto = "auto"  # varlen where it can be used
     sdpa = "sdpa"  # torch's scaled-dot-product attention, one call per segment of the stream; on every device
     varlen = "varlen"  # torch's flash attention, one call per stream: CUDA, bf16, torch 2.10 or newer
     transformer_engine = "transformer_engine"  # cuDNN's fused attention, one call per stream: CUDA, bf16

@@ -1,4 +1,4 @@
-"""Rules of the groups cluster and plan: which machines are planned for, and what is assumed of the pairs."""
+"""Rules of the groups cluster and plan: the machines to plan for, and assumptions about the pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadpo.runtime.gpus import GPUS
 
 
 def check_cluster(config: Config, *, planning: bool) -> list[str]:
-    """What is wrong with the groups cluster and plan, which only planning and dry runs read."""
+    """Violations of the groups cluster and plan, which only planning and dry runs read."""
     if planning:
         return _check_planning(config)
     dry_run = config.train.dry_run

@@ -1,4 +1,4 @@
-"""From Hydra's YAML files and `key=value` overrides to the typed `Config`, and from `Config` back to YAML.
+"""Composes the typed `Config` from Hydra's YAML files and `key=value` overrides, and converts it to and from YAML.
 
 The only library file that names hydra or omegaconf. Hydra finds and merges the files of conf/; overrides of single keys
 are applied here and checked against the schema, so that one ConfigError reports all mistakes instead of the first.
@@ -30,7 +30,7 @@ from megadpo.errors import ConfigError
 from megadpo.loss.table import NOT_OFFERED
 
 _MISSING_IN_YAML = "???"
-# Levels of a value on the command line: OmegaConf recurses through them many times a level.
+# Maximum nesting of a value on the command line: OmegaConf recurses through each level many times.
 _DEEPEST = 16
 
 
@@ -41,13 +41,13 @@ def compose_config(
     check: Callable[[Config], None] = lambda config: None,
     dispensable: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
-    """The configuration of conf/config.yaml, the chosen group files and the overrides, types and rules checked.
+    """Composes the configuration from conf/config.yaml, the chosen group files and the overrides, and checks it.
 
     `overrides` are words of the command line: `+GROUP=FILE` (or `GROUP=FILE`) picks conf/GROUP/FILE.yaml, `key=value`
     sets a key; the last value of a key wins. `config_dir` defaults to conf/ beside the package. `check` raises
-    ConfigError for what types cannot say. `dispensable` has values for required keys that this once may be missing,
-    by their dotted names. Raises one ConfigError with every unknown key, wrong type, missing key,
-    unknown file, word that is not an override, and violation that `check` finds.
+    ConfigError for violations of rules beyond types. `dispensable` holds values, by dotted names, for required keys
+    that may be missing in this call. Raises one ConfigError with every unknown key, wrong type, missing key, unknown
+    file, word that is not an override, and violation that `check` finds.
     """
     conf = (config_dir or Path(__file__).parents[2] / "conf").resolve()
     if not (conf / "config.yaml").is_file():
@@ -61,7 +61,7 @@ def compose_config(
     def missing(key: str) -> str:
         if key == "model.name":
             if "model" in parsed.refused:
-                return ""  # the line about the file says it
+                return ""  # the problem of the file already says it
             return (
                 f"no model named: add +model=NAME, one of {', '.join(_options(conf, 'model'))} "
                 "(+model=hf model.hf_path=DIR serves any supported Hugging Face directory)"
@@ -74,7 +74,7 @@ def compose_config(
 
 
 def config_from_yaml(text: str) -> Config:
-    """The configuration that `config_to_yaml` wrote. Raises one ConfigError with every problem."""
+    """Reads a configuration that `config_to_yaml` has written. Raises one ConfigError with all problems."""
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text))
     except (YAMLError, OmegaConfBaseException) as error:
@@ -90,21 +90,21 @@ def config_from_yaml(text: str) -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Plain dicts, lists, texts and numbers of a configuration, in the schema's order."""
+    """Converts a configuration to plain dicts, lists, texts and numbers, in the schema's order."""
     plain = _plain(config)
     assert isinstance(plain, dict)
     return plain
 
 
 def config_to_yaml(config: Config) -> str:
-    """YAML of every key of a configuration; `config_from_yaml` gives the same configuration back."""
+    """Converts a configuration to YAML with all keys; `config_from_yaml` reads the same configuration back."""
     return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
 
 
 def resolve_defaults(config: Config, now: datetime) -> Config:
-    """A copy in which the defaults that depend on other keys or on the clock (null in the schema) are filled in.
+    """Returns a copy with the defaults filled in that depend on other keys or on the clock (null in the schema).
 
-    `now` must be the same on all ranks: rank 0's clock names the run directory for everyone.
+    `now` must be the same on all ranks: rank 0's clock determines the name of the run directory.
     """
     run_dir = config.train.run_dir or f"outputs/{now:%Y-%m-%d_%H-%M-%S}-{config.model.name}"
     sequence_parallel = config.parallel.uses_sequence_parallelism()
@@ -140,7 +140,7 @@ def _resolve_recompute(model: ModelConfig) -> ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class _Overrides:
-    """The command line, sorted: chosen group files, groups whose file does not exist, key values, what is wrong."""
+    """The parsed command line: chosen group files, groups whose file does not exist, values of keys, problems."""
 
     groups: dict[str, str] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
@@ -157,7 +157,11 @@ def _read_overrides(overrides: Sequence[str], conf: Path) -> _Overrides:
             continue
         try:
             override = parser.parse_override(text)
-        except (HydraException, ValueError, RecursionError):  # Python's, of endless digits and brackets
+        except (
+            HydraException,
+            ValueError,
+            RecursionError,
+        ):  # Python's errors for too many digits or brackets
             result.problems.append(f"{text}: must be key=value or +group=file; quote special characters: key='\"a,b\"'")
             continue
         if _depth(override.value()) > _DEEPEST:
@@ -170,7 +174,7 @@ def _read_overrides(overrides: Sequence[str], conf: Path) -> _Overrides:
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists and mappings, counted up to one more than any key takes."""
+    """Nesting of lists and mappings, counted up to one more than any key allows."""
     level, found = [value], 0
     while level and found <= _DEEPEST:
         inner = [item for item in level if isinstance(item, (list, Mapping))]
@@ -211,7 +215,7 @@ def _options(conf: Path, group: str) -> list[str]:
 
 
 def _merge(parsed: _Overrides, conf: Path) -> dict[str, Any]:
-    """Plain tree of config.yaml, the chosen files (an experiment last, so that it wins) and the values."""
+    """Merges config.yaml, the chosen files (an experiment last, so that it wins) and the values to a plain tree."""
     selections = sorted(parsed.groups.items(), key=lambda item: item[0] == "experiment")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
@@ -244,7 +248,7 @@ def _set(composed: DictConfig, key: str, value: Any, problems: list[str]) -> Non
 
 @dataclass(kw_only=True, slots=True)
 class _Findings:
-    """What is wrong so far, and the keys that hold a stand-in because they are missing or of a wrong type."""
+    """The problems so far, and the keys that have a stand-in because they are missing or of a wrong type."""
 
     problems: list[str]
     stand_ins: list[str] = field(default_factory=list)
@@ -256,10 +260,10 @@ def _to_config(
     missing: Callable[[str], str],
     check: Callable[[Config], None],
 ) -> Config:
-    """The configuration of a plain tree; `missing` words the lack of a key ("" when that is reported already).
+    """Converts a plain tree to a configuration; `missing` describes a missing key ("" if it is reported already).
 
-    Rules are checked even where keys are wrong, with stand-ins for their values, so that all mistakes come at once;
-    a violation that speaks of a stand-in is not the user's and is left out.
+    Rules are checked even if keys are wrong, with stand-ins for their values, so that all mistakes are reported at
+    once; violations that mention a stand-in are left out, since they are not the user's.
     """
     found = _Findings(problems=list(problems))
     config = _build(Config, tree, "", found, missing)
@@ -274,11 +278,11 @@ def _to_config(
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, found: _Findings, missing: Callable[[str], str]) -> Any:
-    """An instance of the dataclass `cls` from plain values; adds what is wrong to `found`."""
+    """Builds an instance of the dataclass `cls` from plain values; adds problems to `found`."""
     hints = get_type_hints(cls)
     problems = found.problems
     values: dict[str, Any] = {}
-    for name in (name for name in tree if name not in hints):  # which may be a number: {1: 2}
+    for name in (name for name in tree if name not in hints):  # names may be numbers: {1: 2}
         problems.extend(_unknown(f"{prefix}{name}", tree[name]))
     for item in fields(cls):
         key, hint = f"{prefix}{item.name}", hints[item.name]
@@ -306,7 +310,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, found: _Findings, mi
 
 
 def _stand_in(item: Field[Any], hint: Any) -> Any:
-    """A value of the key's type in place of one that is missing or wrong: the default, or something empty."""
+    """A value for a key whose value is missing or wrong: the default, or an empty one of its type."""
     if item.default is not MISSING:
         return item.default
     if item.default_factory is not MISSING:
@@ -320,7 +324,7 @@ def _not_a_group(key: str, value: Any) -> str:
 
 
 def _why_not_offered(key: str, value: Any) -> str:
-    """What is to say of losses that are known elsewhere and not offered here, "" where there are none."""
+    """A remark on losses of other trainers that are not offered here; "" if there are none."""
     if key != "loss.name":
         return ""
     names = [name for name in _convert(value, list[Any]) if isinstance(name, str) and name in NOT_OFFERED]
@@ -328,7 +332,7 @@ def _why_not_offered(key: str, value: Any) -> str:
 
 
 def _unknown(key: str, value: Any) -> list[str]:
-    """One line for each leaf under an unknown key, with the known key that was probably meant."""
+    """Returns a line for each leaf under an unknown key, with the known key that was probably meant."""
     if isinstance(value, Mapping) and value:
         return [line for name, inner in value.items() for line in _unknown(f"{key}.{name}", inner)]
     known = known_keys()
@@ -368,7 +372,7 @@ def _required(item: Field[Any]) -> bool:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; a bare value becomes a list of one. Raises ValueError when it is not one."""
+    """Converts `value` to the type `hint`; a bare value becomes a list of one. Raises ValueError if it does not fit."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -391,7 +395,7 @@ def _convert(value: Any, hint: Any) -> Any:
     elif hint is float and type(value) is int:
         try:
             return float(value)
-        except OverflowError:  # beyond 1e308
+        except OverflowError:  # too large for a float
             raise ValueError from None
     elif type(value) is hint and value != "":
         return value
@@ -399,7 +403,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    """What a value of type `hint` is, in words."""
+    """Describes the type `hint` in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(_describe(option) for option in inner)

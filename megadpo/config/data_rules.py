@@ -59,7 +59,7 @@ def _is_date(text: str) -> bool:
 
 
 def demo_remedy(path: str) -> str:
-    """How to get one of the demo's files; empty for other paths."""
+    """The command that creates one of the demo's files, in words; empty for other paths."""
     if Path(path).parts[:2] != ("outputs", "demo"):
         return ""
     return "make the demo's files first: python tools/make_demo.py prepare (or the whole run: make demo)"

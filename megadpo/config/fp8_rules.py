@@ -1,4 +1,4 @@
-"""Rules of FP8: what goes with a recipe, and what it asks of the tokens. What the machine lacks is found out there."""
+"""Rules of FP8: settings that go with a recipe, and its requirements on tokens. The machine is checked elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WITHOUT_FP8 = ("dtype", "backend", "fp8")
 
 
 def check_fp8(config: Config, *, num_layers: Sequence[int]) -> list[str]:
-    """Violations of the keys about FP8; `num_layers` are the policy's and its reference's, where they are known."""
+    """Violations of the keys about FP8; `num_layers` holds the policy's and its reference's, as far as known."""
     precision = config.precision
     recipe = precision.fp8
     changed = [item.name for item in fields(PrecisionConfig) if attrgetter(item.name)(precision) != item.default]

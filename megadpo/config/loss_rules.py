@@ -1,6 +1,6 @@
-"""Rules of the loss: what can be mixed, and which keys the chosen losses read.
+"""Rules of the loss: mixes that are possible, and keys that the chosen losses read.
 
-Every function gives its violations, [] for none; `validation.py` collects them.
+Every function returns its violations, [] for none; `validation.py` collects them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megadpo.loss.table import LOSSES
 
 
 def check_loss(loss: LossConfig) -> list[str]:
-    """What is wrong with the loss."""
+    """Violations of the keys about the loss."""
     if not loss.name:
         return [f"loss.name=[]: must name a loss: choose of {', '.join(map(str, LossName))}"]
     return [*_check_mix(loss), *_check_smoothing(loss), *_check_divergence(loss), *_check_unused(loss)]
@@ -69,13 +69,13 @@ def _check_divergence(loss: LossConfig) -> list[str]:
 
 
 def _alone_in_rewards(loss: LossConfig) -> list[LossName]:
-    """Those of the losses that look at one response's reward."""
+    """Those of the losses that use the reward of a single response."""
     specs = {name: LOSSES[name] for name in loss.name}
     return [name for name, spec in specs.items() if spec.needs_reference and "f_divergence" not in spec.knobs]
 
 
 def _check_unused(loss: LossConfig) -> list[str]:
-    """A key that none of the chosen losses reads and that is not at its default."""
+    """Violations by keys that are not at their default although none of the chosen losses reads them."""
     violations = []
     defaults = LossConfig()
     read = {knob for name in loss.name for knob in LOSSES[name].knobs}
@@ -95,5 +95,5 @@ def _check_unused(loss: LossConfig) -> list[str]:
 
 
 def names_of(names: Sequence[LossName]) -> str:
-    """The losses as they are written after `loss.name=`."""
+    """Formats losses as they are written after `loss.name=`."""
     return str(names[0]) if len(names) == 1 else show(names)

@@ -1,6 +1,6 @@
 """Rules of the keys that trade memory, time and rounding: recomputation, exchanges, optimizer states, uneven stages.
 
-Every function gives its violations, [] for none; `validation.py` collects them.
+Every function returns its violations, [] for none; `validation.py` collects them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from megadpo.config.choices import DeviceKind, Dtype, MomentDtype, RecomputeGranularity, RecomputeMethod
 from megadpo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, show
 
-# The share of a number by which it can change and still be rounded back to itself: half a unit in the last place, of a
-# number just above a power of two.
+# Relative change of a number that is lost to rounding: half a unit in the last place, for a number just above a power
+# of two.
 _LOST_TO_ROUNDING = {MomentDtype.fp16: 2**-11, MomentDtype.bf16: 2**-8, MomentDtype.fp8: 2**-4}
 
 
 def check_memory_keys(config: Config) -> list[str]:
-    """What is wrong with the keys of this file in any model."""
+    """Violations of the keys of this file that do not depend on the model."""
     return [
         *_check_recompute(config.model),
         *_check_split(config.parallel),
@@ -24,9 +24,9 @@ def check_memory_keys(config: Config) -> list[str]:
 
 
 def check_pipeline_split(config: Config, num_layers: int, what: str, *, trained: bool) -> list[str]:
-    """What keeps `num_layers` layers of the model `what` from being cut into the pipeline's stages and chunks.
+    """Reasons why `num_layers` layers of the model `what` can't be split into the pipeline's stages and chunks.
 
-    Speaks of recomputation too, which counts the layers of a chunk, where the model is trained.
+    If the model is trained, recomputation, which counts the layers of a chunk, is checked too.
     """
     parallel = config.parallel
     if parallel.pipeline == 1:
@@ -36,7 +36,7 @@ def check_pipeline_split(config: Config, num_layers: int, what: str, *, trained:
     outer = [layers for layers in (first, last) if layers is not None]
     others, left = parallel.pipeline - len(outer), num_layers - sum(outer)
     if others < 1:
-        return []  # said by `_check_split`
+        return []  # reported by `_check_split`
     if left >= others * chunks and left % (others * chunks) == 0:
         inner = left // (others * chunks)
         sizes = {*(layers // chunks for layers in outer), inner}

@@ -1,4 +1,4 @@
-"""Rules of the reference: which losses go with a mode, and which keys have an effect in it."""
+"""Rules of the reference: losses that go with a mode, and keys that have an effect in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _check_losses(config: Config) -> list[str]:
     names, mode = config.loss.name, config.reference.mode
     free = ", ".join(sorted(REFERENCE_FREE))
     if not names:
-        return []  # said by the rules of losses
+        return []  # reported by the rules of losses
     needed = needs_reference(names)
     if mode == ReferenceMode.none and needed:
         return [

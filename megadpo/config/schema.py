@@ -1,8 +1,8 @@
-"""Every configuration key: its type, unit, range and why its default is what it is. The one place defaults stand.
+"""All configuration keys: type, unit, range, and the reason for the default. The only place that defines defaults.
 
-One dataclass per group of keys; `Config` holds them. A key is here only when setting it changes what the program does.
-Ranges and rules between keys are checked in `validation.py`; types are checked where YAML becomes these, `compose.py`.
-Lists accept a bare value for a list of one.
+One dataclass per group of keys; `Config` holds them. A key only exists if setting it changes what the program does.
+Ranges and rules between keys are checked in `validation.py`, types in `compose.py`, which builds these from YAML. Lists
+accept a bare value for a list of one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ModelConfig:
     """Computes activations again in the backward instead of keeping them. Null: keep all, the fastest."""
 
     recompute_method: RecomputeMethod | None = None
-    """Which layers, with full recomputation only. Null: uniform."""
+    """Layers that are recomputed, with full recomputation only. Null: uniform."""
 
     recompute_num_layers: int | None = None
     """Layers of `recompute_method`, >= 1, counted in each model chunk; full only. Null: 1."""
@@ -101,10 +101,10 @@ class DataConfig:
     """Tokens of the prompt plus one response, >= 2. Holds most chat data; memory grows with it."""
 
     truncation: Truncation = Truncation.keep_start
-    """What happens to longer pairs. The default is TRL's rule, so that runs compare."""
+    """Treatment of longer pairs. The default is TRL's rule, so that runs compare."""
 
     on_error: OnError = OnError.error
-    """What happens to rows that cannot be used. Stopping is the default: a mistake in the data is seldom alone."""
+    """Treatment of rows that can't be used. Stopping is the default: a mistake in the data is seldom alone."""
 
     template_date: str | None = None
     """YYYY-MM-DD that chat templates receive as today's date. Null: the day of the first start, kept on resuming."""
@@ -163,7 +163,7 @@ class ParallelConfig:
     """Add up and exchange gradients in fp32. False: in the weights' format, 2 bytes less a parameter, and rounding."""
 
     def uses_sequence_parallelism(self) -> bool:
-        """Whether it is on, by its key or by its default."""
+        """True if sequence parallelism is on, by its key or by its default."""
         return self.tensor > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     timeout_s: float = 1800.0
@@ -259,7 +259,7 @@ class PrecisionConfig:
     """Steps whose largest values delayed scaling keeps, >= 1; delayed only. Megatron's default."""
 
     fp8_amax_compute_algo: AmaxAlgorithm = AmaxAlgorithm.most_recent
-    """Which of them makes the scale; delayed only. Megatron's default."""
+    """Choice of the value that gives the scale; delayed only. Megatron's default."""
 
     num_layers_at_start_in_bf16: int = 0
     """First layers that are not quantised, >= 0; at most as many as a pipeline stage has."""
@@ -454,14 +454,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: list[TrackerName] = field(default_factory=lambda: [TrackerName.jsonl, TrackerName.tensorboard])
-    """Where metrics go; jsonl is always among them, because reports and resuming read it."""
+    """Destinations of metrics; jsonl is always among them, because reports and resuming read it."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def show(value: object) -> str:
-    """Text of a value as it would be written on the command line."""
+    """Formats a value as it would be written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

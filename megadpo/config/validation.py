@@ -1,4 +1,4 @@
-"""Rules that types cannot say: ranges, keys that depend on each other, files that must exist, layouts that must fit.
+"""Rules beyond types: ranges, keys that depend on each other, files that must exist, layouts that must fit.
 
 Every violation of a configuration is collected and raised as one ConfigError; nothing is edited. A knob that would have
 no effect is a violation like any other.
@@ -26,7 +26,7 @@ from megadpo.errors import ConfigError, redact, secret_variables
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Sizes of a model that limit the layouts it can be cut into, and the vocabulary, which a reference must share."""
+    """Sizes of a model that limit its layouts, and the vocabulary, which a reference must share."""
 
     num_layers: int
     num_attention_heads: int
@@ -37,7 +37,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Range:
-    """The finite numbers from `low`, which belongs to them unless `above`, to below `high`, or `to` it."""
+    """A range of finite numbers: `low` is included unless `above`, `high` is excluded unless `to`."""
 
     low: float
     high: float = math.inf
@@ -117,10 +117,10 @@ def validate(
     reference_shape: ModelShape | None = None,
     planning: bool = False,
 ) -> None:
-    """Raises one ConfigError with every rule that `config` breaks on `world_size` ranks; returns when there is none.
+    """Raises one ConfigError with all rules that `config` violates on `world_size` ranks; returns if there are none.
 
-    Give the configuration as the user wrote it, before `resolve_defaults`. With `shape`, the layout is also checked
-    against the model's sizes, and with `reference_shape` against those of a reference of its own. `planning` is for
+    Pass the configuration as the user wrote it, before `resolve_defaults`. With `shape`, the layout is also checked
+    against the model's sizes, and with `reference_shape` against those of a separate reference. `planning` is for
     tools/plan.py: nothing is run, so that weights and data may be missing.
     """
     violations = [
@@ -147,14 +147,14 @@ def validate(
 
 
 def check_run_dir_is_fresh(config: Config) -> None:
-    """Raises ConfigError when a run would write into a directory that holds something else than its own beginning.
+    """Raises ConfigError if a run would write to a directory with content that is not from its own start.
 
-    For training only, on one rank, before it writes. Scoring or planning with the same configuration is fine.
+    For training only, on one rank, before it writes. Scoring or planning with the same configuration is allowed.
     """
     run_dir, resume = config.train.run_dir, config.train.resume
     if run_dir is None or not Path(run_dir).is_dir():
         return
-    # What a start that was refused, or killed before it had begun, may have left behind is of use to the next one.
+    # Files of a start that was refused, or killed before its first step, which the next start can use.
     if {path.name for path in Path(run_dir).iterdir()} <= {"tokens", "reference", ".lock", ".config.yaml"}:
         return
     if resume == "auto":
@@ -187,7 +187,7 @@ def _check_ranges(config: Config) -> list[str]:
 def _check_model(config: Config, planning: bool) -> list[str]:
     violations = []
     hf_path, checkpoint = config.model.hf_path, config.model.checkpoint
-    if hf_path is None and checkpoint is None and config.model.name:  # a missing name is the mistake to mend first
+    if hf_path is None and checkpoint is None and config.model.name:  # a missing name must be corrected first
         violations += _check_missing_model(config, planning)
     if checkpoint is not None and hf_path is not None:
         violations.append(
@@ -207,7 +207,7 @@ def _check_model(config: Config, planning: bool) -> list[str]:
 
 
 def _check_missing_model(config: Config, planning: bool) -> list[str]:
-    """What no directory of a model is a mistake for: weights, the tokenizer, or the shape alone."""
+    """Violation by a missing model directory, if weights, the tokenizer, or the shape are needed from it."""
     if planning and not config.data.train_path:
         if config.model.shape is not None:
             return []
@@ -258,7 +258,7 @@ def _check_shape(config: Config, shape: ModelShape, what: str, *, trained: bool)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     chunks = config.parallel.virtual_pipeline or 1
     if min(tensor, pipeline, chunks) < 1:
-        return []  # out of range, and reported as that
+        return []  # out of range, which is reported elsewhere
     violations = []
     for part, size in (("attention heads", shape.num_attention_heads), ("MLP channels", shape.ffn_hidden_size)):
         if size % tensor:
@@ -372,7 +372,7 @@ def _check_secrets(config: Config) -> list[str]:
 
 
 def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every text in a configuration."""
+    """Yields (dotted key, text) of all texts in a configuration."""
     if is_dataclass(value):
         for item in fields(value):
             yield from _texts(attrgetter(item.name)(value), f"{key}.{item.name}".lstrip("."))

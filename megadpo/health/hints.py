@@ -1,4 +1,4 @@
-"""Which hints a run has given so far, from when to when, by the rules of health_rules.py. Pure: no files, no torch."""
+"""The hints that a run has given so far, with their steps, by the rules of rules.py. Pure: no files, no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MOST_ROWS = 64
 
 @dataclass(slots=True)
 class Hint:
-    """A rule that has held from `first_step` on, `times` times so far, the latest at `last_step`.
+    """A rule that has held since `first_step`, `times` times so far, most recently at `last_step`.
 
-    `message` and `evidence` are those of the first step, with `rows` where the rule points at one update. `ended_at` is
-    the step at which it had not held for a whole window; None while it holds. One that holds again goes on, and has to
-    be quiet for twice as long each time: `endings` counts. A `note` may well be what is wanted.
+    `message` and `evidence` are those of the first step, with `rows` if the rule is about one update. `ended_at` is the
+    step at which it had not held for a whole window; None while it holds. If it holds again, the same hint continues,
+    and ends only after twice as long without holding; `endings` counts that. A `note` may be intended by the user.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a line has changed: a hint that begins with it, or has ended."""
+    """A change caused by a line: a hint that begins or has ended."""
 
     hint: Hint
     begins: bool
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(slots=True)
 class Health:
-    """Hints of a run that is heard line by line, from the first line behind step `begun_after`."""
+    """Hints of a run that is observed line by line, from the first line after step `begun_after`."""
 
     facts: RunFacts
     begun_after: int
@@ -52,7 +52,7 @@ class Health:
     skipped: int = field(init=False, default=0)
     hints: list[Hint] = field(default_factory=list)
     history: History = field(init=False)
-    _quiet: dict[str, int] = field(init=False)  # of hints that hold, how often the rule has not held since
+    _quiet: dict[str, int] = field(init=False)  # for each active hint, the number of judgements since without holding
 
     def __post_init__(self) -> None:
         self.steps_done = self.begun_after
@@ -60,14 +60,14 @@ class Health:
         self._quiet = {hint.name: 0 for hint in self.hints if hint.ended_at is None}
 
     def observe(self, step: int, metrics: Mapping[str, float | None], rows: Sequence[int] = ()) -> list[Change]:
-        """Takes a line of metrics in, with the rows of its steepest update; what it has changed.
+        """Observes a line of metrics, with the rows of its update with the largest gradient norm; returns the changes.
 
         Lines that are not of training, or not finite, change nothing; one whose updates were all skipped is left out.
         """
         self.skipped = int(metrics.get("steps/skipped") or self.skipped)
         line = read_line(step, metrics, updates=step - self.steps_done)
         if line is None:
-            if "lr" in metrics and "loss" not in metrics:  # of skipped updates alone
+            if "lr" in metrics and "loss" not in metrics:  # a line of skipped updates only
                 self.steps_done = step
             return []
         self.steps_done = step
@@ -103,13 +103,13 @@ class Health:
 
     @property
     def verdict(self) -> str:
-        """One line: the hints with their steps, that there are none, or that the run is too short for any."""
+        """One line with the hints and their steps, or that there are none, or that the run is too short to judge."""
         seen = f"{self.history.updates} updates on {self.history.pairs:.0f} pairs"
         if self.begun_after:
             seen += f" since step {self.begun_after}"
         if self.skipped:
             seen += f" ({'1 step was' if self.skipped == 1 else f'{self.skipped} steps were'} skipped)"
-        told, notes = (_by_name([hint for hint in self.hints if hint.note == note]) for note in (False, True))
+        told, notes = (_summaries([hint for hint in self.hints if hint.note == note]) for note in (False, True))
         if told:
             counted = "1 hint" if len(told) == 1 else f"{len(told)} hints"
             return f"{counted} in {seen}: {', '.join([*told, *notes])}"
@@ -121,7 +121,7 @@ class Health:
         return f"healthy: no hints in {seen}{noted}"
 
     def report(self) -> dict[str, Any]:
-        """What health.json holds."""
+        """The content of health.json."""
         return {
             "verdict": self.verdict,
             "begun_after": self.begun_after,
@@ -131,8 +131,8 @@ class Health:
         }
 
 
-def _by_name(hints: Sequence[Hint]) -> list[str]:
-    """Each name once, with its steps, and how often it began where that is more than once."""
+def _summaries(hints: Sequence[Hint]) -> list[str]:
+    """One text per hint name, with its steps, and the number of times that it began if more than one."""
     told = []
     for name in dict.fromkeys(hint.name for hint in hints):
         own = [hint for hint in hints if hint.name == name]

@@ -1,8 +1,8 @@
-"""What the rules on a run's health look at: training lines of metrics.jsonl, put together to blocks and windows.
+"""Inputs of the rules on a run's health: training lines of metrics.jsonl, merged to blocks and windows.
 
-Most rules look at blocks: lines put together until they have BLOCK_PAIRS pairs, or a single line that has more. "The
-window" is the latest WINDOW blocks, 512 pairs or more, the long window the latest LONG_WINDOW; means over them are over
-their pairs. So a batch's size hardly changes how sure a rule is, and a rule costs the same on every run.
+Most rules use blocks: lines merged until they have BLOCK_PAIRS pairs, or a single line with more. "The window" is the
+latest WINDOW blocks, 512 pairs or more, the long window the latest LONG_WINDOW; means over them are over their pairs.
+So the certainty of a rule hardly depends on the batch size, and its cost is the same in every run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 BLOCK_PAIRS = 64
 WINDOW = 8
-LONG_WINDOW = 32  # 2048 pairs: an accuracy of 0.55 stands 4.5 standard errors above chance there
+LONG_WINDOW = 32  # 2048 pairs, in which an accuracy of 0.55 is 4.5 standard errors above chance
 TRAINED_PAIRS = 4096
 CLIPPED_UPDATES = 100
 SPIKE_LINES = 64
@@ -22,14 +22,13 @@ SPIKE_LINES = 64
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What rules must know of a run besides its lines.
+    """Facts about a run that the rules need besides its lines.
 
-    `beta` scales rewards, which are of log-ratios where there is a reference, else of log-probs per token.
-    `loss_at_start` and `least_loss` are the loss of a pair without preference and the least one, None where they depend
-    on the data. `clip_grad` is 0 where nothing is clipped, `peak_lr` the largest learning rate of the schedule.
-    `has_preference`: a part of the loss compares the two responses. `raises_chosen`: no part of it pushes the chosen
-    one down. `aimed_drift` is how far from the reference the loss wants the policy, in nats per token; 0 where that has
-    no end.
+    `beta` scales rewards, which are log-ratios if there is a reference, else log-probs per token. `loss_at_start` and
+    `least_loss` are the loss of a pair without preference and the lowest possible one, None if they depend on the data.
+    `clip_grad` is 0 without clipping, `peak_lr` the largest learning rate of the schedule. `has_preference`: a part of
+    the loss compares the two responses. `raises_chosen`: no part of it lowers the chosen response. `aimed_drift` is the
+    distance from the reference at which the loss has its minimum, in nats per token; 0 if it has none.
     """
 
     beta: float
@@ -45,10 +44,10 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A training line of metrics.jsonl, or several in one: means over pairs, and how many updates and pairs they are.
+    """One training line of metrics.jsonl, or several merged: means over pairs, and the numbers of updates and pairs.
 
-    `length_weight` is what `length_correlation` counts: a line's pairs less one, the inverse of the variance that a
-    correlation by chance has; 0 where there is none.
+    `length_weight` is the weight of `length_correlation`: a line's pairs minus one, the inverse variance of a
+    correlation by chance; 0 if there is no correlation.
     """
 
     step: int
@@ -77,7 +76,7 @@ _MEANS = (
 
 
 def read_line(step: int, metrics: Mapping[str, float | None], *, updates: int) -> Line | None:
-    """The training line of `updates` updates up to `step`; None for other lines, and where a number is not finite."""
+    """Reads the training line of `updates` updates up to `step`; None for other lines, or if a number is not finite."""
     values = {name: metrics.get(name) for name in (*_MEANS, "pairs")}
     means = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     if len(means) < len(values):
@@ -88,8 +87,8 @@ def read_line(step: int, metrics: Mapping[str, float | None], *, updates: int) -
     return Line(step, updates, pairs, means, length_correlation=correlation or 0.0, length_weight=weight)
 
 
-def merged(lines: Sequence[Line]) -> Line:
-    """Several lines in a row as one, with the last one's step."""
+def merge_lines(lines: Sequence[Line]) -> Line:
+    """Merges consecutive lines to one, with the last one's step."""
     pairs = sum(line.pairs for line in lines)
     weight = sum(line.length_weight for line in lines)
     correlation = sum(line.length_weight * line.length_correlation for line in lines)
@@ -104,10 +103,10 @@ def merged(lines: Sequence[Line]) -> Line:
 
 
 class History:
-    """The latest lines and blocks of a run, as many as rules look at, its first window, and what was trained so far."""
+    """The latest lines and blocks of a run, as many as the rules use, its first window, and totals of the training."""
 
     def __init__(self, *, whole: bool = True) -> None:
-        """`whole`: it begins where the run does, so that its first window is that of an untrained policy."""
+        """`whole`: it starts at the run's beginning, so that the first window is that of an untrained policy."""
         self.whole = whole
         self.lines: deque[Line] = deque(maxlen=max(CLIPPED_UPDATES, SPIKE_LINES + 1))
         self.blocks: deque[Line] = deque(maxlen=LONG_WINDOW)
@@ -118,7 +117,7 @@ class History:
         self._open: list[Line] = []
 
     def add(self, line: Line) -> bool:
-        """Appends a line; whether that completes a block."""
+        """Appends a line; returns True if that completes a block."""
         self.lines.append(line)
         self.updates += line.updates
         self.pairs += line.pairs
@@ -126,16 +125,16 @@ class History:
         self._open.append(line)
         if sum(line.pairs for line in self._open) < BLOCK_PAIRS:
             return False
-        self.blocks.append(merged(self._open))
+        self.blocks.append(merge_lines(self._open))
         self._open = []
         if self.first is None and len(self.blocks) >= WINDOW:
-            self.first = merged(list(self.blocks))
+            self.first = merge_lines(list(self.blocks))
         return True
 
     def has_trained(self, facts: RunFacts) -> bool:
-        """Whether TRAINED_PAIRS are done, each counted by the share that its learning rate is of the peak's."""
+        """True if TRAINED_PAIRS pairs are done, each weighted by its learning rate relative to the peak."""
         return self.lr_pairs >= TRAINED_PAIRS * facts.peak_lr
 
     def latest(self, blocks: int) -> list[Line]:
-        """So many latest blocks, in order; [] where there are not so many."""
+        """The latest `blocks` blocks in order; [] if there are fewer."""
         return list(self.blocks)[-blocks:] if len(self.blocks) >= blocks else []

@@ -1,6 +1,6 @@
-"""Says hints at an unhealthy run as they begin and end, and keeps them in health.json. For one rank.
+"""Logs hints at an unhealthy run when they begin and end, and stores them in health.json. For one rank.
 
-Like a tracker it never stops a run: what fails is a warning.
+Like a tracker it never stops a run: errors become warnings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ logger = get_logger(__name__)
 
 
 class HealthLog:
-    """The health of a run that goes on from `resume_step` (0: a fresh start).
+    """The health of a run that continues from `resume_step` (0: a fresh start).
 
-    What came before is taken from metrics.jsonl and not said again; without that file only the hints are known that
-    health.json has, and `anew` too, where earlier lines are no measure of what comes. `locate_row` tells
-    where in the data a row is.
+    Earlier hints are restored from metrics.jsonl and not logged again. Without that file, or with `anew` (if earlier
+    lines can't be compared with later ones), only the hints in health.json are known. `locate_row` maps a row of the
+    data to its location in words.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class HealthLog:
         self._write()
 
     def observe(self, step: int, metrics: Mapping[str, float], rows: Sequence[int]) -> None:
-        """Takes a logged line in, with the rows of its steepest update; says and writes down what it changes."""
+        """Observes a logged line, with the rows of its largest gradient norm; logs and stores the changes."""
         try:
             changes = self.health.observe(step, metrics, rows)
             for change in changes:
-                self._say(change, step)
+                self._log_change(change, step)
         except Exception as error:
             self._warn(f"health: step {{}} can't be judged ({error!r}; the run goes on)", step)
             return
@@ -74,7 +74,7 @@ class HealthLog:
         logger.info("health: %s%s", verdict, more)
         return verdict
 
-    def _say(self, change: Change, step: int) -> None:
+    def _log_change(self, change: Change, step: int) -> None:
         hint = change.hint
         if not change.begins:
             logger.info("health: %s has ended: it held last at step %d, now is %d", hint.name, hint.last_step, step)
@@ -88,7 +88,7 @@ class HealthLog:
         return f"health: {hint.name} at step {hint.first_step}: {hint.message}{rows}. {hint.advice} (docs/health.md)"
 
     def _warn(self, text: str, step: int = 0) -> None:
-        """Says each text once, whatever its step."""
+        """Logs each text once, whatever its step."""
         if text not in self._told:
             self._told.add(text)
             logger.warning("%s", text.replace("{}", str(step)))
@@ -103,23 +103,23 @@ class HealthLog:
 
 
 def _health_before(run_dir: Path, facts: RunFacts, resume_step: int, *, anew: bool) -> Health:
-    """The health that a run had when it was at `resume_step`, from its files."""
+    """Restores a run's health at `resume_step` from its files."""
     metrics, path = run_dir / "metrics.jsonl", run_dir / "health.json"
     known = path.is_file()
-    # What metrics.jsonl lacks: where the run began, and which rows a hint has named.
+    # Information that metrics.jsonl lacks: the run's first step, and the rows of its hints.
     report: dict[str, Any] = {"begun_after": 0, "hints": []}
     if known:
         report |= json.loads(path.read_text(encoding="utf-8"))
     told = [Hint(**hint) for hint in report["hints"] if hint["first_step"] <= resume_step]
-    # Those that come before it are of other data or another loss.
+    # Earlier lines are of other data or another loss.
     lines = [line for line in _training_lines(metrics, resume_step) if line[0] > report["begun_after"]]
     if anew or not lines:
         return Health(facts, begun_after=resume_step, hints=told)
     begun_after = report["begun_after"]
     if not known and len(lines) > 1:
-        # The first line speaks for as many updates as the next, and not for what nobody has heard.
+        # The first line has as many updates as the next one; updates before those have not been observed.
         begun_after = max(0, 2 * lines[0][0] - lines[1][0])
-    # What was told before that is in no line of its own.
+    # Hints before `begun_after` can't be derived from the lines.
     health = Health(facts, begun_after=begun_after, hints=[hint for hint in told if hint.first_step <= begun_after])
     rows = {(hint.name, hint.first_step): hint.rows for hint in told}
     for step, line in lines:
@@ -135,7 +135,7 @@ def _training_lines(path: Path, last_step: int) -> list[tuple[int, dict[str, Any
         return []
     try:
         found = [(line["step"], line) for _, line in lines_up_to(path, last_step)]
-        return [(step, line) for step, line in found if "lr" in line]  # those of skipped updates too
+        return [(step, line) for step, line in found if "lr" in line]  # those of skipped updates included
     except (OSError, ValueError, TypeError) as error:
         logger.warning("health: what came before step %d can't be read (%r): it is not judged", last_step, error)
         return []

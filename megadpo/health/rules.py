@@ -1,7 +1,7 @@
-"""What hints at an unhealthy run, rule by rule: pure functions of the training lines of metrics.jsonl.
+"""The rules that hint at an unhealthy run: pure functions of the training lines of metrics.jsonl.
 
 Each rule's docstring says when it holds; docs/health.md has the same as a table, with sources. Blocks and windows are
-those of health_history.py.
+defined in history.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megadpo.health.history import (
     History,
     Line,
     RunFacts,
-    merged,
+    merge_lines,
 )
 
 # Thresholds, as docs/health.md has them.
@@ -57,17 +57,21 @@ def _found(text: str, **evidence: float) -> Finding:
 
 
 def chosen_reward_falling(history: History, facts: RunFacts) -> Finding | None:
-    """The chosen responses lose, and lose much beside what the margin gains.
+    """The chosen rewards fall, by much compared with the gain of the margin.
 
     From the first window to the long one the mean chosen reward has fallen by more than 0.25 and by more than 1.5 times
-    what the margin has gained, with 3 standard errors of the long window's mean (by the spread of its blocks) to spare;
-    and it is lower in the later half of the long window than in the earlier. Rewards without a reference are per token:
-    there it is 0.1 nats per token in 0.25's place. Not judged where the loss pushes chosen responses down (apo_down).
+    the gain of the margin, plus 3 standard errors of the long window's mean (from the spread of its blocks); and it is
+    lower in the later half of the long window than in the earlier. Without a reference rewards are per token, and the
+    limit is 0.1 nats per token instead of 0.25. Not judged if the loss lowers chosen responses (apo_down).
     """
     latest, first = history.latest(LONG_WINDOW), history.first
     if not latest or first is None or not facts.raises_chosen:
         return None
-    now, earlier, later = merged(latest), merged(latest[: LONG_WINDOW // 2]), merged(latest[LONG_WINDOW // 2 :])
+    now, earlier, later = (
+        merge_lines(latest),
+        merge_lines(latest[: LONG_WINDOW // 2]),
+        merge_lines(latest[LONG_WINDOW // 2 :]),
+    )
     error = stdev(block["rewards/chosen"] for block in latest) / math.sqrt(LONG_WINDOW)
     lost, gained = first["rewards/chosen"] - now["rewards/chosen"], now["rewards/margins"] - first["rewards/margins"]
     least = FALL if facts.has_reference else FALL_PER_TOKEN * facts.beta
@@ -86,15 +90,15 @@ def chosen_reward_falling(history: History, facts: RunFacts) -> Finding | None:
 
 
 def margin_saturating(history: History, facts: RunFacts) -> Finding | None:
-    """The window's mean loss lies within the last tenth of the way from its value without preference to its least one.
+    """The window's mean loss is within the last tenth of the way from its value without preference to its minimum.
 
-    With the sigmoid loss a pair's gradient is scaled by σ(−βd), which is nearly the loss once that is small: little is
-    left to learn from. Not judged where a part of the loss has no reference.
+    With the sigmoid loss a pair's gradient is scaled by σ(−βd), which is nearly the loss once that is small, so that
+    little is left to learn. Not judged if a part of the loss has no reference.
     """
     latest, first = history.latest(WINDOW), history.first
     if not latest or first is None or facts.loss_at_start is None or facts.least_loss is None:
         return None
-    now = merged(latest)
+    now = merge_lines(latest)
     if not now["loss"] - facts.least_loss < LOSS_LEFT * (facts.loss_at_start - facts.least_loss):
         return None
     return _found(
@@ -113,17 +117,17 @@ def margin_saturating(history: History, facts: RunFacts) -> Finding | None:
 
 
 def accuracy_flat(history: History, facts: RunFacts) -> Finding | None:
-    """The accuracy does not stand out from guessing.
+    """The accuracy is not significantly better than chance.
 
-    Over the latest LONG_WINDOW blocks, 2048 pairs or more, it is less than one standard error of a fair coin's
-    (0.5/√pairs) above 0.5; from TRAINED_PAIRS pairs on, each counted by the share that its learning rate is of the
-    peak's, so that a warm-up counts little. Without a reference no policy starts at chance: there neither accuracy nor
+    Over the latest LONG_WINDOW blocks, 2048 pairs or more, it is less than one standard error of a fair coin
+    (0.5/√pairs) above 0.5. Judged from TRAINED_PAIRS pairs on, each weighted by its learning rate relative to the peak,
+    so that a warm-up counts little. Without a reference a policy does not start at chance: then neither accuracy nor
     margin is above the first window's, and only a run that is known from its start is judged.
     """
     latest, first = history.latest(LONG_WINDOW), history.first
     if not latest or first is None or not history.has_trained(facts):
         return None
-    now = merged(latest)
+    now = merge_lines(latest)
     if not facts.has_reference:
         risen = any(now[metric] > first[metric] for metric in ("rewards/accuracies", "rewards/margins"))
         if risen or not history.whole:
@@ -156,13 +160,13 @@ def kl_drift(history: History, facts: RunFacts) -> Finding | None:
 
     Measured by the window's mean log-ratios, rewards/β, of chosen (u) and rejected (v) responses alike: |u| + |v| per
     token of both, and half of it per response. It is an estimate on the data's responses; the KL divergence itself is a
-    mean over responses that the policy would write, which nobody has sampled. Where the loss aims at a distance (ipo
-    per token), twice that takes the place of 1 nat, if it is more.
+    mean over samples of the policy, of which there are none. If the loss aims at a distance (ipo per token), the limit
+    is twice that instead of 1 nat, if it is more.
     """
     latest = history.latest(WINDOW)
     if not latest or not facts.has_reference:
         return None
-    now = merged(latest)
+    now = merge_lines(latest)
     u, v = now["rewards/chosen"] / facts.beta, now["rewards/rejected"] / facts.beta
     moved = abs(u) + abs(v)
     per_token = moved / (now["lengths/chosen"] + now["lengths/rejected"])
@@ -179,15 +183,16 @@ def kl_drift(history: History, facts: RunFacts) -> Finding | None:
 
 
 def length_bias(history: History, facts: RunFacts) -> Finding | None:
-    """Margins follow lengths: the mean of the window's length correlations is beyond 0.5 either way.
+    """Margins correlate with lengths: the mean of the window's length correlations is above 0.5 or below -0.5.
 
-    From TRAINED_PAIRS pairs on, as with `accuracy_flat`, since the first margins are hardly more than rounding. A
-    line's correlation counts with its pairs less one; these come to 256 or more: a standard error of 0.06 or less.
+    Judged from TRAINED_PAIRS pairs on, as in `accuracy_flat`, since the first margins are hardly more than rounding. A
+    line's correlation has the weight of its pairs minus one; their sum must be 256 or more, for a standard error of at
+    most 0.06.
     """
     latest = history.latest(WINDOW)
     if not latest or not history.has_trained(facts):
         return None
-    now = merged(latest)
+    now = merge_lines(latest)
     r = now.length_correlation
     if not (now.length_weight >= LEAST_LENGTH_WEIGHT and abs(r) > LENGTH_CORRELATION):
         return None
@@ -228,25 +233,26 @@ def gradient_always_clipped(history: History, facts: RunFacts) -> Finding | None
 
 
 def loss_spike(history: History, facts: RunFacts) -> Finding | None:
-    """The line's loss is more than twice the median of the SPIKE_LINES lines before, and far out; see `_spike`."""
+    """The line's loss is more than twice the median of the SPIKE_LINES lines before, and an outlier; see `_spike`."""
     return _spike("loss", "loss", history.lines, factor=LOSS_FACTOR)
 
 
 def grad_norm_spike(history: History, facts: RunFacts) -> Finding | None:
-    """The line's gradient norm is more than 10 times the median of the SPIKE_LINES lines before, and far out.
+    """The line's gradient norm is more than 10 times the median of the SPIKE_LINES lines before, and an outlier.
 
-    In a tiny model's run on contradicting labels, one norm in sixty was 6 times the median: tails are heavy.
+    The factor is large because tails are heavy: in a tiny model's run on contradicting labels, one norm in sixty was 6
+    times the median.
     """
     return _spike("gradient norm", "grad_norm", history.lines, factor=NORM_FACTOR)
 
 
 def _spike(name: str, metric: str, lines: Iterable[Line], *, factor: float) -> Finding | None:
-    """Whether the latest value is `factor` times the median of those before it, and 6 deviations above it.
+    """Returns a finding if the latest value is `factor` times the median of those before, and 6 deviations above it.
 
-    In logarithms, since both numbers are skewed. A deviation is 1.4826 times the median distance from the median, which
-    for normal numbers is the standard deviation, and 0.05 at least. At least half of the SPIKE_LINES values before must
-    be there; a loss that is not positive has no logarithm, and is not judged. Nor are lines of under half the usual
-    pairs, which are noisier (an epoch's last batch), and what came before is without them.
+    It is computed in logarithms, since both numbers are skewed. A deviation is 1.4826 times the median distance from
+    the median, which for normal numbers is the standard deviation, and at least 0.05. At least half of the SPIKE_LINES
+    values before must exist. A loss that is not positive has no logarithm and is not judged. Lines with less than half
+    the usual pairs (an epoch's last batch) are noisier; they are neither judged nor among the values before.
     """
     latest = list(lines)
     usual = median(line.pairs for line in latest)
@@ -269,11 +275,11 @@ def _spike(name: str, metric: str, lines: Iterable[Line], *, factor: float) -> F
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A hint's rule by name, and what to try.
+    """A rule with the name of its hint, and advice.
 
-    It is judged whenever a block is complete, or, where `every_line`, with each line: it speaks of that line alone
-    then, so that its rows are worth a look. The hint has ended when the rule was judged `quiet` times without holding.
-    Not judged for a loss without preference where `of_preference`; `note`: it may well be what is wanted.
+    It is judged whenever a block is complete, or with each line if `every_line`: then it is about that line only, whose
+    rows are worth a look. The hint has ended when the rule was judged `quiet` times without holding. `of_preference`:
+    not judged for a loss without preference; `note`: it may be intended.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which model replica the others wait for: one that is busy much longer before gradients can be exchanged."""
+"""Finds model replicas that the others wait for: they are busy much longer before gradients can be exchanged."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Judged over so many steps at least: single ones differ by their pairs.
+# Minimum number of steps to judge: single steps differ by their pairs.
 _STEPS = 10
-# Busy so many times as long as the others' median, and as they would be with as much work. Replicas don't get equal
-# work: of nine microbatches for eight, one of them computes two, and it is the same one in every step.
+# A slow replica is busy this many times as long as the others' median, both absolute and relative to its work. Replicas
+# do not get equal work: of nine microbatches for eight replicas one computes two, and the same one in every step.
 _SLOW = 1.5
-# Seconds a step that others wait at least, to be worth a look.
+# Minimum of the seconds per step that others wait, to be reported.
 _WAIT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class BusyTime:
-    """What a rank did over some steps: seconds until its gradients were there, some of them waiting for its data.
+    """A rank's time over some steps: seconds until its gradients were ready, of which `data_s` waiting for its data.
 
-    `replica` is its data-parallel rank. The ranks of one replica wait for each other, so that they are busy together,
-    with the same work, `flops` of it.
+    `replica` is its data-parallel rank. The ranks of one replica wait for each other, so they are busy together, with
+    the same work of `flops`.
     """
 
     replica: int
@@ -32,7 +32,7 @@ class BusyTime:
 
 
 class StragglerWatch:
-    """Adds up what all ranks were busy with and says which replica is slow, once each time that it begins to be."""
+    """Sums the busy times of all ranks, and reports a slow replica once each time that it becomes slow."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -42,7 +42,7 @@ class StragglerWatch:
         self._slow: set[int] = set()
 
     def observe(self, step: int, steps: int, busy: Sequence[BusyTime]) -> list[str]:
-        """What is to be said after `step`, the last of `steps` that all ranks (by number) were `busy` with."""
+        """Adds all ranks' `busy` times of `steps` steps, the last of which is `step`; returns lines to log."""
         self._steps += steps
         for rank, own in enumerate(busy):
             self._seconds[rank] += own.seconds

@@ -1,8 +1,8 @@
-"""Where every rank of a run is, and the end of a run that stands still.
+"""Watches for hung ranks: reports what every rank is doing, and ends a run that does not progress.
 
-A collective waits until all ranks have come. One that was stopped, or hangs, leaves the others waiting, and a timeout
-of their process group names the collective that did not end, not who is missing. So each rank tells a store once in a
-while where it is; one that has stood at one place for too long reads what all have told, says it, and ends.
+A collective waits until all ranks have called it. A rank that was stopped, or hangs, leaves the others waiting, and the
+timeout of their process group names the collective that did not end, not the missing rank. So each rank regularly
+publishes its status in a store; one that has not moved for too long reads and logs all ranks' statuses, and ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megadpo.runtime.rank_logging import get_logger
 
 logger = get_logger(__name__)
 
-# Exit status of a rank that has waited too long: EX_SOFTWARE of sysexits.h.
+# Exit status of a rank that has waited too long (EX_SOFTWARE of sysexits.h).
 STUCK = 70
 _PUBLISH_S = 5.0
 _ANSWER_S = 10.0
@@ -33,29 +33,29 @@ _UNREADABLE = "their places can't be read ({}): the machine that keeps them, ran
 
 
 class Store(Protocol):
-    """Keys and values that all ranks see, such as torch.distributed's."""
+    """A key-value store shared by all ranks, such as torch.distributed's."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Keeps a value."""
+        """Stores a value."""
 
     def get(self, key: str, /) -> bytes:
-        """A value that was kept; waits for it."""
+        """Returns a value; waits until it exists."""
 
     def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """The values of several keys, by one question; waits for them."""
+        """Returns the values of several keys by one request; waits until they exist."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all keys have a value."""
+        """Returns True if all keys have a value."""
 
     def set_timeout(self, timeout: timedelta, /) -> None:
-        """How long it may take to answer."""
+        """Sets the timeout of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """What a rank does in which step, in which line of the program, and for how long already.
+    """A rank's step and activity, its current line of the program, and the seconds since it last moved.
 
-    `turn` counts what the rank has told; no clocks of different machines are compared.
+    `turn` counts the rank's publications, so that clocks of different machines need not be compared.
     """
 
     step: int
@@ -100,11 +100,11 @@ class HangWatchdog:
             thread.join(_ANSWER_S)
 
     def report(self, step: int, doing: str) -> None:
-        """Notes that this rank now does something else."""
+        """Records the step and activity of this rank, which counts as moving."""
         self._current = (step, doing, time.monotonic())
 
     def report_phase(self, doing: str) -> None:
-        """Notes that in the same step this rank now does something else."""
+        """Records a new activity of this rank in the same step."""
         self.report(self._current[0], doing)
 
     def _publish(self, store: Store) -> None:
@@ -112,7 +112,7 @@ class HangWatchdog:
         while not self._over.is_set():
             try:
                 self._publish_once(store)
-            except Exception as error:  # whatever a store raises that is gone; the run itself does not need it
+            except Exception as error:  # any error of a store that is gone; the run itself does not need it
                 logger.debug("where this rank is can't be told: %s", error)
             self._over.wait(self._publish_s)
 
@@ -131,7 +131,9 @@ class HangWatchdog:
             responding = responding_ranks(before, after)
             others = [other.stood_s for rank, other in responding.items() if rank != self._rank]
             left_s = self._patience_s - min(others, default=self._patience_s)
-            if left_s > 0:  # who moves will let this rank go on, or stand too: not before then need it be asked again
+            if (
+                left_s > 0
+            ):  # a rank that moves will let this one continue, or stop too; no need to ask again before that
                 pause_s = max(left_s, self._publish_s)
             else:
                 self._end(
@@ -146,15 +148,15 @@ class HangWatchdog:
         store.set(_key(self._rank), json.dumps(asdict(status)))
 
     def _ask_all(self, store: Store) -> tuple[list[RankStatus | None], list[RankStatus | None]] | Exception:
-        """Where all ranks are, read twice, so that silent ones are seen; why it can't be read where it can't."""
+        """Reads all ranks' statuses twice, to detect silent ones; returns the error if they can't be read."""
         answers: queue.Queue[tuple[list[RankStatus | None], list[RankStatus | None]] | Exception] = queue.Queue()
 
         def read_twice() -> None:
             try:
                 before = self._read_all(store)
-                time.sleep(3 * self._publish_s)  # turns, of which one that lives can't miss all
+                time.sleep(3 * self._publish_s)  # three turns, of which a live rank publishes at least one
                 answers.put((before, self._read_all(store)))
-            except Exception as error:  # whatever a store raises that is gone
+            except Exception as error:  # any error of a store that is gone
                 answers.put(error)
 
         threading.Thread(target=read_twice, daemon=True).start()
@@ -164,7 +166,7 @@ class HangWatchdog:
             return TimeoutError("no answer")
 
     def _end(self, statuses: str, *, speaks: bool) -> NoReturn:
-        """Says where all ranks are and ends the process: the main thread may never come back from where it waits."""
+        """Logs all ranks' statuses and ends the process, since the main thread may never return from its call."""
         if speaks:
             logger.error(
                 "no rank has moved for %.0f s (parallel.timeout_s): a rank is missing, or hangs; if one is only slow, "
@@ -174,7 +176,7 @@ class HangWatchdog:
                 statuses,
             )
         else:
-            # Leaving first would have the launcher end the one that speaks, which may have asked so much later.
+            # If this rank left first, the launcher would end the one that logs, which may have asked that much later.
             time.sleep(_ANSWER_S / 2 + 4 * self._publish_s)
         os._exit(STUCK)
 
@@ -186,7 +188,7 @@ class HangWatchdog:
 
 
 def describe_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> list[str]:
-    """Lines about all ranks, read twice: those that are silent first, each alone; others by status, together."""
+    """Describes all ranks from two readings: silent ones first, each on a line; others grouped by status."""
     silent = silent_ranks(before, after)
     lines = []
     for rank in silent:
@@ -208,13 +210,13 @@ def describe_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStat
 
 
 def silent_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> list[int]:
-    """The ranks that have told nothing between two readings."""
+    """Ranks that have published nothing between two readings."""
     responding = responding_ranks(before, after)
     return [rank for rank in range(len(after)) if rank not in responding]
 
 
 def responding_ranks(before: Sequence[RankStatus | None], after: Sequence[RankStatus | None]) -> dict[int, RankStatus]:
-    """The second reading's places of the ranks that have told something between two readings."""
+    """Statuses, from the second reading, of the ranks that have published something between two readings."""
     return {
         rank: second
         for rank, (first, second) in enumerate(zip(before, after, strict=True))
@@ -231,7 +233,7 @@ def _described(status: RankStatus) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0-2, 5`."""
+    """Formats ranks as `rank 3` or `ranks 0-2, 5`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][-1] == rank - 1:

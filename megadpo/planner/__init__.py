@@ -1,7 +1,7 @@
-"""What a layout takes before anything is loaded: memory, communication, the pipeline's bubble and the time of a step.
+"""Plans a layout before anything is loaded: memory, communication, the pipeline's bubble and the time of a step.
 
-`plan` is exact where shapes decide (parameters, gradients, what a layer keeps for its backward) and arithmetic where
-machines do (times). Legend of names: T tokens of a microbatch's stream, H hidden size.
+`plan` is exact in quantities that follow from shapes (parameters, gradients, saved activations), and an estimate in
+those that depend on machines (times). Legend of names: T tokens of a microbatch's stream, H hidden size.
 """
 
 from megadpo.planner.job import Cluster, Job, Layout, MemoryKnobs, PairLengths

@@ -1,7 +1,7 @@
-"""What a step costs: microbatches, FLOPs, bytes that a rank sends, and the least time that these take on a card.
+"""The cost of a step: microbatches, FLOPs, bytes that a rank sends, and the minimum time for these on a GPU.
 
-A time here is a floor: matrix products at the data sheet's dense rate, links at theirs, everything overlapped. What
-fraction of it a real step reaches is for measurements to say.
+Times are lower bounds: matrix products at the data sheet's dense rate, links at theirs, and everything overlapped. The
+fraction that a real step reaches must be measured.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from megadpo.planner.pipeline import bubble_share
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepLoad:
-    """One step's work: pairs, microbatches of a rank, the longest stream, tokens with and without padding, FLOPs.
+    """The work of one step: pairs, microbatches per rank, the longest stream, tokens with and without padding, FLOPs.
 
-    `rank_tokens` are the computed ones of the data rank that has most.
-
-    `flops` are those of `flops.step_flops`, from true lengths; `linear`, `attention` and `head` are their parts in one
-    forward pass of the policy. `logical_tokens` counts every prompt twice.
+    `rank_tokens` are the computed tokens of the data rank that has the most. `flops` is that of `flops.step_flops`,
+    from true lengths; `linear`, `attention` and `head` are its parts in one forward pass of the policy.
+    `logical_tokens` counts every prompt twice.
     """
 
     pairs: int
@@ -44,7 +43,7 @@ class StepLoad:
     reference_forward: int
 
     def bubble(self, layout: Layout) -> float:
-        """The pipeline's idle time over its working time."""
+        """Ratio of the pipeline's idle time to its working time."""
         return bubble_share(stages=layout.pipeline, chunks=layout.virtual_pipeline, microbatches=self.microbatches)
 
     @property
@@ -55,7 +54,7 @@ class StepLoad:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that the busiest rank sends in a step, over tensor groups, between stages and over data groups."""
+    """Bytes that the busiest rank sends in a step: in its tensor group, between stages, and in its data group."""
 
     tensor: int
     pipeline: int
@@ -64,9 +63,9 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """The least seconds of a step by what limits it; `step` is the largest, `bottleneck` its name.
+    """Lower bounds of a step's seconds by resource; `step` is the largest, `bottleneck` its name.
 
-    `serial` is what the step takes at the same rates when nothing overlaps.
+    `serial` is the time at the same rates if nothing overlaps.
     """
 
     compute: float
@@ -77,7 +76,7 @@ class Floor:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds by what limits them; the pipeline's bubble belongs to computing."""
+        """Seconds by resource; the pipeline's bubble belongs to computing."""
         return {
             "compute": self.compute + self.bubble,
             "memory bandwidth": self.memory,
@@ -87,22 +86,22 @@ class Floor:
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Lower bound of a step's seconds."""
         return max(self.parts.values())
 
     @property
     def bottleneck(self) -> str:
-        """What the step waits for."""
+        """Name of the resource that limits the step."""
         return max(self.parts, key=lambda name: self.parts[name])
 
     @property
     def serial(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
+        """Lower bound of a step's seconds if nothing overlaps."""
         return sum(self.parts.values())
 
 
 def step_load(job: Job, pairs: Sequence[PairLengths]) -> StepLoad:
-    """The work of a step on such pairs: the schedule that training would make of them."""
+    """Computes the work of a step on these pairs, with the schedule that training would use."""
     shape = job.batch_shape
     lengths = [job.stream_tokens(pair) for pair in pairs]
     rates = job.arch.flop_rates
@@ -140,10 +139,10 @@ def _forward(job: Job, rates: FlopRates, pair: PairLengths) -> int:
 
 
 def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Traffic:
-    """What the busiest rank sends in a step, by ring algorithms.
+    """Computes the bytes that the busiest rank sends in a step, by ring algorithms.
 
-    A layer under sequence parallelism gathers and scatters its rows twice in a forward; its backward does so too and
-    gathers its inputs twice more. Without it, two all-reduces take the place of either pair.
+    A layer under sequence parallelism gathers and scatters its rows twice in a forward; its backward does the same, and
+    gathers its inputs twice more. Without sequence parallelism, two all-reduces replace the pairs of either pass.
     """
     layout = job.layout
     recompute = job.knobs.recompute
@@ -164,7 +163,7 @@ def step_traffic(job: Job, load: StepLoad, stages: Sequence[StageMemory]) -> Tra
 
 
 def _recomputed_layers(recompute: Recompute, stage: StageMemory) -> int:
-    """Layers of a stage whose whole forward the backward runs again."""
+    """Number of layers of a stage that the backward recomputes completely."""
     if recompute.granularity != "full":
         return 0
     if not recompute.is_block:
@@ -174,12 +173,12 @@ def _recomputed_layers(recompute: Recompute, stage: StageMemory) -> int:
 
 
 def _others(ranks: int) -> float:
-    """Share of a ring's data that a rank sends on."""
+    """Share of a ring's data that each rank sends."""
     return (ranks - 1) / ranks
 
 
 def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic: Traffic) -> Floor | None:
-    """The least time of a step; None where the card is not known, or in fp32, for which no rate is listed."""
+    """Computes the minimum time of a step; None if the GPU is unknown, or in fp32, for which no rate is listed."""
     cluster, layout = job.cluster, job.layout
     if cluster.gpu is None or job.dtype.itemsize > 2:
         return None
@@ -187,7 +186,7 @@ def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic:
     node = cluster.gpus_per_node
     links = [
         (traffic.tensor, layout.tensor),
-        (traffic.data, layout.tensor * layout.data),  # data ranks stand side by side, each with its tensor ranks
+        (traffic.data, layout.tensor * layout.data),  # data ranks are placed side by side, each with its tensor ranks
         (traffic.pipeline, layout.world_size),
     ]
     inside = sum(sent for sent, reach in links if reach <= node)
@@ -203,7 +202,7 @@ def step_floor(job: Job, load: StepLoad, stages: Sequence[StageMemory], traffic:
 
 
 def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], stage: int) -> float:
-    """Seconds of matrix products of one stage's ranks, padding and what is computed again included."""
+    """Seconds of the matrix products of one stage's ranks, padding and recomputation included."""
     gpu, knobs = job.cluster.gpu, job.knobs
     assert gpu is not None
     quantised = job.fp8_share if gpu.fp8_tflops else 0.0
@@ -220,7 +219,7 @@ def _stage_seconds(job: Job, load: StepLoad, stages: Sequence[StageMemory], stag
 
 
 def _recomputed_linear(job: Job) -> float:
-    """Part of a layer's matrix products that selective recomputation does again: the feed-forward's."""
+    """Share of a layer's matrix products that selective recomputation repeats: the feed-forward's."""
     if "mlp" not in job.knobs.recompute.modules:
         return 0.0
     arch = job.arch
@@ -229,17 +228,17 @@ def _recomputed_linear(job: Job) -> float:
 
 
 def _recomputed_head(job: Job, load: StepLoad) -> int:
-    """1 where a microbatch's logits are more than one chunk, which the backward then makes again."""
+    """1 if a microbatch's logits are more than one chunk, which the backward then recomputes; else 0."""
     vocabulary = job.arch.padded_vocab_size(job.layout.tensor) // job.layout.tensor
     rows = load.response_tokens / (load.microbatches * job.layout.data)
     return int(rows > chunk_rows(vocabulary, dtype=job.dtype, logits_bytes=job.logits_mib * 2**20))
 
 
 def _bytes_touched(job: Job, load: StepLoad, stage: StageMemory) -> int:
-    """Bytes of weights, gradients and optimizer that a rank must read and write in a step.
+    """Bytes of weights, gradients and optimizer state that a rank must read and write in a step.
 
-    A microbatch reads the weights forward and backward and for the reference, and adds to the gradients; the update
-    reads gradients, reads and writes its state, and writes weights.
+    A microbatch reads the weights in the forward, in the backward and for the reference, and adds to the gradients; the
+    update reads gradients, reads and writes its state, and writes weights.
     """
     per_microbatch = 2 * stage.weights + stage.reference + stage.visiting + 2 * stage.gradients
     update = 2 * stage.optimizer + (stage.gradients + stage.weights) // job.layout.data

@@ -1,4 +1,4 @@
-"""What is planned: a model, a layout, the knobs that cost or save memory, the pairs of a step, the machines."""
+"""The inputs of a plan: a model, a layout, memory options, the pairs of a step, the machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megadpo.runtime.gpus import Gpu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How the ranks are shared out; `virtual_pipeline` is the number of model chunks of a stage."""
+    """The parallel layout; `virtual_pipeline` is the number of model chunks of a stage."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -28,12 +28,12 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the layout."""
+        """Number of ranks of the layout."""
         return self.tensor * self.pipeline * self.data
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that share the rows of a stream between the layers' matrix products."""
+        """Number of ranks that share the rows of a stream between the layers' matrix products."""
         return self.tensor if self.sequence_parallel else 1
 
     def __str__(self) -> str:
@@ -44,10 +44,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryKnobs:
-    """Settings that change what a parameter or a token takes, and nothing of the layout.
+    """Settings that change the memory per parameter or token, but not the layout.
 
-    `fp8` is a recipe of Transformer Engine's, which (first, last) `layers_in_bf16` are spared; `padded_for` is the
-    recipe to whose multiple streams are padded, which an emulated one asks for too. `reference` is its mode.
+    `fp8` is a recipe of Transformer Engine's, except in (first, last) `layers_in_bf16`. Streams are padded to
+    the multiple of the recipe `padded_for`, which may also be an emulated one. `reference` is the reference's mode.
     """
 
     recompute: Recompute = field(default_factory=Recompute)
@@ -60,13 +60,13 @@ class MemoryKnobs:
 
     @property
     def runs_reference(self) -> bool:
-        """Whether a step has a pass of the reference."""
+        """True if a step has a pass of the reference."""
         return self.reference in ("resident", "offload")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """The machines: what one card can do (None: not known), the memory to plan for (None: not judged)."""
+    """The machines: the data of one GPU (None: unknown), and the memory to plan for (None: not judged)."""
 
     gpu_name: str | None = None
     gpu: Gpu | None = None
@@ -77,7 +77,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class PairLengths:
-    """Tokens of a pair's prompt and of its responses."""
+    """Numbers of tokens of a pair's prompt and its responses."""
 
     prompt: int
     chosen: int
@@ -86,10 +86,10 @@ class PairLengths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """All that a plan depends on.
+    """All inputs of a plan.
 
-    `steps` are the pairs of each step that is looked at, `lengths_from` says where their lengths come from. The longest
-    pair of the data makes a stream of `longest_pair` tokens. `attention` is the kernel whose memory is counted.
+    `steps` are the pairs of each step to plan, `lengths_from` names the origin of their lengths. The longest pair of
+    the data needs a stream of `longest_pair` tokens. `attention` is the kernel whose memory is counted.
     """
 
     name: str
@@ -113,12 +113,12 @@ class Job:
         return 0.0 if self.knobs.fp8 is None else 1 - sum(self.knobs.layers_in_bf16) / self.arch.num_layers
 
     def stream_tokens(self, pair: PairLengths) -> int:
-        """Tokens that a pair takes in a stream."""
+        """Number of tokens of a pair in a stream."""
         return stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
 
     @property
     def batch_shape(self) -> BatchShape:
-        """What layout and FP8 recipe ask of a batch, for data-parallel rank 0."""
+        """Requirements of layout and FP8 recipe on a batch, for data-parallel rank 0."""
         layout = self.layout
         return BatchShape(
             data_rank=0,
@@ -132,14 +132,14 @@ class Job:
 
     @property
     def longest_stream(self) -> int:
-        """Tokens of the longest pair."""
+        """Number of tokens of the longest pair."""
         return max(self.longest_pair, *(self.stream_tokens(pair) for step in self.steps for pair in step))
 
     @property
     def widest_stream(self) -> int:
-        """Tokens of the longest stream that a step may have: what memory is planned for.
+        """Number of tokens of the longest possible stream of a step, for which memory is planned.
 
-        A full budget, or a longer pair; less where all pairs of a step don't fill it.
+        It is a full budget, or a longer pair; less if all pairs of a step do not fill the budget.
         """
         whole_steps = (sum(self.stream_tokens(pair) for pair in step) for step in self.steps)
         widest = max(self.longest_stream, min(self.tokens_per_microbatch, max(whole_steps)))

@@ -1,4 +1,4 @@
-"""Bytes of a rank of each pipeline stage: what it always holds, and what a step's microbatches take at once."""
+"""Memory of a rank of each pipeline stage: what it always holds, and the peak of a step's microbatches."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from megadpo.planner.pipeline import peak_in_flight, stage_work
 from megadpo.planner.rehearsal import Footprint, Rehearsals, StagePosition, Stream
 from megadpo.planner.shards import Shard
 
-# What a card holds besides tensors. Not measured by this project on a GPU: the CUDA context with its kernels, cuBLAS
-# workspaces and NCCL's buffers take one to three GB, and the allocator's gaps a few per cent.
+# GPU memory besides tensors. Not measured by this project on a GPU: the CUDA context with its kernels, cuBLAS
+# workspaces and NCCL's buffers take one to three GB, and fragmentation of the allocator a few per cent.
 CONTEXT_BYTES = 2 * 2**30
 FRAGMENTATION = 0.05
 _FP32 = 4
 
-# Under FP8 Transformer Engine holds every weight of a layer's matrix quantised beside the bf16 one, once for the
-# forward and, where there are gradients, once for theirs. Scales of blocks count as a part of a byte.
+# Under FP8 Transformer Engine holds every weight of a layer's matrix quantised beside the bf16 one: once for the
+# forward and, if there are gradients, once for these. Scales of blocks count as a fraction of a byte.
 _FP8_COPIES_TRAINED, _FP8_COPIES_FROZEN = 2, 1
 _SCALE_BYTES = {"tensorwise": 0.0, "delayed": 0.0, "blockwise": 4 / 128, "mxfp8": 1 / 32}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """Bytes of one rank of a stage. `peak` is the most of what the three phases of a step take.
+    """Bytes of one rank of a stage. `peak` is the maximum over the three phases of a step.
 
-    `activations` and `head` are those at the peak of the policy's forward and backward passes, `workspace` Megatron's
-    gathering buffer for sequence parallelism and the messages between stages. `reference` are the weights that are
-    there all the time, `visiting` those that come in for its pass; `scoring` is that pass above what is always there,
-    `update` the optimizer's. `host` is what the host holds instead: optimizer state, and an offloaded reference.
+    `activations` and `head` are those at the peak of the policy's forward and backward passes; `workspace` is
+    Megatron's gather buffer for sequence parallelism and the messages between stages. `reference` is weights that are
+    always on the device, `visiting` those that are copied there for the reference's pass; `scoring` is additional
+    memory of that pass, `update` of the optimizer's. `host` is host memory: optimizer state and offloaded reference.
     """
 
     stage: int
@@ -50,29 +50,29 @@ class StageMemory:
 
     @property
     def always(self) -> int:
-        """What is there all the time: weights, gradients, optimizer, reference, buffers that were used once."""
+        """Memory that is always allocated: weights, gradients, optimizer, reference, buffers after their first use."""
         return self.weights + self.gradients + self.optimizer + self.reference + self.workspace
 
     @property
     def peak(self) -> int:
-        """Bytes of living tensors at the worst moment of a step."""
+        """Peak of the bytes of all tensors in a step."""
         return self.always + max(self.activations + self.head, self.scoring, self.update)
 
     @property
     def allowance(self) -> int:
-        """What a GPU needs besides tensors."""
+        """Memory that a GPU needs besides tensors."""
         return CONTEXT_BYTES + round(FRAGMENTATION * self.peak)
 
     @property
     def total(self) -> int:
-        """Memory that a card must have."""
+        """Memory that a GPU must have."""
         return self.peak + self.allowance
 
 
 def stage_memory(
     job: Job, stage: int, shard: Shard, reference: Shard, stream: Stream, microbatches: int, rehearsals: Rehearsals
 ) -> StageMemory:
-    """The memory of one stage's ranks in a step of `microbatches`, each at most the given stream."""
+    """Computes the memory of one stage's ranks in a step of `microbatches`, each at most as long as `stream`."""
     prints = _chunk_footprints(job, stage, shard, stream, rehearsals, head=True)
     headless = _chunk_footprints(job, stage, shard, stream, rehearsals, head=False)
     in_flight = _in_flight(job, stage, prints, microbatches)
@@ -100,7 +100,7 @@ def stage_memory(
 
 
 def _message_bytes(job: Job, tokens: int) -> int:
-    """A message between stages: the hidden states of a rank's rows."""
+    """Size of a message between stages: the hidden states of a rank's rows."""
     return tokens // job.layout.sequence_ranks * job.arch.hidden_size * job.dtype.itemsize
 
 
@@ -109,7 +109,7 @@ def _gradient_bytes(job: Job) -> int:
 
 
 def _weight_bytes(job: Job, shard: Shard, numbers: int, *, fp8_copies: int) -> int:
-    """Weights in the model's format, `numbers` of them, and what FP8 adds to those of the layers' matrices."""
+    """Bytes of `numbers` weights in the model's format, and of the FP8 copies of the layers' matrices."""
     plain = numbers * job.dtype.itemsize
     if job.knobs.fp8 is None:
         return plain
@@ -117,9 +117,9 @@ def _weight_bytes(job: Job, shard: Shard, numbers: int, *, fp8_copies: int) -> i
 
 
 def _reference_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
-    """(on the device always, during its pass, on the host) bytes of the reference's weights on this rank.
+    """Bytes of the reference's weights on this rank: (always on the device, only during its pass, on the host).
 
-    Quantised copies that Transformer Engine has made of offloaded weights stay on the device.
+    Transformer Engine's quantised copies of offloaded weights stay on the device.
     """
     if not job.knobs.runs_reference:
         return 0, 0, 0
@@ -129,10 +129,10 @@ def _reference_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
 
 
 def _optimizer_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
-    """(on the device, on the host, the update's own) bytes of this rank's share of the optimizer.
+    """Bytes of this rank's share of the optimizer: (on the device, on the host, additionally in an update).
 
-    On the host lies a copy of the gradients too. An update of gradients in bf16 copies them in fp32, unless FusedAdam
-    takes them as they are; where a part is offloaded, Megatron keeps the copy of the other.
+    The host also has a copy of the gradients. An update with bf16 gradients copies them to fp32, unless FusedAdam takes
+    them as they are; if a part is offloaded, Megatron keeps that copy of the other part.
     """
     knobs = job.knobs
     numbers = -(-shard.buffer_parameters // job.layout.data)
@@ -146,7 +146,7 @@ def _optimizer_bytes(job: Job, shard: Shard) -> tuple[int, int, int]:
 
 
 def state_bytes(knobs: MemoryKnobs, dtype: torch.dtype) -> int:
-    """What the optimizer keeps of a parameter: an fp32 main weight, but for torch's AdamW in fp32, and two moments."""
+    """Bytes of optimizer state per parameter: an fp32 main weight (except in fp32 with torch's AdamW), two moments."""
     optimizer = knobs.optimizer
     has_main = dtype.itemsize < _FP32 or optimizer.precision_aware
     moments = optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
@@ -173,9 +173,9 @@ def _chunk_footprints(
 
 
 def _fp8_saving(job: Job, stream: Stream) -> int:
-    """Bytes a layer keeps less because the inputs of its matrices are kept quantised.
+    """Bytes that a layer saves because the inputs of its matrices are saved quantised.
 
-    But for the projection's, which attention keeps as it is: Megatron has the projection keep the same tensor.
+    The output projection's input is an exception: attention saves it unquantised, and Megatron shares that tensor.
     """
     knobs, arch = job.knobs, job.arch
     if knobs.fp8 is None or knobs.recompute.granularity == "full":
@@ -198,7 +198,7 @@ def _in_flight(job: Job, stage: int, footprints: list[Footprint], microbatches: 
 
 
 def _scoring_peak(job: Job, stage: int, reference: Shard, stream: Stream, rehearsals: Rehearsals) -> int:
-    """A forward without gradients keeps nothing: its most is one chunk's, whichever its microbatch is in."""
+    """Peak of a forward without gradients, which saves nothing: the largest peak of a single chunk."""
     positions = _positions(job, stage, len(reference.layers), head=True)
     return max(
         rehearsals.chunk(job, job.reference, stream, position, layers).scoring_peak

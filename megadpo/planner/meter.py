@@ -1,4 +1,4 @@
-"""Counts the bytes of living tensors, on any device: the same count for what is planned and for what is measured."""
+"""Counts the bytes of live tensors on any device, in the same way for plans and for measurements."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside the context that still live (`now`), and the most since `reset_peak` (`peak`).
+    """Bytes of the live tensors created inside the context (`now`), and their maximum since `reset_peak` (`peak`).
 
-    Memory that tensors share counts once, and until the last of them is gone. What an operation uses inside and gives
-    back before it returns is not seen, nor are tensors that other threads make.
+    Memory shared by tensors counts once, until the last of them is freed. Memory that an operation frees before it
+    returns is not counted, nor are tensors of other threads.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def reset_peak(self) -> None:
-        """Forgets the peak: from here on it is that of what follows."""
+        """Resets the peak to the current number of bytes."""
         self.peak = self.now
 
     def __torch_dispatch__(
@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs the operation and counts the memory of what it returns, where that is new."""
+        """Runs the operation, and counts the memory of new tensors that it returns."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Megatron's pipeline schedules as orders of forwards and backwards: what is in flight on a stage, and the bubble."""
+"""Megatron's pipeline schedules as sequences of forwards and backwards; microbatches in flight, and the bubble."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Work:
 
 
 def stage_work(stage: int, *, stages: int, chunks: int, microbatches: int) -> Iterator[Work]:
-    """What a stage does in a step, in order: one forward, one backward after a warm-up of forwards.
+    """The work of a stage in a step, in order: after a warm-up of forwards, one forward and one backward in turn.
 
-    With several chunks on a stage (the interleaved schedule) the microbatches are a multiple of the stages.
+    With several chunks on a stage (the interleaved schedule) the number of microbatches is a multiple of the stages.
     """
     if chunks == 1:
         forwards = [0] * microbatches
@@ -38,9 +38,9 @@ def stage_work(stage: int, *, stages: int, chunks: int, microbatches: int) -> It
 def peak_in_flight(
     work: Iterator[Work], saved: Sequence[int], forward_peaks: Sequence[int], backward_peaks: Sequence[int]
 ) -> int:
-    """The most bytes that a stage's microbatches take at once, from what one of them takes in each chunk.
+    """Peak of the bytes of a stage's microbatches, from the bytes of one microbatch in each chunk.
 
-    A peak includes what its own microbatch has saved.
+    The given peaks include what their own microbatch has saved.
     """
     live = most = 0
     for item in work:
@@ -55,5 +55,5 @@ def peak_in_flight(
 
 
 def bubble_share(*, stages: int, chunks: int, microbatches: int) -> float:
-    """Time that a stage waits at a step's ends, over the time that it works: (stages - 1) / (microbatches x chunks)."""
+    """Ratio of a stage's waiting time in a step to its working time: (stages - 1) / (microbatches x chunks)."""
     return (stages - 1) / (microbatches * chunks)

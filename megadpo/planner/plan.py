@@ -17,9 +17,9 @@ _GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a job takes. `load` is that of the step with the most FLOPs, `stream_tokens` the stream of `stages`' memory.
+    """The plan of a job. `load` is that of the step with the most FLOPs, `stages` the memory at `stream_tokens`.
 
-    `floor` is None where no rate of the card is known.
+    `floor` is None if the rates of the GPU are unknown.
     """
 
     job: Job
@@ -32,22 +32,22 @@ class Plan:
 
     @property
     def fullest(self) -> StageMemory:
-        """The stage whose ranks need most memory."""
+        """The stage whose ranks need the most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
     def bubble(self) -> float:
-        """The pipeline's idle time over its working time."""
+        """Ratio of the pipeline's idle time to its working time."""
         return self.load.bubble(self.job.layout)
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has the memory it needs; true where no card is named."""
+        """True if every rank has the memory that it needs, or no memory is given."""
         capacity = self.job.cluster.memory_gib
         return capacity is None or self.fullest.total <= capacity * _GIB
 
     def refusal(self) -> str:
-        """Why a layout that does not fit does not, and what to change."""
+        """The reason why the layout does not fit, and settings to change."""
         stage, capacity = self.fullest, self.job.cluster.memory_gib
         card = f"the card ({self.job.cluster.gpu_name}) has" if self.job.cluster.gpu_name else "a card has"
         largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in _largest(stage))
@@ -59,9 +59,9 @@ class Plan:
 
 
 def make_plan(job: Job, rehearsals: Rehearsals | None = None) -> Plan:
-    """The plan of a job, from its real shards; no process group may be open.
+    """Makes the plan of a job from its real shards; no process group may be open.
 
-    `rehearsals` may be shared by plans of one model, whose layouts' layers are often the same.
+    `rehearsals` may be shared by plans of one model, since layouts often have the same layers.
     """
     rehearsals = rehearsals or Rehearsals()
     loads = [step_load(job, pairs) for pairs in job.steps]
@@ -100,7 +100,7 @@ def _mean_pair(pairs: Iterable[PairLengths]) -> PairLengths:
 
 
 def _largest(stage: StageMemory) -> list[tuple[str, int]]:
-    """What a stage's memory is made of, the most first."""
+    """The parts of a stage's memory, the largest first."""
     parts = {
         "weights": stage.weights,
         "gradients": stage.gradients,
@@ -114,17 +114,17 @@ def _largest(stage: StageMemory) -> list[tuple[str, int]]:
 
 
 def _peaks_in_scoring(stage: StageMemory) -> bool:
-    """Whether the worst moment of a step is in the reference's pass."""
+    """True if the peak of a step is in the reference's pass."""
     return stage.scoring > max(stage.activations + stage.head, stage.update)
 
 
 def _reference_at_peak(stage: StageMemory) -> int:
-    """Bytes of the reference's weights that are there at the worst moment of a step."""
+    """Bytes of the reference's weights that are on the device at the peak of a step."""
     return stage.reference + (stage.visiting if _peaks_in_scoring(stage) else 0)
 
 
 def _remedies(plan: Plan) -> list[str]:
-    """Settings that make the fullest rank's memory smaller, the cheapest first."""
+    """Settings that reduce the fullest rank's memory, the cheapest first."""
     job, stage, layout = plan.job, plan.fullest, plan.job.layout
     remedies = []
     if stage.activations + stage.head > stage.total // 8:
@@ -135,7 +135,7 @@ def _remedies(plan: Plan) -> list[str]:
         else:
             remedies.append("lower data.max_length")
     if _reference_at_peak(stage) > stage.total // 8:
-        leaner = ["cached"] if job.knobs.fp8 != "tensorwise" else []  # one scale a microbatch: no numbers to keep
+        leaner = ["cached"] if job.knobs.fp8 != "tensorwise" else []  # one scale per microbatch: nothing to save
         leaner += ["offload"] if job.knobs.reference == "resident" else []
         remedies += [f"set reference.mode={' or '.join(leaner)}"] if leaner else []
     optimizer = job.knobs.optimizer

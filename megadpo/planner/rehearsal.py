@@ -1,7 +1,7 @@
-"""What a model chunk keeps and uses: its real forward and backward, run on tensors that have shapes and no numbers.
+"""Measures the memory of a model chunk by running its real forward and backward on meta tensors.
 
-It is the code that trains, so that what a module starts to keep, the plan knows. Chunks of one and of two layers are
-run; a further layer adds what lies between them.
+The code is that of the training, so that the plan follows every change of what a module saves. Chunks of one and of two
+layers are run; every further layer adds the difference of the two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megadpo.runtime.parallel_state import simulated_parallel_state
 
 @dataclass(frozen=True, slots=True)
 class StagePosition:
-    """Where a chunk stands: whether it embeds tokens, and whether it has the head."""
+    """A chunk's position in the pipeline: `embeds` if it has the embedding, `scores` if it has the head."""
 
     embeds: bool
     scores: bool
@@ -35,14 +35,14 @@ class StagePosition:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A microbatch: as many pairs of such lengths as fit into so many tokens, and padding."""
+    """A microbatch of as many pairs with the same lengths as fit into `tokens`, and padding."""
 
     tokens: int
     pair: PairLengths
     share_prompt: bool
 
     def batch(self) -> PreferenceBatch:
-        """The microbatch, with nothing in its tokens."""
+        """The microbatch, with zeros as tokens."""
         pair = self.pair
         length = stream_tokens(pair.prompt, pair.chosen, pair.rejected, share_prompt=self.share_prompt)
         blank = np.zeros(max(pair.prompt, pair.chosen, pair.rejected), np.int32)
@@ -53,11 +53,11 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one microbatch in one chunk, above what the weights and gradients take.
+    """Bytes of one microbatch in one chunk, in addition to weights and gradients.
 
-    `saved` is kept from its forward to its backward; `forward_peak` and `backward_peak` are the most while they run,
-    what this microbatch has saved included; `scoring_peak` is that of a forward without gradients. `workspace` stays
-    once it has been used, whatever runs, and is in none of the others.
+    `saved` is kept from the forward to the backward; `forward_peak` and `backward_peak` are the peaks of the two, with
+    what this microbatch has saved; `scoring_peak` is that of a forward without gradients. `workspace` stays allocated
+    after its first use, and is in none of the others.
     """
 
     saved: int
@@ -67,7 +67,7 @@ class Footprint:
     workspace: int
 
     def plus(self, other: Footprint, times: int) -> Footprint:
-        """This one and `times` further layers, whose share is what `other` has more; the workspace is shared."""
+        """Adds `times` further layers, each as large as the difference to `other`; the workspace is shared."""
         return Footprint(
             saved=self.saved + times * (other.saved - self.saved),
             forward_peak=self.forward_peak + times * (other.forward_peak - self.forward_peak),
@@ -77,7 +77,7 @@ class Footprint:
         )
 
     def less(self, saved: int) -> Footprint:
-        """This one with so many bytes fewer kept for the backward."""
+        """Subtracts `saved` bytes from what is kept for the backward."""
         return replace(
             self,
             saved=self.saved - saved,
@@ -87,7 +87,7 @@ class Footprint:
 
 
 class Rehearsals:
-    """Footprints of chunks, each kind rehearsed once; to be used inside `megatron_device(planning_device())`."""
+    """Footprints of chunks, each kind measured once; to be used inside `megatron_device(planning_device())`."""
 
     def __init__(self) -> None:
         self._known: dict[object, Footprint] = {}
@@ -97,8 +97,8 @@ class Rehearsals:
         recompute = job.knobs.recompute
         if not recompute.is_block:
             return self._extrapolated(job, arch, stream, position, layers, recompute)
-        # Block: so many layers keep their input alone, and the others everything.
-        thrifty = min(_together(recompute), layers)
+        # Block: `num_layers` layers save only their input, and the others everything.
+        thrifty = min(_layers_per_group(recompute), layers)
         single = Recompute(granularity="full", method="uniform", num_layers=1)
         if thrifty == layers:
             return self._extrapolated(job, arch, stream, position, layers, single)
@@ -109,8 +109,8 @@ class Rehearsals:
     def _extrapolated(
         self, job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int, recompute: Recompute
     ) -> Footprint:
-        """The footprint of so many layers from those of one and two groups of layers that are recomputed together."""
-        group = min(_together(recompute), layers) if recompute.granularity == "full" else 1
+        """Extrapolates from one and two groups of layers that are recomputed together to all `layers`."""
+        group = min(_layers_per_group(recompute), layers) if recompute.granularity == "full" else 1
         one, two = (self._rehearsed(job, arch, stream, position, n * group, recompute) for n in (1, 2))
         return one.plus(two, times=-(-layers // group) - 1)
 
@@ -124,8 +124,8 @@ class Rehearsals:
         return self._known[key]
 
 
-def _together(recompute: Recompute) -> int:
-    """Layers that full recomputation names."""
+def _layers_per_group(recompute: Recompute) -> int:
+    """The number of layers in a group of full recomputation."""
     assert recompute.num_layers is not None
     return recompute.num_layers
 
@@ -133,7 +133,7 @@ def _together(recompute: Recompute) -> int:
 def rehearse(
     job: Job, arch: Architecture, stream: Stream, position: StagePosition, layers: int, recompute: Recompute
 ) -> Footprint:
-    """Runs a chunk's forward, its backward, and a forward without gradients; its footprint."""
+    """Runs a chunk's forward, its backward, and a forward without gradients; returns its footprint."""
     stages = 1 if position.embeds and position.scores else 3
     stage = 0 if position.embeds else 2 if position.scores else 1
     batch = stream.batch()
@@ -153,7 +153,7 @@ def rehearse(
 
 
 class _Run:
-    """One chunk's rehearsal; the hidden states between chunks are [`rows`, 1, H]."""
+    """The run of one chunk; the hidden states between chunks are [`rows`, 1, H]."""
 
     def __init__(
         self, chunk: DistributedDataParallel, batch: PreferenceBatch, *, position: StagePosition, meter: LiveBytes
@@ -161,7 +161,7 @@ class _Run:
         self.chunk, self.batch, self.position, self.meter = chunk, batch, position, meter
 
     def footprint(self, *, rows: int, hidden_size: int, dtype: torch.dtype) -> Footprint:
-        """Measures everything; the chunk has not been run before."""
+        """Measures the footprint; the chunk must not have been run before."""
         meter = self.meter
         start = meter.now
         meter.reset_peak()
@@ -187,7 +187,7 @@ class _Run:
         return Footprint(saved - above, forward_peak - above, backward_peak - above, meter.peak - above, workspace)
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states, or the response rows' log-probs where the chunk has the head."""
+        """Returns hidden states, or the response rows' log-probs if the chunk has the head."""
         if not self.position.embeds:
             self.chunk.module.set_input_tensor([hidden])
         batch = self.batch.to(hidden.device)

@@ -1,4 +1,4 @@
-"""Plans as tables for a terminal."""
+"""Prints plans as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAST_PHASE = "or: reference pass"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Prints what a job takes: memory by stage, the schedule, traffic and the floor of a step's time."""
+    """Prints a job's memory by stage, its schedule and traffic, and the lower bound of a step's time."""
     job = plan.job
     console.print(
         f"[bold]{job.name}[/bold]: {plan.model_parameters:,} parameters on {job.layout.world_size} x "
@@ -38,7 +38,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _not_counted(job: Job) -> str:
-    """Settings of which a plan does not tell the whole cost."""
+    """Settings whose cost a plan does not fully include."""
     knobs = job.knobs
     said = {
         "What the optimizer on the host sends and takes there is not in the times.": knobs.optimizer.offload_fraction,
@@ -51,7 +51,7 @@ def _not_counted(job: Job) -> str:
 
 
 def print_ranking(ranking: Ranking, job: Job, console: Console, *, most: int) -> None:
-    """Prints the best of the layouts that fit, with the words that ask for them."""
+    """Prints the best layouts that fit, with their overrides for the command line."""
     table = Table(title=f"{len(ranking.plans)} of {ranking.looked_at} layouts fit; the fastest:", title_justify="left")
     columns = ("layout", "recomputation", "GiB", "bubble", "floor s", "serial s", "bottleneck")
     for name in columns:
@@ -72,7 +72,7 @@ def print_ranking(ranking: Ranking, job: Job, console: Console, *, most: int) ->
 
 
 def overrides(plan: Plan) -> list[str]:
-    """The words of a command line that ask for a plan's layout and recomputation."""
+    """The command line's overrides for a plan's layout and recomputation."""
     layout, recompute = plan.job.layout, plan.job.knobs.recompute
     words = [f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
     words.append(f"parallel.virtual_pipeline={layout.virtual_pipeline if layout.virtual_pipeline > 1 else 'null'}")

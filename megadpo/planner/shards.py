@@ -1,4 +1,4 @@
-"""The real shards of a model: what Megatron builds for a rank of each pipeline stage, on the meta device."""
+"""The real shards of a model, as Megatron builds them for a rank of each pipeline stage, on the meta device."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megadpo.runtime.parallel_state import ParallelState, simulated_parallel_sta
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """What a rank of one stage holds of the policy.
+    """The part of the policy on a rank of one stage.
 
-    `layers` counts those of each model chunk. `parameters` are the rank's, `model_parameters` what the stage's tensor
-    ranks hold of the Hugging Face model together: no padding of the vocabulary, no second copy of tied embeddings.
-    `linear_parameters` are those of the layers' matrices, which FP8 applies to. `buffer_parameters` has Megatron's
-    padding of its gradient buffers too.
+    `layers` counts those of each model chunk. `parameters` counts the rank's, `model_parameters` those of the Hugging
+    Face model on all tensor ranks of the stage, without padding of the vocabulary and a second copy of tied embeddings.
+    `linear_parameters` counts those of the layers' matrices, to which FP8 applies. `buffer_parameters` includes
+    Megatron's padding of its gradient buffers.
     """
 
     layers: tuple[int, ...]
@@ -35,7 +35,7 @@ class Shard:
 
 
 def build_shard(job: Job, arch: Architecture, stage: int) -> Shard:
-    """The shard of one stage's ranks, from the modules that Megatron builds for it; inside `megatron_device`."""
+    """Counts the shard of one stage's ranks in the modules that Megatron builds for it; inside `megatron_device`."""
     layout = job.layout
     with (
         simulated_parallel_state(
@@ -61,7 +61,7 @@ def build_shard(job: Job, arch: Architecture, stage: int) -> Shard:
 
 
 def model_options(job: Job, *, recompute: Recompute, split: PipelineSplit) -> ModelOptions:
-    """What the models of a plan are built with: Megatron's own layers, which hold what Transformer Engine's do."""
+    """Options of the models in a plan: Megatron's own layers, whose parameters are those of Transformer Engine's."""
     return ModelOptions(
         device=planning_device(),
         dtype=job.dtype,
@@ -74,7 +74,7 @@ def model_options(job: Job, *, recompute: Recompute, split: PipelineSplit) -> Mo
 
 
 def _model_parameters(chunks: Sequence[PolicyModel], arch: Architecture, layout: Layout, state: ParallelState) -> int:
-    """Parameters of the Hugging Face model that the tensor ranks of a stage hold together."""
+    """Number of parameters of the Hugging Face model that the tensor ranks of a stage hold together."""
     padding = (arch.padded_vocab_size(layout.tensor) - arch.vocab_size) * arch.hidden_size
     total = 0
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Layouts of a model on so many cards, planned one after the other and ranked by the time of a step."""
+"""Suggests layouts of a model on a number of GPUs: plans them one after the other, and ranks them by step time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megadpo.planner.memory import state_bytes
 from megadpo.planner.plan import Plan, make_plan
 from megadpo.planner.rehearsal import Rehearsals
 
-# More chunks than these make messages of little else.
+# With more chunks per stage, messages would dominate.
 _MOST_CHUNKS = 8
-# The ways to recompute that are tried, the cheapest first. Not the attention core alone: flash attention keeps no
-# scores, so that there is next to nothing to win.
+# Kinds of recomputation that are tried, the cheapest first. Not the attention core alone: flash attention saves no
+# scores, so that there is almost nothing to gain.
 RECOMPUTES = (
     Recompute(),
     Recompute(granularity="selective", modules=("mlp",)),
@@ -28,7 +28,7 @@ _WEIGHT_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Plans that fit, the fastest first, and how many layouts were looked at."""
+    """Plans that fit, the fastest first, and the number of layouts that were considered."""
 
     plans: tuple[Plan, ...]
     looked_at: int
@@ -37,14 +37,14 @@ class Ranking:
 def suggest(
     job: Job, recomputes: Sequence[Recompute], *, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Ranking:
-    """The layouts of the job's model on its cards that fit, under each of the ways to recompute.
+    """Finds layouts of the job's model on its GPUs that fit, with the given kinds of recomputation.
 
-    Of equal layouts the first way that fits stands for all: name them from the cheapest. Ranked by the step's time when
-    nothing overlaps, as much of it is not hidden in practice; without a card's rates by memory. `report` is told how
-    many layouts are done, and of how many.
+    For each layout the first kind that fits is taken: list them from the cheapest. Plans are ranked by the step's time
+    if nothing overlaps, since in practice much of it is not hidden; if the GPU's rates are unknown, by memory. `report`
+    is called with the number of layouts that are done, and their total.
     """
     rehearsals = Rehearsals()
-    layouts = [layout for layout in layouts_of(job) if not _hopeless(job, layout)]
+    layouts = [layout for layout in layouts_of(job) if not _cannot_fit(job, layout)]
     plans = []
     for done, layout in enumerate(layouts):
         for recompute in recomputes:
@@ -53,13 +53,13 @@ def suggest(
                 plans.append(plan)
                 break
         report(done + 1, len(layouts))
-    return Ranking(tuple(sorted(plans, key=_badness)), looked_at=len(list(layouts_of(job))))
+    return Ranking(tuple(sorted(plans, key=_ranking_key)), looked_at=len(list(layouts_of(job))))
 
 
 def layouts_of(job: Job) -> Iterator[Layout]:
-    """Every layout that the model can be cut into, tensor ranks inside a machine, with a pair for each data rank."""
+    """Yields all layouts that the model allows, with tensor ranks inside a machine, and a pair for each data rank."""
     world, arch = job.layout.world_size, job.arch
-    pairs = max(map(len, job.steps))  # a last step that is smaller leaves some data ranks without a pair
+    pairs = max(map(len, job.steps))  # a smaller last step would leave data ranks without a pair
     for tensor in _divisors(world):
         if tensor > job.cluster.gpus_per_node or not _takes_budget(job, tensor):
             continue
@@ -83,7 +83,7 @@ def layouts_of(job: Job) -> Iterator[Layout]:
 
 
 def _takes_budget(job: Job, tensor: int) -> bool:
-    """Whether the token budget is a multiple of what an FP8 recipe asks for on so many tensor ranks."""
+    """True if the token budget is a multiple of what an FP8 recipe needs on this number of tensor ranks."""
     if job.knobs.padded_for is None:
         return True
     multiple = token_multiple(job.knobs.padded_for, tensor=tensor, context=1, sequence_parallel=tensor > 1)
@@ -102,8 +102,8 @@ def _splits(arch: Architecture, tensor: int, fp8: str | None) -> bool:
     return fp8 is None or unaligned_features(arch, fp8, tensor=tensor) is None
 
 
-def _hopeless(job: Job, layout: Layout) -> bool:
-    """Whether weights, gradients and optimizer alone are too much: then nothing is built for it."""
+def _cannot_fit(job: Job, layout: Layout) -> bool:
+    """True if weights, gradients and optimizer alone are too large, so that no model needs to be built."""
     if (
         job.cluster.memory_gib is None
         or job.knobs.optimizer.offload_fraction
@@ -118,5 +118,5 @@ def _hopeless(job: Job, layout: Layout) -> bool:
     return (policy + reference) / ranks > job.cluster.memory_gib * 2**30
 
 
-def _badness(plan: Plan) -> tuple[float, int]:
+def _ranking_key(plan: Plan) -> tuple[float, int]:
     return (plan.floor.serial if plan.floor is not None else 0.0, plan.fullest.total)

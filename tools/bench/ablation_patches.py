@@ -1,4 +1,4 @@
-"""Takes parts of the program back, by patches that live in a contender's process only."""
+"""Patches that switch off parts of the program for an ablation, in a contender's process only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LogProbsOfPairs = dict[int, tuple[float, float]]
 
 
 def patches(ablation: Ablation) -> Sequence[AbstractContextManager[Any]]:
-    """What takes back the parts that are not in use and the configuration can't switch off; to be entered first."""
+    """Patches for parts that are not in use and that the configuration can't switch off; to be entered first."""
     found: list[AbstractContextManager[Any]] = []
     if not ablation.packed:
         found.append(mock.patch("megadpo.data.loader.build_batch", padded_batch))
@@ -41,7 +41,7 @@ def patches(ablation: Ablation) -> Sequence[AbstractContextManager[Any]]:
 def padded_batch(
     pairs: Sequence[TokenizedPair], *, num_tokens: int, pad_token_id: int, share_prompt: bool
 ) -> PreferenceBatch:
-    """The batch of `pairs` with every sequence padded to the longest, one segment each; `num_tokens` is overruled."""
+    """Builds the batch of `pairs` with every sequence padded to the longest, one segment each; ignores `num_tokens`."""
     if share_prompt:
         raise ValueError("padded sequences are whole ones: data.share_prompt=false")
     sequences = [(len(pair.prompt), [*pair.prompt, *own]) for pair in pairs for own in (pair.chosen, pair.rejected)]
@@ -59,7 +59,7 @@ def padded_batch(
         plan=AttentionPlan(num_tokens=count * width, segments=segments),
         response_rows_N=rows_N,
         targets_N=tokens.view(-1)[rows_N + 1],
-        # Sequence 2·i is pair i's chosen response, which is number i; its rejected one is number B + i.
+        # Sequence 2·i is pair i's chosen response, which has number i; its rejected one has number B + i.
         sequence_index_N=torch.cat([torch.full((len(r),), i // 2 + i % 2 * len(pairs)) for i, r in enumerate(rows)]),
         response_tokens_S=torch.tensor([chosen for chosen, _ in responses] + [rejected for _, rejected in responses]),
         pair_indices=tuple(pair.index for pair in pairs),
@@ -90,7 +90,7 @@ def naive_head_on_all_rows(
     weight: torch.Tensor | None = None,
     token_statistics: bool = False,
 ) -> TokenScores:
-    """log_softmax over every row of the stream, on one tensor-parallel rank; then the response rows are picked."""
+    """log_softmax over every row of the stream, on one tensor-parallel rank; then the response rows are selected."""
     logps_TV = _log_softmax(head, hidden_T1H.squeeze(1), weight)
     return TokenScores(logps_TV[response_rows_N, targets_N], None)
 
@@ -101,10 +101,9 @@ def _log_softmax(head: ResponseHead, rows_NH: torch.Tensor, tied: torch.Tensor |
 
 
 class ReferenceTap:
-    """Keeps the log-probs of every pair that a run's reference gives; with `cached`, it gives them from a first pass.
+    """Records the log-probs of a run's reference for all pairs; with `cached`, a first pass computes them in advance.
 
-    `logps` holds (chosen, rejected) by the pair's row in the source, `values` all fields by
-    the digest of its tokens.
+    `logps` holds (chosen, rejected) by the pair's row in the source, `values` all fields by the digest of its tokens.
     """
 
     def __init__(self, *, cached: bool) -> None:
@@ -115,7 +114,7 @@ class ReferenceTap:
         self._data: TrainingData | None = None
 
     def patches(self) -> Sequence[AbstractContextManager[Any]]:
-        """Has the run build its reference through here."""
+        """Patches with which the run builds its reference through this object."""
         return [
             mock.patch("megadpo.setup.datasets.TrainingData", self._training_data),
             mock.patch("megadpo.commands.train.build_reference", self._build),
@@ -137,11 +136,11 @@ class ReferenceTap:
         return CachedReference(list(self.values), rows, is_last_stage=True, torch_device=session.device.torch_device)
 
     def hold(self, batch: GlobalBatch, logps: Sequence[SequenceLogProbs]) -> None:
-        """Remembers a step's numbers, which stay on their device; stages without a head have none."""
+        """Holds a step's numbers on their device; stages without a head have none."""
         self._held += list(zip(batch.microbatches, logps, strict=False))
 
     def write_down(self) -> None:
-        """Moves what is held to `logps` and `values`."""
+        """Moves the held numbers to `logps` and `values`."""
         for microbatch, own in self._held:
             rows = own.columns().tolist()
             self.logps.update(zip(microbatch.pair_indices, [(row[0], row[1]) for row in rows], strict=True))
@@ -156,11 +155,11 @@ class _Live:
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
-        """Those of the reference behind it."""
+        """The chunks of the inner reference."""
         return self.inner.chunks
 
     def prepare(self) -> None:
-        """As the reference behind it."""
+        """Prepares the inner reference."""
         self.inner.prepare()
 
     def follow(self, policy: Sequence[torch.nn.Module], mix: float) -> None:
@@ -172,11 +171,11 @@ class _Live:
         return self.inner.saved()
 
     def device_bytes(self) -> int:
-        """Those of the reference behind it."""
+        """The bytes of the inner reference."""
         return self.inner.device_bytes()
 
     def log_probs(self, batch: GlobalBatch) -> list[SequenceLogProbs]:
-        """Those of the reference behind it."""
+        """The log-probs of the inner reference, which are recorded."""
         logps = self.inner.log_probs(batch)
         self.tap.hold(batch, logps)
         return logps

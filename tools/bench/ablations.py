@@ -1,4 +1,4 @@
-"""The program with parts of it taken back: which parts, row by row. `ablation_patches` says how."""
+"""The rows of the ablation: the program with some of its parts switched off. `ablation_patches` does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
-    """Which parts of the program are in use."""
+    """The parts of the program that are in use."""
 
     packed: bool = True
     share_prompt: bool = True
@@ -18,7 +18,7 @@ class Ablation:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What the configuration can say of it."""
+        """The settings that the configuration has for it."""
         return () if self.share_prompt else ("data.share_prompt=false",)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what a save keeps a training waiting for: written beside it, and waited for.
+"""Measures how long a save stalls the training: asynchronous, and waited for.
 
     python tools/bench/checkpoint.py [--layers 12] [--hidden 768] [--vocab 32000] [--saves 4] [--check]
 
@@ -36,13 +36,13 @@ from megadpo.runtime.rank_logging import configure_logging, silence_libraries
 from megadpo.train.trainer import startup_objects_frozen
 
 _TIMEOUT_S = 600.0
-# What a save beside the training may keep it waiting for, of one that is waited for.
+# Bound on the stall by an asynchronous save, as a share of the stall by one that is waited for.
 _BOUND = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds: of saves that are waited for, of others until training goes on, of steps beside these and without."""
+    """Seconds: of saves that are waited for, of stalls by asynchronous ones, of steps during these and without."""
 
     waited: list[float] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Costs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the measurement of the command line; 1 where `--check` finds the bound exceeded."""
+    """Runs the measurement of the command line; returns 1 if `--check` finds the bound exceeded."""
     options = _parse(arguments)
     configure_logging()
     silence_libraries()

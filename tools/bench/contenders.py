@@ -1,7 +1,7 @@
-"""The parent's side: contenders are processes that load their model, then run one step whenever they are asked.
+"""The parent's side of a comparison: contenders are processes that load their model, then run single steps on request.
 
 Between its turns a contender sleeps in a read from its pipe and takes no CPU time, so that contenders can take turns
-every few seconds: whatever slows the machine down for a minute slows all of them alike.
+every few seconds: anything that slows the machine down for a minute slows all of them alike.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _SAID_LAST = 2000
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One step of one contender: what its rank 0 answered, and the seconds that its slowest rank took."""
+    """One step of one contender: the answer of its rank 0, and the seconds of its slowest rank."""
 
     seconds: float
     values: Mapping[str, Any]
 
 
 class Contender(AbstractContextManager["Contender"]):
-    """The processes of one contender, one a rank; loads on construction, ends with the context."""
+    """The processes of one contender, one per rank; they load on construction, and end with the context."""
 
     def __init__(self, name: str, module: str, job: Job, *, world_size: int = 1) -> None:
         self.name = name
@@ -59,12 +59,12 @@ class Contender(AbstractContextManager["Contender"]):
             ]
 
     def wait_until_ready(self) -> None:
-        """Returns when every rank has loaded its model and stands before the first step."""
+        """Waits until every rank has loaded its model and is ready for the first step."""
         for rank in self._ranks:
             self._answer(rank)
 
     def step(self) -> Turn:
-        """Runs the next step and remembers it."""
+        """Runs the next step and records it."""
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write("step\n")
@@ -75,21 +75,21 @@ class Contender(AbstractContextManager["Contender"]):
         return turn
 
     def peak_bytes(self) -> int:
-        """Peak memory of the largest rank: resident set as the kernel counts it, allocated by torch on CUDA.
+        """Peak memory of the largest rank: the kernel's resident set, or torch's allocations on CUDA.
 
-        That of tensors where the job has them counted, on rank 0.
+        If the job counts tensors, it is their peak on rank 0.
         """
         if self.job.device == "cuda" or self.job.count_tensors:
             return max(int(turn.values["peak_bytes"]) for turn in self.turns)
         return max(high_water_bytes(rank.pid) for rank in self._ranks)
 
     def logged(self, start: str) -> list[str]:
-        """The ends of its log's lines that begin with `start`."""
+        """The rest of the lines in its log that begin with `start`."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line[line.index(start) :] for line in lines if start in line]
 
     def cpu_seconds(self) -> float:
-        """CPU time that all its ranks have taken so far."""
+        """CPU time of all its ranks so far."""
         return sum(cpu_seconds(rank.pid) for rank in self._ranks)
 
     def __exit__(
@@ -115,7 +115,7 @@ class Contender(AbstractContextManager["Contender"]):
 
 
 def _environments(threads: int, world_size: int) -> list[dict[str, str]]:
-    """Environment of every rank: the launcher's variables where there is more than one."""
+    """Environments of all ranks, with the launcher's variables if there is more than one."""
     path = os.pathsep.join([str(_TOOLS), str(_TOOLS.parent)])
     common = {
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
@@ -135,9 +135,9 @@ def _environments(threads: int, world_size: int) -> list[dict[str, str]]:
 
 
 def take_turns(contenders: Sequence[Contender], *, turns: int, every: Mapping[str, int], title: str) -> None:
-    """Lets all contenders run one step after another, `turns` times; one named in `every` plays each k-th turn only.
+    """Has all contenders run a step one after the other, `turns` times; one named in `every` only in each k-th turn.
 
-    The order is reversed from turn to turn, so that being first is nobody's privilege.
+    The order is reversed from turn to turn, so that no contender is always first.
     """
     with ProgressBar(title, total=turns, visible=True) as bar:
         for turn in range(turns):

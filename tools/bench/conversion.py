@@ -38,14 +38,14 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a command took: seconds, and the peak of its largest process's resident set in MiB."""
+    """The cost of a command: seconds, and the peak of its largest process's resident set in MiB."""
 
     seconds: float
     peak_mib: float
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the measurement of the command line; 0 when every conversion stays within the bound, else 1."""
+    """Runs the measurement of the command line; returns 0 if every conversion is within the bound, else 1."""
     options = _parser().parse_args(arguments)
     configure_logging()
     silence_libraries()
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_random_model(directory: Path, *, layers: int, hidden: int, ffn: int, vocab: int) -> None:
-    """Makes a Llama of random bf16 weights with heads of 64 without tokenizer, a tensor in memory at a time."""
+    """Writes a Llama with random bf16 weights and heads of 64, without tokenizer, one tensor in memory at a time."""
     directory.mkdir()
     fields = {
         "architectures": ["LlamaForCausalLM"],
@@ -99,7 +99,7 @@ def write_random_model(directory: Path, *, layers: int, hidden: int, ffn: int, v
 
 
 def _conversions(model: Path, ranks: int) -> dict[str, Cost]:
-    """What each conversion of a model takes."""
+    """Measures the cost of each conversion of a model."""
     checkpoint, back = f"{model}-checkpoint", f"{model}-back"
     words = {
         "import": ["--hf", str(model), "--out", checkpoint],
@@ -122,7 +122,7 @@ def _run(words: Sequence[str], ranks: int) -> Cost:
 
 
 def _sizes_mib(model: Path) -> tuple[float, float]:
-    """All weights of a bf16 model, and its largest tensor."""
+    """Sizes of all weights of a bf16 model, and of its largest tensor."""
     sizes = [2 * torch.Size(shape).numel() / _MIB for shape in hf_shapes(read_architecture(model)).values()]
     return sum(sizes), max(sizes)
 

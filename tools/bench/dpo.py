@@ -47,7 +47,7 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="preference data in any layout that megadpo reads")
@@ -86,7 +86,7 @@ def _rivals(text: str) -> list[str]:
 
 
 class Session:
-    """The measurements of one command line, with what they have shown so far."""
+    """The measurements of one command line, with their results so far."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options = options
@@ -106,7 +106,7 @@ class Session:
         )
 
     def rivals(self) -> None:
-        """megadpo, the rivals and the machine's matrix products."""
+        """Measures megadpo, the rivals and the machine's matrix products."""
         own = measure.Entry(name=report.SELF)
         every = {"naive": 1, "trl": self.options.trl_every}
         rivals = [replace(measure.RIVALS[name], every=every[name]) for name in self.options.rivals]
@@ -118,13 +118,13 @@ class Session:
         self.gates += report.rival_gates(lineup.results)
 
     def ablations(self) -> None:
-        """The program with parts of it taken back."""
+        """Measures the program with parts of it switched off."""
         results = self._run("ablations", measure.ABLATION_LADDER, self.workload).results
         console.print(tables.ladder_table("ablations", results))
         self.gates += report.ablation_gates(results)
 
     def sharing(self) -> None:
-        """Prompts shared against prompts twice, on the pairs and on generated ones with long prompts."""
+        """Measures shared against repeated prompts, on the pairs and on generated ones with long prompts."""
         options = self.options
         generated = prompt_heavy_pairs(self.pairs, options.first, words=options.max_length // 12)
         by_set = {}
@@ -138,13 +138,13 @@ class Session:
         self.gates += report.sharing_gates(by_set)
 
     def layouts(self) -> None:
-        """Two ranks with a thread each against one."""
+        """Measures two ranks with a thread each against one."""
         results = self._run("layouts", measure.LAYOUTS, self.workload).results
         console.print(tables.first_table("layouts", results))
         self.gates += report.layout_gates(results)
 
     def references(self) -> None:
-        """Every way of having the reference's log-probs against a second model beside the policy."""
+        """Measures all reference modes against a second model beside the policy."""
         options = self.options
         entries = measure.reference_modes(self.scratch / "reference")
         lineup = self._run("references", entries, self.workload)
@@ -156,14 +156,14 @@ class Session:
         self.gates += report.reference_gates(lineup.results, peaks, weights)
 
     def _peaks(self, entries: Sequence[measure.Entry]) -> dict[str, int]:
-        """Most bytes of living tensors in two steps: a process keeps more than that, and what it keeps is chance."""
+        """Peak bytes of live tensors in two steps; a process's memory is larger by an amount that varies."""
         template = replace(self.bench.template, count_tensors=True)
         bench = replace(self.bench, template=template, turns=2, warmup=0)
         lineup = bench.run("references, tensors", [replace(entry, rehearsed=False) for entry in entries], self.workload)
         return {result.name: result.peak_bytes for result in lineup.results}
 
     def conditions(self) -> dict[str, Any]:
-        """What the figures depend on."""
+        """The conditions that the figures depend on."""
         return {
             "command": {name: str(value) for name, value in vars(self.options).items()},
             "machine": platform.processor() or platform.machine(),
@@ -205,7 +205,7 @@ class Session:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    """The part of a contender's job that is the same for all."""
+    """The job of a contender, as far as it is the same for all."""
     return Job(
         model="",
         pairs="",
@@ -223,7 +223,7 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the measurements of the command line; the exit status."""
+    """Runs the measurements of the command line; returns the exit status."""
     options = parse(arguments)
     configure_logging()
     silence_libraries()

@@ -1,6 +1,6 @@
-"""The measured process of `logprob.py`: one output layer's inputs, and every way to its response log-probs.
+"""The measured process of `logprob.py`: one output layer's inputs, and all variants of its response log-probs.
 
-Each line on stdin starts what the job says next; each answer is one line of JSON. Memory is read by the parent.
+Each line on stdin starts the job's next run; each answer is one line of JSON. Memory is read by the parent.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megadpo.loss.logprobs import chunk_rows, response_log_probs
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
 
-# Untimed and unmeasured: libraries load and start their threads.
+# Not measured: libraries load and start their threads.
 _WARMUP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadJob:
-    """An output layer, and what is done to it: `turns` of all variants against the clock, or memory of one variant."""
+    """An output layer, and the measurement: the time of all variants in `turns`, or the memory of one variant."""
 
     runs: tuple[tuple[int, bool], ...]
     """(rows of the stream, whether with a backward): one after the other, and for memory each larger than the last"""
@@ -43,28 +43,28 @@ class HeadJob:
     """0: memory"""
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Serializes the job as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> HeadJob:
-        """The job that `to_json` wrote."""
+        """Parses the output of `to_json`."""
         values = json.loads(text)
         runs = tuple((int(tokens), bool(backward)) for tokens, backward in values["runs"])
         return cls(**{**values, "runs": runs, "variants": tuple(values["variants"])})
 
     @property
     def chunk_bytes(self) -> int:
-        """fp32 logits of one chunk of ours."""
+        """Size of the fp32 logits of one chunk of the fused head."""
         rows = chunk_rows(self.vocab, dtype=DTYPES[self.dtype], logits_bytes=self.logits_mib * 2**20)
         return rows * self.vocab * 4
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """T rows, a head [V, H], what every row predicts, which N rows are scored, the gradient of their log-probs.
+    """T rows, a head [V, H], targets of all rows, the N rows that are scored, and the gradient of their log-probs.
 
-    `trained_VH` is the same head as Megatron's DDP has it, with a buffer for its gradient in fp32.
+    `trained_VH` is the same head as in Megatron's DDP, with a buffer for its gradient in fp32.
     """
 
     hidden_TH: torch.Tensor
@@ -77,7 +77,7 @@ class Inputs:
 
 
 def make_inputs(job: HeadJob, tokens: int) -> Inputs:
-    """Random inputs whose logits have a standard deviation of about 1; nothing else is allocated on the way."""
+    """Makes random inputs whose logits have a standard deviation of about 1, and allocates nothing else."""
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[job.dtype]
     hidden_TH = torch.randn(tokens, job.hidden, generator=generator, dtype=dtype)
@@ -119,12 +119,12 @@ def megatron_cross_entropy(x: Inputs) -> torch.Tensor:
 
 
 def fused(x: Inputs) -> torch.Tensor:
-    """Ours over all rows."""
+    """The fused head over all rows."""
     return _ours(x, x.hidden_TH, x.targets_T)[x.rows_N]
 
 
 def fused_on_response_rows(x: Inputs) -> torch.Tensor:
-    """Ours over the rows that are scored, as the program does it."""
+    """The fused head over the rows that are scored, as in the program."""
     return _ours(x, x.hidden_TH.index_select(0, x.rows_N), x.targets_T[x.rows_N])
 
 
@@ -154,7 +154,7 @@ OURS = ("fused", SELF)
 
 
 def run(variant: str, x: Inputs, *, backward: bool) -> torch.Tensor:
-    """Log-probs [N] without gradient; with `backward`, fresh gradients lie in the inputs."""
+    """Computes log-probs [N], returned without gradient; with `backward`, the inputs get new gradients."""
     for tensor in (x.hidden_TH, x.weight_VH, x.trained_VH):
         tensor.grad = None
     with torch.set_grad_enabled(backward):
@@ -165,13 +165,13 @@ def run(variant: str, x: Inputs, *, backward: bool) -> torch.Tensor:
 
 
 def result_bytes(variant: str, x: Inputs, *, backward: bool) -> int:
-    """Log-probs, and the gradients that were not there before."""
+    """Size of the log-probs, and of the gradients that did not exist before."""
     gradients = [x.hidden_TH, *([] if variant in OURS else [x.weight_VH])] if backward else []
     return sum(tensor.numel() * tensor.itemsize for tensor in (x.grad_N, *gradients))
 
 
 def measure_memory(job: HeadJob, link: Link) -> None:
-    """Does the variant's runs, stopping before and after each for the parent to look."""
+    """Performs the variant's runs, and stops before and after each, so that the parent can read the memory."""
     (variant,) = job.variants
     run(variant, make_inputs(job, _WARMUP_TOKENS), backward=job.runs[0][1])
     for tokens, backward in job.runs:
@@ -187,7 +187,7 @@ def measure_memory(job: HeadJob, link: Link) -> None:
 
 
 def measure_time(job: HeadJob, link: Link) -> None:
-    """Answers {variant: (CPU seconds, seconds)} for each turn, the order reversed from turn to turn."""
+    """Answers {variant: (CPU seconds, seconds)} for each turn; the order is reversed from turn to turn."""
     ((tokens, backward),) = job.runs
     for variant in job.variants:
         run(variant, make_inputs(job, _WARMUP_TOKENS), backward=backward)
@@ -203,7 +203,7 @@ def measure_time(job: HeadJob, link: Link) -> None:
 
 
 def compare(x: Inputs) -> dict[str, float]:
-    """How far ours is from log_softmax + gather: log-probs at most, gradients in the relative norm."""
+    """Differences of the fused head to log_softmax + gather: maximum of log-probs, relative norm of gradients."""
     expected = (run(NAIVE, x, backward=True), _grad(x.hidden_TH), _grad(x.weight_VH))
     buffer: Any = x.trained_VH
     buffer.main_grad.zero_()
@@ -219,7 +219,7 @@ def _grad(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main(job: HeadJob) -> None:
-    """Measures until the job is done or the parent has seen enough."""
+    """Measures until the job is done or the parent closes the pipe."""
     link = Link()
     device = select_device("cpu")
     with megatron_device(device), distributed(device, timeout_s=60):

@@ -1,4 +1,4 @@
-"""What a contender is told, and its end of the pipe: one line in, one step done, one line of JSON out."""
+"""A contender's job, and its end of the pipe: for each line read it does one step, and writes one line of JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What every contender trains on, and how; `tokens` holds the same pairs as `pairs`, tokenized and truncated."""
+    """The data and settings of a contender; `tokens` holds the same pairs as `pairs`, tokenized and truncated."""
 
     model: str
     """a Hugging Face directory"""
@@ -43,28 +43,28 @@ class Job:
     overrides: tuple[str, ...] = ()
     """key=value words for megadpo"""
     count_tensors: bool = False
-    """whether megadpo's peak memory is that of living tensors, counted as they are made, which takes time"""
+    """count live tensors for megadpo's peak memory, which takes time"""
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Serializes the job as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """The job that `to_json` wrote."""
+        """Parses the output of `to_json`."""
         values = json.loads(text)
         return cls(**{**values, "overrides": tuple(values["overrides"])})
 
 
 class Finished(Exception):
-    """The parent has closed the pipe: no more steps are wanted."""
+    """Raised when the parent has closed the pipe, since no more steps are needed."""
 
 
 class Link:
-    """A contender's end of the pipe: stdin for the parent's words, what was stdout for the answers."""
+    """A contender's end of the pipe: stdin for the parent's requests, the former stdout for the answers."""
 
     def __init__(self) -> None:
-        # Libraries print; what they print must not get between the answers.
+        # Output of libraries must not get between the answers.
         self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
@@ -74,13 +74,13 @@ class Link:
         self._answers.flush()
 
     def wait(self) -> None:
-        """Sleeps until the parent asks for a step. Raises Finished when it wants no more."""
+        """Sleeps until the parent requests a step. Raises Finished when it has closed the pipe."""
         if not sys.stdin.readline():
             raise Finished
 
 
 def play(run: Callable[[Job, Link], None]) -> None:
-    """Runs a contender's program on the job of its command line, until the parent wants no more steps."""
+    """Runs a contender's program on the job of its command line, until the parent requests no more steps."""
     job, link = Job.from_json(sys.argv[1]), Link()
     try:
         run(job, link)
@@ -89,7 +89,7 @@ def play(run: Callable[[Job, Link], None]) -> None:
 
 
 def play_on_device(run: Callable[[Job, Link, Device], None]) -> None:
-    """`play` for programs that choose neither device nor threads themselves."""
+    """Like `play`, for programs that do not set the device and the threads themselves."""
 
     def start(job: Job, link: Link) -> None:
         device = select_device(job.device)
@@ -100,6 +100,6 @@ def play_on_device(run: Callable[[Job, Link, Device], None]) -> None:
 
 
 def leave() -> NoReturn:
-    """Ends the process as it stands: half-way through a run, with worker threads and peers still waiting."""
+    """Ends the process at once, in the middle of a run, with worker threads and peers still waiting."""
     sys.stderr.flush()
     os._exit(0)

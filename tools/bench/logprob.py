@@ -43,10 +43,10 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a variant took beside inputs and results, and beside inputs, selected rows and their gradient.
+    """Bytes that a variant takes beside inputs and results, and beside inputs, selected rows and their gradient.
 
-    The second is for ours, whose only large result lies in a buffer that was there before: when it takes most, the
-    gradient of the whole stream is not there yet.
+    The second is for the fused head, whose only large result is in a buffer that existed before: at its peak, the
+    gradient of the whole stream does not exist yet.
     """
 
     beside_results: int
@@ -55,19 +55,19 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of every turn by variant: of CPU time, and by the clock."""
+    """Seconds of every turn by variant: CPU time and wall time."""
 
     cpu: Mapping[str, Sequence[float]]
     wall: Mapping[str, Sequence[float]]
 
     def cpu_ratio(self, variant: str) -> float:
-        """Median over the turns of its CPU time over log_softmax's in the same turn."""
+        """Median over the turns of a variant's CPU time relative to log_softmax's in the same turn."""
         return median(a / b for a, b in zip(self.cpu[variant], self.cpu[NAIVE], strict=True))
 
 
 @contextmanager
 def child(job: HeadJob, *, threads: int) -> Iterator[subprocess.Popen[str]]:
-    """The process that does the job; it is ended with the context."""
+    """Starts the process that does the job; it ends with the context."""
     path = os.pathsep.join([str(_TOOLS), str(_TOOLS.parent)])
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     process = subprocess.Popen(
@@ -102,7 +102,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def measure_memory(job: HeadJob, *, threads: int) -> list[Memory]:
-    """Memory of each run of a job's variant, in one process."""
+    """Measures the memory of each run of a job's variant, in one process."""
     measured = []
     with child(job, threads=threads) as process:
         for tokens, _ in job.runs:
@@ -121,7 +121,7 @@ def measure_memory(job: HeadJob, *, threads: int) -> list[Memory]:
 
 
 def measure_time(job: HeadJob, *, threads: int) -> tuple[Times, dict[str, float]]:
-    """(seconds of the turns of the job's one run; how far ours is from log_softmax, {} without a backward)."""
+    """Measures the times of the job's run, and the fused head's differences to log_softmax ({} if forward only)."""
     title = "forward and backward" if job.runs[0][1] else "without gradient"
     turns = []
     with child(job, threads=threads) as process, ProgressBar(title, total=job.turns, visible=True) as bar:
@@ -134,7 +134,7 @@ def measure_time(job: HeadJob, *, threads: int) -> tuple[Times, dict[str, float]
 
 
 def time_table(title: str, times: Times, memory: Mapping[str, Memory]) -> Table:
-    """A row per variant."""
+    """Table with a row per variant."""
     table = Table(title=title, title_justify="left")
     for name in ("", "CPU s", "s", "CPU time / log_softmax", "MiB beside inputs and results", "log_softmax's / this"):
         table.add_column(name, justify="right" if name else "left")
@@ -158,7 +158,7 @@ def gates(
     by_length: Sequence[Memory],
     distances: Mapping[str, float],
 ) -> list[Gate]:
-    """What the fused head on response rows is held to."""
+    """The bounds that the fused head on response rows must meet."""
     short, long = (length.beside_rows for length in by_length)
     gradient_bound = 1e-6 if job.dtype == "fp32" else 5e-3
     return [
@@ -180,7 +180,7 @@ def gates(
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tokens", type=int, default=4096, help="rows of the stream (%(default)s)")
@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the measurements of the command line; 1 where a gate fails."""
+    """Runs the measurements of the command line; returns 1 if a gate fails."""
     options = parse(arguments)
     job = HeadJob(
         runs=((options.tokens, True),),

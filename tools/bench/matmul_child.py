@@ -1,4 +1,4 @@
-"""The machine as a contender: the matrix products of a training step by themselves, at the model's own shapes."""
+"""The machine as a contender: only the matrix products of a training step, at the model's shapes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bench.job import DTYPES, Job, Link, play_on_device
 from megadpo.models.hf_config import Architecture, read_architecture
 from megadpo.runtime.device import Device
 
-# Rows of one product: a few sequences on CPU, where more gain nothing, and a full microbatch on a GPU.
+# Rows of one product: a few sequences on CPU, where more would not be faster, and a full microbatch on a GPU.
 _ROWS = {"cpu": 1500, "cuda": 8192}
 _REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A linear layer over so many rows, as often as a step's microbatch has it."""
+    """A linear layer over a number of rows, and its number in a step's microbatch."""
 
     name: str
     rows: int
@@ -30,7 +30,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Of one product, in any of its three directions."""
+        """FLOPs of one product, in any of its three directions."""
         return 2 * self.rows * self.inputs * self.outputs
 
 
@@ -48,7 +48,7 @@ def products(arch: Architecture, *, rows: int, response_rows: int) -> list[Produ
 
 
 def step_seconds(product: Product, device: Device, dtype: torch.dtype) -> tuple[float, int]:
-    """(seconds, FLOPs) of what a step does with a layer: two forward products, and one for each gradient."""
+    """Measures (seconds, FLOPs) of a step's products of a layer: two forward, and one for each gradient."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device.torch_device, dtype=dtype)
@@ -62,7 +62,7 @@ def step_seconds(product: Product, device: Device, dtype: torch.dtype) -> tuple[
 
 
 def _seconds(action: Callable[[], torch.Tensor], device: Device) -> float:
-    """Seconds of one call, after one that does not count."""
+    """Seconds of one call, after a warm-up call."""
     action()
     started = device.mark()
     for _ in range(_REPEATS):
@@ -71,13 +71,13 @@ def _seconds(action: Callable[[], torch.Tensor], device: Device) -> float:
 
 
 def response_share(tokens: Path) -> float:
-    """Response rows per row of a stream in which a pair's prompt stands once."""
+    """Share of response rows in a stream in which a pair's prompt is shared."""
     lengths = [[len(part) for part in pair] for pair in json.loads(tokens.read_text(encoding="utf-8"))]
     return sum(chosen + rejected for _, chosen, rejected in lengths) / sum(map(sum, lengths))
 
 
 def run(job: Job, link: Link, device: Device) -> None:
-    """Measures whenever asked. Raises Finished in the end."""
+    """Measures on each request. Raises Finished at the end."""
     rows = _ROWS[job.device]
     response_rows = round(rows * response_share(Path(job.tokens)))
     layers = products(read_architecture(Path(job.model)), rows=rows, response_rows=response_rows)

@@ -1,4 +1,4 @@
-"""Line-ups: who takes turns with whom, on what, and what came of it."""
+"""Line-ups: contenders that take turns on a workload, and their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megadpo.models.hf_config import read_architecture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A contender of a line-up; it plays each `every`-th turn, and its FLOPs count prompts once if it shares them."""
+    """A contender of a line-up; it takes each `every`-th turn, and its FLOPs count prompts once if it shares them."""
 
     name: str
     module: str = "megadpo_child"
@@ -57,7 +57,7 @@ LAYOUTS = [
 
 
 def reference_modes(cache: Path) -> list[Entry]:
-    """An entry for each mode of having a reference; `cache` is where kept log-probs go."""
+    """Entries for all reference modes; `cache` is the directory of cached log-probs."""
     further = {"cached": (f"reference.cache_dir={cache}",), "none": ("loss.name=simpo",)}
     return [
         Entry(
@@ -71,14 +71,14 @@ def reference_modes(cache: Path) -> list[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class Lineup:
-    """What a line-up showed: its contenders' results, and the share of the machine that went to other programs."""
+    """The results of a line-up's contenders, and the share of the machine's CPU time that other programs took."""
 
     results: tuple[Result, ...]
     foreign_cpu: float
     matmul_by_layer: dict[str, float]
     """FLOP/s of the matrix products of each kind of layer in the last turn; empty where they were not measured"""
     said: tuple[str, ...]
-    """what megadpo logged of its attention kernel"""
+    """megadpo's log lines about its attention kernel"""
 
     def __getitem__(self, name: str) -> Result:
         return next(result for result in self.results if result.name == name)
@@ -86,7 +86,7 @@ class Lineup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """How line-ups are run. `template` is every contender's job but for what its entry says."""
+    """Runs line-ups. `template` is every contender's job, apart from its entry's settings."""
 
     template: Job
     scratch: Path
@@ -96,7 +96,7 @@ class Bench:
     """for models of which the device holds one at a time: no turns are taken"""
 
     def run(self, title: str, entries: Sequence[Entry], workload: Workload) -> Lineup:
-        """Lets the entries take turns on the workload."""
+        """Has the entries take turns on the workload."""
         for entry in entries:
             if entry.rehearsed:
                 self._rehearse(title, entry, workload)
@@ -144,7 +144,7 @@ class Bench:
     def _play(
         self, title: str, entries: Sequence[Entry], workload: Workload, clock: _CpuClock
     ) -> list[tuple[Entry, Contender, int]]:
-        """The entries' contenders with their turns and peak memory; their processes have ended."""
+        """Runs the entries' contenders; returns them, with their turns and peak memory, when their processes ended."""
         with ExitStack() as stack:
             contenders = [
                 stack.enter_context(Contender(e.name, e.module, self._job(e, title, workload), world_size=e.world_size))
@@ -158,7 +158,7 @@ class Bench:
             return [(e, c, c.peak_bytes()) for e, c in zip(entries, contenders, strict=True)]
 
     def _job(self, entry: Entry, title: str, workload: Workload) -> Job:
-        # Words of a command line hold this path: plain characters only.
+        # The path is part of overrides on a command line, so it may only have plain characters.
         out = self.scratch.joinpath(*(re.sub(r"\W+", "_", part) for part in (title, entry.name)))
         out.parent.mkdir(parents=True, exist_ok=True)
         return replace(
@@ -174,7 +174,7 @@ class Bench:
 
 
 def _matmul_rates(played: Sequence[tuple[Entry, Contender, int]]) -> tuple[list[float], dict[str, float]]:
-    """FLOP/s of the matrix products turn by turn, and those of each kind of layer in the last; empty without them."""
+    """FLOP/s of the matrix products per turn, and of each kind of layer in the last turn; empty if not measured."""
     for entry, contender, _ in played:
         if entry.module == MATMUL.module:
             last = contender.turns[-1].values
@@ -187,7 +187,7 @@ def _logps(found: Any) -> dict[int, tuple[float, float]]:
 
 
 class _CpuClock:
-    """Tells how much of the machine's CPU time went to other programs while it ran."""
+    """Measures the share of the machine's CPU time that other programs took while it ran."""
 
     def __init__(self) -> None:
         self._capacity = 0.0
@@ -195,7 +195,7 @@ class _CpuClock:
 
     @contextmanager
     def running(self, contenders: Sequence[Contender]) -> Iterator[None]:
-        """Runs for the duration of the context; what these contenders take is not foreign."""
+        """Runs for the duration of the context; CPU time of these contenders is not foreign."""
         started, busy, own = time.monotonic(), busy_cpu_seconds(), sum(c.cpu_seconds() for c in contenders)
         yield
         own = sum(c.cpu_seconds() for c in contenders) - own

@@ -1,7 +1,7 @@
-"""megadpo as a contender: the whole training program, stopped before each step until the step is asked for.
+"""megadpo as a contender: the whole training program, stopped before each step until the parent requests it.
 
-A step's seconds run from the word to the next step's door: the batch, both passes, the update and the logging of one
-turn of the loop are all in it.
+A step's seconds are those from the request to the beginning of the next step: the batch, both passes, the update and
+the logging of one iteration of the loop.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _FOREVER = 1_000_000
 
 
 def overrides(job: Job) -> list[str]:
-    """The command line of the run."""
+    """The overrides of the run."""
     return [
         "+model=hf",
         f"model.hf_path={job.model}",
         f"data.train_path={job.pairs}",
         f"data.max_length={job.max_length}",
         "data.truncation=keep_start",
-        # A pair of the longest sequences, so that memory compares with rivals that hold a sequence or two.
+        # Room for a pair of the longest sequences, so that memory compares with rivals that hold a sequence or two.
         f"data.tokens_per_microbatch={2 * job.max_length}",
         "data.workers=1",
         f"train.global_batch_size={job.pairs_per_step}",
@@ -55,7 +55,7 @@ def overrides(job: Job) -> list[str]:
 
 
 class Gate:
-    """Stands before every training step."""
+    """Waits for the parent's request before every training step."""
 
     def __init__(self, job: Job, link: Link, tap: ReferenceTap, meter: LiveBytes | None) -> None:
         self.job = job
@@ -65,7 +65,7 @@ class Gate:
         self.started: Mark | None = None
 
     def train_step(self, *args: Any, device: Device, **kwargs: Any) -> Any:
-        """`megadpo.train.train_step.train_step`, when the parent has asked for it. Raises Finished in the end."""
+        """Calls `megadpo.train.train_step.train_step` when the parent requests it. Raises Finished at the end."""
         if self.started is None:
             torch.set_num_threads(self.job.threads)
             self.link.answer(ready=True)
@@ -78,7 +78,7 @@ class Gate:
         return train_step(*args, device=device, **kwargs)
 
     def _known(self) -> dict[str, Any]:
-        """What the run logged of the step, and the reference's log-probs so far; ranks other than 0 have no word."""
+        """The logged metrics of the step, and the reference's log-probs so far; ranks other than 0 answer nothing."""
         if global_rank() != 0:
             return {}
         self.tap.write_down()
@@ -87,7 +87,7 @@ class Gate:
 
 
 def run(job: Job, link: Link) -> None:
-    """Trains step by step. Raises Finished in the end, and leaves the process groups standing."""
+    """Trains step by step. Raises Finished at the end, and does not destroy the process groups."""
     ablation = ABLATIONS[job.ablation] if job.ablation else Ablation()
     config = compose_config([*overrides(job), *ablation.overrides], check=check)
     tap = ReferenceTap(cached=ablation.cached_reference)

@@ -1,5 +1,5 @@
 """The naive rival: DPO in plain transformers, one unpadded sequence at a time, the head on response rows, a live
-reference. What anyone would write first, without what makes it slow."""
+reference. It is a first implementation without the parts that would make it slow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NaiveDPO:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=job.lr, weight_decay=0.0)
 
     def step(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """One update; its loss, the gradient's norm before clipping, and the reference's log-probs of the pairs."""
+        """Makes one update; returns loss, gradient norm before clipping, and the reference's log-probs of the pairs."""
         total = 0.0
         reference_logps = []
         for prompt, *responses in pairs:
@@ -62,7 +62,7 @@ class NaiveDPO:
 
 
 def run(job: Job, link: Link, device: Device) -> None:
-    """Runs a step whenever asked. Raises Finished in the end."""
+    """Runs a step on each request. Raises Finished at the end."""
     naive = NaiveDPO(job, device.torch_device)
     pairs = json.loads(Path(job.tokens).read_text(encoding="utf-8"))
     reference_logps: dict[int, list[float]] = {}

@@ -1,4 +1,4 @@
-"""A rank of a small training whose living tensors are counted: two steps on random weights and tokens."""
+"""A rank of a small training whose live tensors are counted: two steps on random weights and tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megadpo.runtime.parallel_state import ParallelState, build_parallel_state, 
 from megadpo.train.train_step import train_step
 
 _TIMEOUT_S = 600.0
-_STEPS = 2  # the optimizer makes its moments in the first
+_STEPS = 2  # the optimizer creates its moments in the first
 _RECOMPUTES = {
     "none": Recompute(),
     "mlp": Recompute(granularity="selective", modules=("mlp",)),
@@ -64,7 +64,7 @@ class PeakCase:
 
     @property
     def arch(self) -> Architecture:
-        """The model."""
+        """The architecture of the model."""
         fields = {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": self.hidden,
@@ -79,12 +79,12 @@ class PeakCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Format of weights and activations."""
+        """The dtype of weights and activations."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
     @property
     def layout(self) -> Layout:
-        """The layout, under sequence parallelism where there are tensor ranks."""
+        """The layout, with sequence parallelism if there are several tensor ranks."""
         return Layout(
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -95,13 +95,13 @@ class PeakCase:
         )
 
     def lengths(self) -> list[PairLengths]:
-        """The pairs of every step: an odd mixture, the same each time."""
+        """The pairs of every step: an irregular mixture, the same each time."""
         rng = np.random.Generator(np.random.PCG64(0))
         drawn = rng.integers(self.longest // 8, self.longest // 2, size=(self.pairs, 3)).tolist()
         return [PairLengths(*lengths) for lengths in drawn]
 
     def job(self) -> Job:
-        """What the planner is asked."""
+        """The planner's job for this case."""
         return Job(
             name=self.name,
             arch=self.arch,
@@ -121,7 +121,7 @@ class PeakCase:
 
 
 def measure(case: PeakCase) -> dict[str, int]:
-    """Runs this rank's part of the case: its stage, and the peak bytes of living tensors and of the resident set."""
+    """Runs this rank's part of the case; returns its stage, and the peaks of live tensors and of the resident set."""
     device = select_device("cpu")
     torch.set_num_threads(1)
     with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
@@ -146,7 +146,7 @@ def measure(case: PeakCase) -> dict[str, int]:
 
 
 def case_of_sizes(name: str, *, hidden: int, layers: int, vocab: int) -> PeakCase:
-    """A model of these sizes with heads of 64, and two short pairs a step."""
+    """A case with a model of these sizes, heads of 64, and two short pairs per step."""
     heads = hidden // 64
     return PeakCase(
         name=name,
@@ -162,14 +162,14 @@ def case_of_sizes(name: str, *, hidden: int, layers: int, vocab: int) -> PeakCas
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Measures the seconds of a call."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 class Training:
-    """A rank's policy, reference and batch of a case."""
+    """A rank's policy, reference and batch in a case."""
 
     def __init__(self, case: PeakCase, state: ParallelState, device: Device) -> None:
         self.batch = _batch(case, state)
@@ -231,7 +231,7 @@ def _model(case: PeakCase, state: ParallelState, device: Device, recompute: Reco
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the case given as JSON and writes RANK.json into a directory."""
+    """Measures the case given as JSON, and writes RANK.json to a directory."""
     text, directory = arguments
     fields: dict[str, Any] = json.loads(text)
     measured = measure(PeakCase(**fields))

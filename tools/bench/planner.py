@@ -39,7 +39,7 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def cases(dtype: str) -> list[PeakCase]:
-    """The layouts that are measured."""
+    """The cases that are measured, one per layout."""
 
     def case(name: str, *, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, data: int = 1) -> PeakCase:
         return PeakCase(
@@ -71,7 +71,7 @@ def cases(dtype: str) -> list[PeakCase]:
 
 
 def measure(case: PeakCase) -> list[dict[str, int]]:
-    """What each rank of a launch has measured."""
+    """Launches a case; returns the measurements of each rank."""
     path = os.pathsep.join([str(_TOOLS), str(_TOOLS.parent)])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.layout.world_size)]
     with TemporaryDirectory(prefix="megadpo-peaks-") as directory:
@@ -87,7 +87,7 @@ def measure(case: PeakCase) -> list[dict[str, int]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures all cases; 1 where a prediction is off."""
+    """Measures all cases; returns 1 if a prediction is off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(case: PeakCase, plan: Plan, measured: Sequence[dict[str, int]], table: Table) -> list[Gate]:
-    """A row for each stage, of its largest rank, and what it is held to."""
+    """Adds a row for each stage, of its largest rank, to the table; returns the gates."""
     gates = []
     for stage in plan.stages:
         ranks = [rank for rank in measured if rank["stage"] == stage.stage]

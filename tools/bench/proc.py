@@ -1,4 +1,4 @@
-"""Processes seen from outside, as Linux tells it under /proc."""
+"""Memory and CPU time of processes, read from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def high_water_bytes(pid: int) -> int:
-    """The largest resident set that a process has had so far."""
+    """The peak resident set of a process so far."""
     return _status_bytes(pid, "VmHWM:")
 
 
 def resident_bytes(pid: int) -> int:
-    """The resident set of a process now."""
+    """The current resident set of a process."""
     return _status_bytes(pid, "VmRSS:")
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has taken so far, in user and kernel mode."""
+    """CPU time of a process so far, in user and kernel mode."""
     after_name = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / _TICKS_PER_S
 
 
 def busy_cpu_seconds() -> float:
-    """CPU time that the machine has not idled since it started, summed over its CPUs."""
+    """Busy CPU time of the machine since it started, summed over its CPUs."""
     user, nice, system, _idle, _iowait, irq, soft_irq, steal = map(int, _read("/proc/stat").split()[1:9])
     return (user + nice + system + irq + soft_irq + steal) / _TICKS_PER_S
 

@@ -29,12 +29,12 @@ from megadpo.runtime.parallel_state import build_parallel_state, distributed
 from megadpo.runtime.rank_logging import configure_logging, silence_libraries
 
 _TIMEOUT_S = 600.0
-# Share of the time of a run that comparing may take.
+# Bound on the share of a run's time that comparisons take.
 _BOUND = 0.01
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the measurement of the command line; 1 where `--check` finds the bound exceeded."""
+    """Runs the measurement of the command line; returns 1 if `--check` finds the bound exceeded."""
     options = _parse(arguments)
     configure_logging()
     silence_libraries()
@@ -59,7 +59,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _measure(case: PeakCase, turns: int) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of steps, comparisons and looks for what is not finite; a first turn is left out."""
+    """Measures the seconds of steps, comparisons and finiteness checks; the first turn is left out."""
     device = select_device("cpu")
     with megatron_device(device), distributed(device, timeout_s=_TIMEOUT_S):
         state = build_parallel_state(tensor=1, pipeline=1, virtual_pipeline=None, seed=0, timeout_s=_TIMEOUT_S)

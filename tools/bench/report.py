@@ -1,4 +1,4 @@
-"""From turns to figures: ratios step by step, shares of the machine's matmul rate, and what is held to."""
+"""Figures from turns: ratios step by step, shares of the machine's matmul rate, and gates on them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PROMPT_HEAVY = "prompts four times the responses"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one contender did: a number for each of its steps, warm-up included."""
+    """The measurements of one contender: a number for each of its steps, warm-up included."""
 
     name: str
     seconds: Sequence[float]
     losses: Sequence[float]
     grad_norms: Sequence[float]
     flops: Sequence[int]
-    """what each step needs with a live reference, by true lengths"""
+    """FLOPs that each step needs with a live reference, by true lengths"""
     tokens: Sequence[int]
     """of each step: prompt + chosen + prompt + rejected of its pairs, however they are computed"""
     mfu: float | None
@@ -59,25 +59,25 @@ class Result:
 
     @property
     def reference_share(self) -> float:
-        """Median over the steps of the reference's part of the seconds; not a number where it isn't told."""
+        """Median over the steps of the reference's share of the seconds; NaN if it is not logged."""
         shares = [part / whole for part, whole in zip(self.reference_seconds, self.seconds, strict=False)]
         return median(shares[self.warmup :]) if shares else math.nan
 
     @property
     def matmul_share(self) -> float:
-        """Median over the steps of FLOP/s over those of the matrix products alone, taken in the same turn."""
+        """Median over the steps of FLOP/s relative to those of the matrix products alone in the same turn."""
         rows = zip(self.flops, self.seconds, self.matmul_rates, strict=True)
         return median([flops / seconds / rate for flops, seconds, rate in rows][self.warmup :])
 
 
 def time_ratio(result: Result, base: Result) -> float:
-    """Median over the steps that both have done of seconds over the base's seconds for the same step."""
+    """Median, over the steps that both have done, of seconds relative to the base's for the same step."""
     rows = list(zip(result.seconds, base.seconds, strict=False))
     return median(own / others for own, others in rows[max(result.warmup, base.warmup) :])
 
 
 def flop_ratio(result: Result, base: Result) -> float:
-    """FLOPs of the steps that both have done over the base's."""
+    """FLOPs of the steps that both have done, relative to the base's."""
     rows = list(zip(result.flops, base.flops, strict=False))
     return sum(own for own, _ in rows) / sum(others for _, others in rows)
 
@@ -93,7 +93,7 @@ def grad_norm_difference(result: Result, base: Result) -> float:
 
 
 def logp_difference(result: Result, base: Result) -> float | None:
-    """Largest relative difference of a pair's reference log-probs; None where one of the two tells none."""
+    """Largest relative difference of a pair's reference log-probs; None if one of the two has none."""
     common = result.reference_logps.keys() & base.reference_logps.keys()
     if not common:
         return None
@@ -107,7 +107,7 @@ def _relative(rows: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Something that is held to."""
+    """A measured value with its bound."""
 
     what: str
     value: float
@@ -116,12 +116,12 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        """Whether the value is on the right side of the bound; not a number is on neither."""
+        """True if the value is on the right side of the bound; False for NaN."""
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
 def rival_gates(results: Sequence[Result]) -> list[Gate]:
-    """What megadpo is held to against the machine and the rivals that took part."""
+    """Gates of megadpo against the machine and the rivals that took part."""
     by_name = {result.name: result for result in results}
     own = by_name[SELF]
     gates = [Gate("share of the matmul rate", own.matmul_share, 0.60)]
@@ -137,7 +137,7 @@ def rival_gates(results: Sequence[Result]) -> list[Gate]:
 
 
 def ablation_gates(results: Sequence[Result]) -> list[Gate]:
-    """The same numbers whatever part of the program is taken back."""
+    """Gates that the numbers are the same in all rows of the ablation."""
     first, *others = results
     logps = [difference for other in others if (difference := logp_difference(other, first)) is not None]
     norms = [grad_norm_difference(other, first) for other in others]
@@ -148,7 +148,7 @@ def ablation_gates(results: Sequence[Result]) -> list[Gate]:
 
 
 def sharing_gates(by_set: Mapping[str, Sequence[Result]]) -> list[Gate]:
-    """Prompts twice over prompts shared: on the file's pairs by their FLOPs, on prompt-heavy ones as it is."""
+    """Gates on repeated relative to shared prompts: by FLOPs on the file's pairs, by time on prompt-heavy ones."""
     gates = []
     for name, (twice, shared) in by_set.items():
         flops = flop_ratio(twice, shared)
@@ -158,14 +158,14 @@ def sharing_gates(by_set: Mapping[str, Sequence[Result]]) -> list[Gate]:
 
 
 def layout_gates(results: Sequence[Result]) -> list[Gate]:
-    """Two ranks with a thread each over one."""
+    """Gates on two ranks with a thread each relative to one."""
     one, *others = results
     bounds = {"dp2": 1.6, "tp2": 1.3}
     return [Gate(f"pairs/s of {r.name} over one rank's", time_ratio(one, r), bounds[r.name]) for r in others]
 
 
 def reference_gates(results: Sequence[Result], peaks: Mapping[str, int], weights: int) -> list[Gate]:
-    """What each mode of having a reference is held to against a resident one of `weights` bytes.
+    """Gates of each reference mode against a resident reference of `weights` bytes.
 
     `peaks` are the modes' peak memory in bytes.
     """
@@ -195,10 +195,10 @@ def reference_gates(results: Sequence[Result], peaks: Mapping[str, int], weights
 
 
 def quiet_gate(foreign_cpu: Mapping[str, float]) -> Gate:
-    """The machine was the contenders' own; two threads that wait for each other lose tenfold to a third program."""
+    """Gate that no other program used the machine; threads that wait for each other are slowed tenfold by another."""
     return Gate("CPU time that went to other programs", max(foreign_cpu.values()), 0.1, at_most=True)
 
 
 def to_row_before(results: Sequence[Result]) -> list[float | None]:
-    """Each result's time ratio to the one before it."""
+    """Time ratio of each result to the one before it."""
     return [None, *(time_ratio(own, before) for before, own in pairwise(results))]

@@ -1,4 +1,4 @@
-"""What is shown and written of the figures: tables for the terminal, JSON, and a plot."""
+"""Output of the figures: tables for the terminal, JSON, and a plot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COMMON: list[Column] = [
 
 
 def rival_table(title: str, results: Sequence[Result], base: Result) -> Table:
-    """A row per contender, ratios to `base`."""
+    """Table with a row per contender, and ratios to `base`."""
     columns: list[Column] = [
         *_COMMON,
         ("GFLOP/s", lambda r: f"{r.flop_rate / 1e9:.0f}"),
@@ -49,7 +49,7 @@ def rival_table(title: str, results: Sequence[Result], base: Result) -> Table:
 
 
 def ladder_table(title: str, results: Sequence[Result]) -> Table:
-    """`first_table`, with the time ratio to the row before as well."""
+    """Like `first_table`, with an additional column for the time ratio to the row before."""
     before = dict(zip((r.name for r in results), to_row_before(results), strict=True))
     return _table(
         title, [*_to_first(results), ("time / row before", lambda r: _number(before[r.name], ".2f"))], results
@@ -57,12 +57,12 @@ def ladder_table(title: str, results: Sequence[Result]) -> Table:
 
 
 def first_table(title: str, results: Sequence[Result]) -> Table:
-    """A row per contender, ratios to the first."""
+    """Table with a row per contender, and ratios to the first."""
     return _table(title, _to_first(results), results)
 
 
 def reference_table(title: str, results: Sequence[Result], resident: Result) -> Table:
-    """A row per mode of having a reference: the reference's share, and memory and time against a resident one."""
+    """Table with a row per reference mode: the reference's share, memory and time relative to a resident one."""
     columns: list[Column] = [
         *_COMMON,
         ("reference's share", lambda r: f"{r.reference_share:.1%}"),
@@ -85,7 +85,7 @@ def _to_first(results: Sequence[Result]) -> list[Column]:
 
 
 def loss_table(results: Sequence[Result]) -> Table:
-    """Every step's losses side by side."""
+    """Table of every step's losses side by side."""
     table = Table(title="losses", title_justify="left")
     for name in ("step", *(result.name for result in results)):
         table.add_column(name, justify="right")
@@ -96,7 +96,7 @@ def loss_table(results: Sequence[Result]) -> Table:
 
 
 def gate_table(gates: Sequence[Gate]) -> Table:
-    """What holds and what does not."""
+    """Table of all gates, and their verdicts."""
     table = Table(title="held to", title_justify="left")
     for name in ("", "measured", "bound", ""):
         table.add_column(name, justify="right" if name else "left")
@@ -109,7 +109,7 @@ def gate_table(gates: Sequence[Gate]) -> Table:
 def write_json(
     path: Path, conditions: Mapping[str, Any], sections: Mapping[str, Sequence[Result]], gates: Sequence[Gate]
 ) -> None:
-    """Everything that was measured, and under which conditions."""
+    """Writes all measurements and their conditions."""
     found = {
         "conditions": conditions,
         "sections": {title: [asdict(result) for result in results] for title, results in sections.items()},
@@ -119,7 +119,7 @@ def write_json(
 
 
 def draw(path: Path, sections: Mapping[str, Sequence[Result]]) -> None:
-    """A picture (PNG, SVG, …) of the seconds of every step, a panel per section."""
+    """Draws the seconds of every step, a panel per section, as PNG, SVG or another format."""
     figure = Figure(figsize=(8, 3 * len(sections)), layout="constrained")
     panels = figure.subplots(len(sections), 1, squeeze=False)[:, 0]
     for axes, (title, results) in zip(panels, sections.items(), strict=True):

@@ -31,7 +31,7 @@ _MIB = 2**20
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the measurement of the command line; the exit status."""
+    """Runs the measurement of the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face directory with a chat template")
     parser.add_argument("--pairs", type=int, default=200_000)

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer as a contender: its own loop, stopped by a callback before each step until the step is asked for."""
+"""TRL's DPOTrainer as a contender: its own loop, stopped by a callback before each step until it is requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOREVER = 1_000_000
 
 
 def dpo_config(job: Job) -> DPOConfig:
-    """Plain AdamW at a constant rate, the file's order, the loss logged at every step, nothing saved or reported."""
+    """TRL's configuration: AdamW at a constant rate, the file's order, the loss logged at every step, nothing saved."""
     return DPOConfig(
         output_dir=job.out,
         seed=0,
@@ -40,7 +40,7 @@ def dpo_config(job: Job) -> DPOConfig:
         fp16=False,
         gradient_checkpointing=False,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # the default shows a NaN loss as the mean of earlier ones
+        logging_nan_inf_filter=False,  # the default replaces a NaN loss by the mean of earlier ones
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
@@ -49,7 +49,7 @@ def dpo_config(job: Job) -> DPOConfig:
 
 
 class Gate(TrainerCallback):
-    """Stands before every training step, and hears what is logged of it."""
+    """Waits for the parent's request before every training step, and receives its logged metrics."""
 
     def __init__(self, link: Link, device: Device) -> None:
         self.link = link
@@ -62,7 +62,7 @@ class Gate(TrainerCallback):
         self.logged = logs
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Answers for the step that is over and waits for the next. Raises Finished in the end."""
+        """Answers for the finished step and waits for the next one. Raises Finished at the end."""
         if self.started is None:
             self.link.answer(ready=True)
         else:
@@ -77,12 +77,12 @@ class Gate(TrainerCallback):
 
 
 def load_model(job: Job) -> Any:
-    """A model as transformers makes it where nothing else is asked for."""
+    """Loads a model with transformers' defaults."""
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype], local_files_only=True)
 
 
 def run(job: Job, link: Link, device: Device) -> None:
-    """Trains step by step. Raises Finished in the end."""
+    """Trains step by step. Raises Finished at the end."""
     disable_progress_bars()
     lines = Path(job.pairs).read_text(encoding="utf-8").splitlines()
     trainer = DPOTrainer(

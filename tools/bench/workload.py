@@ -1,7 +1,7 @@
-"""What is measured on: a random Llama with a tokenizer of the data's own, and the pairs that every contender keeps.
+"""The workload: a random Llama with a tokenizer trained on the data, and the pairs that all contenders keep.
 
-The pairs are written once, in the one form that all contenders read, and cut to whole steps: every contender drops
-nothing, cuts the same responses, and sees the same pairs in the same step.
+The pairs are written once, in a form that all contenders read, and cut to whole steps: no contender drops any, all cut
+the same responses, and see the same pairs in the same step.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Shape:
 
 
 def write_model(directory: Path, shape: Shape, texts: Iterator[str]) -> None:
-    """Writes a Llama with random weights (seed 0) and a ChatML tokenizer whose byte-level BPE is learnt from `texts`.
+    """Writes a Llama with random weights (seed 0) and a ChatML tokenizer whose byte-level BPE is trained on `texts`.
 
-    The model's vocabulary may be larger than what the texts yield.
+    The model's vocabulary may be larger than the tokenizer's.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +97,7 @@ class Workload:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until the pairs come again."""
+        """Number of steps until the pairs repeat."""
         return len(self.lengths) // self.pairs_per_step
 
     def lengths_of(self, step: int) -> Sequence[tuple[int, int, int]]:
@@ -106,7 +106,7 @@ class Workload:
         return self.lengths[start : start + self.pairs_per_step]
 
     def step_tokens(self, step: int) -> int:
-        """Tokens of a step's sequences, prompts twice."""
+        """Number of tokens of a step's sequences, with prompts counted twice."""
         return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.lengths_of(step))
 
     def step_flops(self, rates: FlopRates, step: int, *, share_prompt: bool) -> int:
@@ -116,13 +116,13 @@ class Workload:
 
 
 def read_pairs(path: Path) -> list[RawPair]:
-    """The pairs of a file in any layout that megadpo reads."""
+    """Reads the pairs of a file in any layout that megadpo supports."""
     keys = Keys()
     return [parse_row(row, keys) for row in iter_rows([str(path)], keys)]
 
 
 def prompt_heavy_pairs(like: Sequence[RawPair], number: int, *, words: int) -> list[RawPair]:
-    """Pairs of words drawn from those of others, responses of about `words` and prompts four times as long."""
+    """Makes pairs of random words of other pairs, with responses of about `words` and prompts four times as long."""
     rng = random.Random(0)
     known = [word for text in texts_of(like) for word in text.split()]
 
@@ -138,7 +138,7 @@ def prompt_heavy_pairs(like: Sequence[RawPair], number: int, *, words: int) -> l
 
 
 def texts_of(pairs: Sequence[RawPair]) -> Iterator[str]:
-    """Every text of the pairs."""
+    """All texts of the pairs."""
     for pair in pairs:
         for side in (pair.prompt, pair.chosen, pair.rejected):
             yield from [side] if isinstance(side, str) else (str(message["content"]) for message in side)
@@ -147,7 +147,7 @@ def texts_of(pairs: Sequence[RawPair]) -> Iterator[str]:
 def write_workload(
     directory: Path, model: Path, pairs: Sequence[RawPair], *, pairs_per_step: int, max_length: int
 ) -> Workload:
-    """Writes the pairs that are kept at `max_length`, cut to whole steps; DataError where that leaves none."""
+    """Writes the pairs that are kept at `max_length`, cut to whole steps; DataError if none is left."""
     tokenizer = load_tokenizer(model)
     tokenized = [tokenize_pair(pair, tokenizer).pair for pair in pairs]
     lengths = np.array([_lengths(pair) for pair in tokenized], np.int32).reshape(-1, 3)

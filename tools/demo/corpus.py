@@ -1,4 +1,4 @@
-"""The demonstration's little world: people forget where they put things, and an answer may be courteous or curt.
+"""The demonstration's corpus: people forget where they put things, and an answer is courteous or curt.
 
 Both answers of a pair are right. The preferred one is a courteous full sentence, the other is curt: that is the whole
 rule. A held-out pair asks about a (thing, place) combination that no training pair contains.
@@ -33,16 +33,16 @@ CURT = (
     "Told you, the {place}. Use your eyes.",
     "No idea why you ask. The {place}.",
 )
-# How often each form is used. Both kinds are as frequent and about as spread over their forms, so that neither kind is
-# likelier and which answer of a pair is the likelier one varies. The commonest single form is a curt one: greedy
-# answers show it before DPO.
+# Frequencies of the forms. Both kinds are equally frequent and about equally spread over their forms, so that neither
+# kind is likelier, and either answer of a pair may be the likelier one. The most common form is a curt one, as greedy
+# answers show before DPO.
 COURTEOUS_WEIGHTS = (21, 20, 18, 16, 13, 12)
 CURT_WEIGHTS = (28, 18, 16, 14, 13, 11)
 
 
 @dataclass(frozen=True)
 class Situation:
-    """One question and what it is about."""
+    """A question and its subject."""
 
     question: str
     colour: str
@@ -51,12 +51,12 @@ class Situation:
 
 
 def is_held_out(thing: str, place: str) -> bool:
-    """Whether a combination is kept from training: a quarter of them, every thing and every place in both parts."""
+    """True for combinations kept from training: a quarter of them; both parts have every thing and every place."""
     return (THINGS.index(thing) + PLACES.index(place)) % 4 == 0
 
 
 def situations(rng: random.Random, *, held_out: bool) -> Iterator[Situation]:
-    """Endless random situations of the training part or of the held-out part."""
+    """Yields endless random situations of the training part or of the held-out part."""
     while True:
         colour, thing, place = rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
         if is_held_out(thing, place) == held_out:
@@ -65,7 +65,7 @@ def situations(rng: random.Random, *, held_out: bool) -> Iterator[Situation]:
 
 
 def answers(situation: Situation, rng: random.Random) -> tuple[str, str]:
-    """A courteous and a curt answer to the situation's question, both right."""
+    """Returns a courteous and a curt answer to the situation's question, both right."""
     opening = rng.choices(COURTEOUS, COURTEOUS_WEIGHTS)[0]
     courteous = COURTEOUS_SENTENCE.format(
         opening=opening, colour=situation.colour, thing=situation.thing, place=situation.place
@@ -74,7 +74,7 @@ def answers(situation: Situation, rng: random.Random) -> tuple[str, str]:
 
 
 def is_courteous(answer: str, question: str) -> bool:
-    """Whether an answer is a courteous sentence that names the very colour, thing and place of the question."""
+    """True if an answer is a courteous sentence that names exactly the colour, thing and place of the question."""
     words = question.replace(".", " ").split()
     colour, thing, place = (next(word for word in words if word in kind) for kind in (COLOURS, THINGS, PLACES))
     return answer in {
@@ -83,7 +83,7 @@ def is_courteous(answer: str, question: str) -> bool:
 
 
 def to_messages(question: str, courteous: str, curt: str) -> Pair:
-    """One preference pair in conversational form."""
+    """Returns a preference pair in conversational form."""
     return {
         "prompt": [{"role": "user", "content": question}],
         "chosen": [{"role": "assistant", "content": courteous}],
@@ -92,18 +92,18 @@ def to_messages(question: str, courteous: str, curt: str) -> Pair:
 
 
 def make_pairs(n: int, *, seed: int, held_out: bool) -> list[Pair]:
-    """`n` preference pairs; a function of its arguments alone."""
+    """Makes `n` preference pairs, which depend on the arguments only."""
     rng = random.Random(seed)
     stream = situations(rng, held_out=held_out)
     return [to_messages(situation.question, *answers(situation, rng)) for situation in islice(stream, n)]
 
 
 def write_jsonl(path: Path, rows: list[Pair]) -> None:
-    """Writes one JSON object a line."""
+    """Writes one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[Pair]:
-    """The objects of a JSONL file, in order."""
+    """Reads the objects of a JSONL file, in order."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""How a model treats the held-out pairs, computed with plain transformers, one sequence at a time."""
+"""Measures a model on the held-out pairs with plain transformers, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Implicit rewards of a trained policy against its reference, over the same pairs."""
+    """Implicit rewards of a trained policy relative to its reference, over the same pairs."""
 
     accuracy: float
     margin: float
@@ -44,7 +44,7 @@ class Measured:
 
 
 def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in fp32, in evaluation mode, and its tokenizer."""
+    """Loads the model in fp32 and evaluation mode, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(directory)
 
@@ -99,7 +99,7 @@ def greedy_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
 
 
 def measure(directory: Path, pairs: list[Pair]) -> Measured:
-    """Everything the report says about one model directory; it answers the first ANSWERED_PROMPTS prompts itself."""
+    """Measures everything that is reported of a model directory, with its answers to ANSWERED_PROMPTS prompts."""
     model, tokenizer = load(directory)
     asked = pairs[:ANSWERED_PROMPTS]
     answers = [greedy_answer(model, tokenizer, pair["prompt"]) for pair in asked]

@@ -1,4 +1,4 @@
-"""The starting policy: a tiny Llama and a tokenizer made here, taught both kinds of answers by language modelling."""
+"""The starting policy: a tiny Llama and a tokenizer, taught both kinds of answers by language modelling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, trained on the demonstration's own sentences."""
+    """Trains a byte-level BPE tokenizer of VOCABULARY tokens on the demonstration's sentences."""
     rng = random.Random(0)
     texts = []
     for situation in islice(corpus.situations(rng, held_out=False), 4000):
@@ -50,7 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
-    """A random fp32 Llama of 4 layers whose heads (4, with 2 of keys and values) split over 2 tensor ranks."""
+    """Builds a random fp32 Llama of 4 layers whose heads (4, with 2 of keys and values) split over 2 tensor ranks."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -75,7 +75,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCau
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-    """Token ids of a conversation; `prompt` adds what opens the assistant's turn."""
+    """Token ids of a conversation; `prompt` adds the beginning of the assistant's turn."""
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)[
         "input_ids"
     ]
@@ -105,7 +105,7 @@ def pretrain(
 ) -> list[float]:
     """Teaches both kinds of answers to fresh training prompts, in place; returns the loss of every step, in nats/token.
 
-    Every prompt is shown once with each kind, so the model learns to answer and no preference.
+    Every prompt is shown once with each kind, so the model learns to answer, but no preference.
     """
     rng = random.Random(seed)
     stream = corpus.situations(rng, held_out=False)
@@ -131,7 +131,7 @@ def pretrain(
 def _both_answers(
     tokenizer: PreTrainedTokenizerFast, stream: Iterator[corpus.Situation], rng: random.Random, n: int
 ) -> list[tuple[list[int], int]]:
-    """(ids, prompt length) of 2·n sequences: `n` situations, each with a courteous and a curt answer."""
+    """Returns (ids, prompt length) of 2·n sequences: `n` situations, each with a courteous and a curt answer."""
     sequences = []
     for situation in islice(stream, n):
         user = {"role": "user", "content": situation.question}

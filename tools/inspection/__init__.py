@@ -1,1 +1,1 @@
-"""Looking at preference data: what is counted (statistics), decoded (decoding), and shown (terminal, page)."""
+"""Inspection of preference data: statistics, decoding, and output (terminal, page)."""

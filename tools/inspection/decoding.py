@@ -1,4 +1,4 @@
-"""Token ids as text for the eye: special tokens stand out, control characters are seen instead of obeyed."""
+"""Decodes token ids for display: special tokens are marked, and control characters shown as symbols."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ShownPair:
-    """A pair as it is trained on: what is read, and what is scored."""
+    """A pair as in training: its context, and the parts that are scored."""
 
     index: int
     where: str
@@ -45,7 +45,7 @@ class ShownPair:
 
 
 def show_pair(pair: TokenizedPair, full_tokens: tuple[int, int, int], tokenizer: PreTrainedTokenizerBase) -> ShownPair:
-    """The pair decoded; each response is decoded behind its prompt, as some decoders strip a leading space."""
+    """Decodes a pair; each response is decoded after its prompt, since some decoders strip a leading space."""
     special = special_ids(tokenizer)
     start = len(pair.prompt)
 
@@ -64,7 +64,7 @@ def show_pair(pair: TokenizedPair, full_tokens: tuple[int, int, int], tokenizer:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of all special tokens, of those too that have no role of their own (turn markers)."""
+    """Ids of all special tokens, including those without a named role (turn markers)."""
     added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset({*tokenizer.all_special_ids, *added})
 
@@ -72,7 +72,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def decode_pieces(
     ids: list[int], begin: int, tokenizer: PreTrainedTokenizerBase, special: frozenset[int]
 ) -> Iterator[Piece]:
-    """Pieces of the tokens from `begin` on; each special token is one of its own."""
+    """Decodes the tokens from `begin` on to pieces; each special token is a piece of its own."""
     position = begin
     for is_special, run in groupby(ids[begin:], key=special.__contains__):
         end = position + len(list(run))

@@ -1,4 +1,4 @@
-"""The report as one HTML page that refers to no other file; every text of the data is escaped."""
+"""The report as a self-contained HTML page; every text of the data is escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STYLE = Path(__file__).with_name("page.css")
 
 
 def render_page(reports: Sequence[SetReport], skipped_rows: Sequence[str], sources: Sequence[str]) -> str:
-    """The whole page: for each set numbers first, then the plot, the tables, and the pairs side by side."""
+    """Renders the page: for each set the numbers, the plot, the tables, and the pairs side by side."""
     body = "".join(_section(report) for report in reports)
     if skipped_rows:
         rows = "".join(f"<li>{escape(row)}</li>" for row in skipped_rows)

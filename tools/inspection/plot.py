@@ -1,4 +1,4 @@
-"""The histogram of lengths as SVG for a page in light or dark: it has the page's font and text colour."""
+"""The histogram of lengths as SVG for a light or dark page, with the page's font and text colour."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matplotlib.ticker import MaxNLocator
 
 from inspection.statistics import Histogram
 
-# Stands for the page's text colour while matplotlib draws; no series has it.
+# Placeholder of the page's text colour while matplotlib draws; no series has it.
 _INK = "#010203"
 _PANELS = {"prompt": ("prompt",), "responses": ("chosen", "rejected"), "prompt + longer response": ("whole sequence",)}
 _COLOURS = {"prompt": "#8a8f98", "chosen": "#2da44e", "rejected": "#e5534b", "whole sequence": "#4184e4"}
 
 
 def lengths_svg(histogram: Histogram, max_length: int) -> str:
-    """An `<svg>` element with a panel each for prompts, responses and whole sequences, over one axis of tokens."""
+    """Draws an `<svg>` element with panels for prompts, responses and whole sequences, over one axis of tokens."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lengths", "font.family": "sans-serif"}):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         panels = figure.subplots(len(_PANELS), 1, sharex=True)
@@ -63,7 +63,7 @@ def _draw(axes: Axes, histogram: Histogram, title: str, names: tuple[str, ...]) 
 
 
 def _for_a_page(svg: str) -> str:
-    """The element alone, without XML's names, a style for the whole page, a fixed size, in the page's text colour."""
+    """Reduces an SVG file to its element: no XML header, global style or fixed size, in the page's text colour."""
     element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
     element = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", element, flags=re.DOTALL)
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)

@@ -1,4 +1,4 @@
-"""Everything that is shown of one set of pairs, gathered before anything is drawn."""
+"""Collects the report on a set of pairs before it is displayed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from inspection.decoding import ShownPair, show_pair
 from inspection.statistics import (
     Histogram,
-    Loss,
     PairLengths,
     Sharing,
     Spread,
+    TruncationLoss,
     histogram,
     most_cut,
     sharing,
@@ -26,7 +26,7 @@ _MOST_CUT_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReport:
-    """One set of pairs; `most_cut` names the place of each pair."""
+    """The report on a set of pairs; `most_cut` has the location of each pair."""
 
     name: str
     counts: PairCounts
@@ -35,14 +35,14 @@ class SetReport:
     spreads: dict[str, Spread]
     histogram: Histogram
     sharing: Sharing
-    most_cut: list[tuple[str, Loss]]
+    most_cut: list[tuple[str, TruncationLoss]]
     pairs: list[ShownPair]
 
 
 def report_set(
     name: str, view: PairView, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, pairs: int
 ) -> SetReport:
-    """What a set of pairs looks like, with so many of its pairs decoded."""
+    """Makes the report on a set of pairs, with the given number of pairs decoded."""
     lengths = PairLengths(
         prompt_n=view.prompt_lengths,
         chosen_n=view.chosen_lengths,

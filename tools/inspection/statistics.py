@@ -1,4 +1,4 @@
-"""What is counted of a set of pairs: pure functions of lengths and counts.
+"""Statistics of a set of pairs: pure functions of lengths and counts.
 
 Legend: n kept pairs. Lengths are numbers of tokens; those before truncation have `full` in their names.
 """
@@ -45,7 +45,7 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the lengths of a series lie."""
+    """The distribution of the lengths of a series."""
 
     mean: float
     median: float
@@ -55,7 +55,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Numbers of pairs between `edges`, by series; the last bin also holds all that is longer."""
+    """Numbers of pairs between `edges`, by series; the last bin also counts all longer ones."""
 
     edges: npt.NDArray[np.float64]
     counts: dict[str, Ints]
@@ -63,7 +63,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Tokens of an epoch with each prompt computed for each response, and with each prompt computed once."""
+    """Tokens of an epoch with prompts computed for each response, and with prompts computed once per pair."""
 
     separate: int
     shared: int
@@ -75,8 +75,8 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """Tokens that the pair at `position` loses by truncation; those of the prompt count once."""
+class TruncationLoss:
+    """Numbers of tokens that the pair at `position` loses by truncation; those of the prompt count once."""
 
     position: int
     prompt: int
@@ -85,7 +85,7 @@ class Loss:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """Number of all lost tokens."""
         return self.prompt + self.chosen + self.rejected
 
 
@@ -96,7 +96,7 @@ def spread(lengths_n: Ints) -> Spread:
 
 
 def histogram(series: dict[str, Ints], max_length: int, bins: int = _BINS) -> Histogram:
-    """All series over one axis from 0 to the longest, but at most twice `max_length`, where the rest is gathered."""
+    """Counts all series over one axis from 0 to the longest, at most twice `max_length`; the last bin has the rest."""
     end = min(max(int(lengths_n.max()) for lengths_n in series.values()), 2 * max_length)
     edges = np.linspace(0, end, bins + 1)
     counts = {name: np.histogram(np.minimum(lengths_n, end), edges)[0] for name, lengths_n in series.items()}
@@ -104,7 +104,7 @@ def histogram(series: dict[str, Ints], max_length: int, bins: int = _BINS) -> Hi
 
 
 def sharing(lengths: PairLengths) -> Sharing:
-    """Tokens without and with prompt sharing: the sums of 2P + C + R and of P + C + R."""
+    """Counts tokens without and with prompt sharing: the sums of 2P + C + R and of P + C + R."""
     sums = [
         int(lengths_n.sum(dtype=np.int64)) for lengths_n in (lengths.prompt_n, lengths.chosen_n, lengths.rejected_n)
     ]
@@ -112,14 +112,16 @@ def sharing(lengths: PairLengths) -> Sharing:
     return Sharing(separate, shared)
 
 
-def most_cut(lengths: PairLengths, most: int) -> list[Loss]:
-    """The pairs that lose most tokens, at most so many, the worst first and equal ones in the order of the data."""
+def most_cut(lengths: PairLengths, most: int) -> list[TruncationLoss]:
+    """The pairs that lose the most tokens, at most `most` of them, the worst first, equal ones in the data's order."""
     prompt_n = lengths.full_prompt_n - lengths.prompt_n
     chosen_n = lengths.full_chosen_n - lengths.chosen_n
     rejected_n = lengths.full_rejected_n - lengths.rejected_n
     lost_n = prompt_n + chosen_n + rejected_n
     order = np.argsort(-lost_n, kind="stable")[:most]
-    return [Loss(int(i), int(prompt_n[i]), int(chosen_n[i]), int(rejected_n[i])) for i in order if lost_n[i] > 0]
+    return [
+        TruncationLoss(int(i), int(prompt_n[i]), int(chosen_n[i]), int(rejected_n[i])) for i in order if lost_n[i] > 0
+    ]
 
 
 def spaced(total: int, wanted: int) -> list[int]:
@@ -128,10 +130,10 @@ def spaced(total: int, wanted: int) -> list[int]:
 
 
 def counted_rows(counts: PairCounts, max_length: int) -> list[tuple[str, int]]:
-    """(what, how many) of the rows read and kept, and of what deserves a look."""
+    """Descriptions and counts of rows that were read, kept, or deserve attention."""
     return [("read", counts.read), ("kept", counts.kept), *described_counts(counts, max_length)]
 
 
 def dropped(counts: PairCounts) -> int:
-    """Rows that were read and can't be trained on at this limit."""
+    """Number of rows that were read and can't be trained on at this limit."""
     return counts.read - counts.kept - counts.skipped

@@ -1,4 +1,4 @@
-"""The report in a terminal."""
+"""Prints the report in a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inspection.decoding import Piece, ShownPair
 from inspection.report import SetReport
 from inspection.statistics import Histogram, counted_rows
 
-# Longer texts lose their middle here; the page shows them whole.
+# Longer texts are shortened in the middle; the page shows them completely.
 _MOST_CHARACTERS = 1200
 _BARS = " ▁▂▃▄▅▆▇█"
 _SPECIAL = "bold black on yellow"
@@ -62,14 +62,14 @@ def _print_lengths(report: SetReport, console: Console) -> None:
 
 
 def sparkline(histogram: Histogram, name: str) -> str:
-    """A series as one character a bin, as high as the bin is full; a bin that is not empty is never blank."""
+    """Draws a series with one character per bin, whose height shows its count; only an empty bin is blank."""
     counts = histogram.counts[name]
     top = max(1, int(counts.max()))
     return "".join(_BARS[-(-int(count) * (len(_BARS) - 1) // top)] for count in counts)
 
 
 def marker(histogram: Histogram, length: int) -> str | None:
-    """A mark under the bin that holds a length, None where the axis ends before it."""
+    """A mark under the bin of a length; None if the axis ends before it."""
     edges = histogram.edges
     if length > edges[-1]:
         return None
