@@ -3,7 +3,7 @@
 # for each other is replaced, the rest comes from constraints.txt. Fails, naming it, where that is not possible.
 # PYTHON names the interpreter of the environment.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 python="${PYTHON:-python}"
 work="$(mktemp -d)"
