@@ -9,22 +9,32 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-fast test-te soak compare lint format image-ngc image-cpu clean
+.PHONY: help venv remove-moved demo docs test test-fast test-te soak compare lint format image-ngc image-cpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(STAMP)  ## make or update the environment
 
+# An environment names its directory in its commands, and this one as the package's: one that has come here with a
+# moved or copied clone is made anew. One that is linked from another clone serves as it is.
+MADE_IN := $(shell cat $(STAMP) 2>/dev/null)
+ifneq ($(MADE_IN),$(if $(MADE_IN),$(shell cd ./$(VENV) && pwd -P)))
+MOVED := remove-moved
+remove-moved:
+	$(info $(VENV) was made as $(MADE_IN): it is made anew)
+	rm -rf $(VENV)
+endif
+
 # The environment is up to date when it is newer than what describes it.
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt $(MOVED)
 	@test -x $(BIN)/python || { test -n "$(PYTHON)" && \
 		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, found '$(PYTHON)': give one with make PYTHON=..."; exit 1; }; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	@touch $@
+	@cd ./$(VENV) && pwd -P > $(notdir $(STAMP))
 
 demo: $(STAMP)  ## tiny model and data, TP2 x PP2 DPO on CPU with four ranks, export, before/after table
 	$(BIN)/python tools/make_demo.py run

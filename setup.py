@@ -25,6 +25,7 @@ setup(
     version=version(),
     description="Direct preference optimization on Megatron-Core, from and to Hugging Face directories",
     license="Apache-2.0",
+    package_dir={"": "."},  # an editable install puts the clone on the path: a directory named megadpo hides no package
     packages=find_packages(include=["megadpo", "megadpo.*"]),
     python_requires=">=3.10",
     install_requires=[

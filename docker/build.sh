@@ -13,7 +13,7 @@ case "$kind" in
   cpu) pin=PYTHON_TAG ;;
   *) echo "docker/build.sh: no image '$kind'; $usage" >&2; exit 2 ;;
 esac
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 tag="${!pin:-$(sed -n "s/^$pin=//p" "$here/pins.env")}"
 exec "${DOCKER:-docker}" build --file "$here/$kind.Dockerfile" --build-arg "$pin=$tag" \
   --tag "${IMAGE:-megadpo:$kind}" "$@" "$here/.."

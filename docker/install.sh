@@ -3,7 +3,7 @@
 # each other are kept, the others come from constraints.txt. Fails and names the package where that is not possible.
 # PYTHON names the interpreter of the environment.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 python="${PYTHON:-python}"
 work="$(mktemp -d)"

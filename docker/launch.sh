@@ -15,7 +15,7 @@
 #   SAVE_WITHIN_S   seconds that ranks have to save when torchrun is stopped by a signal, before they are killed (600)
 set -euo pipefail
 
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+repository="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 usage="see the head of docker/launch.sh"
 nodes="${NNODES:?"set it to the number of machines; $usage"}"
 head="${HEAD:?"set it to HOST:PORT of the machine with NODE_RANK=0; $usage"}"

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, whatever is installed
+
 from megadpo.checkpoint.directory import find_checkpoint
 from megadpo.commands.command_line import run_tool
 from megadpo.config.choices import DeviceKind, Dtype

@@ -29,8 +29,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from demo.measure import Measured, Rewards
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-ROOT = REPOSITORY / "outputs" / "demo"
+TRAIN = Path(__file__).resolve().with_name("train.py")
+ROOT = Path("outputs") / "demo"  # of the working directory, as conf/ has it
 RANKS = 4
 TRAIN_PAIRS, HELD_OUT_PAIRS = 640, 64
 SHOWN_PROMPTS = 2
@@ -44,6 +44,10 @@ def prepare(
 ) -> None:
     """Writes root/data/{train,heldout}.jsonl and root/model, the same on every call; replaces existing ones."""
     shutil.rmtree(root, ignore_errors=True)
+    try:
+        root.mkdir(parents=True)
+    except OSError as error:
+        sys.exit(f"{shown(root)} can't be made ({error.strerror}): run from a directory that can be written to")
     corpus.write_jsonl(root / "data" / "train.jsonl", corpus.make_pairs(train_pairs, seed=10, held_out=False))
     corpus.write_jsonl(root / "data" / "heldout.jsonl", corpus.make_pairs(held_out, seed=11, held_out=True))
     console.print(f"{train_pairs} training pairs and {held_out} held-out pairs in {shown(root / 'data')}")
@@ -61,7 +65,7 @@ def prepare(
 def train_command(overrides: Sequence[str]) -> list[str]:
     """The command that trains the demo model with torchrun on RANKS processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    return [*launcher, "tools/train.py", "+model=demo", "+experiment=demo", *overrides]
+    return [*launcher, str(TRAIN), "+model=demo", "+experiment=demo", *overrides]
 
 
 def train(root: Path, overrides: Sequence[str]) -> None:
@@ -70,10 +74,12 @@ def train(root: Path, overrides: Sequence[str]) -> None:
     shutil.rmtree(root / "run", ignore_errors=True)
     command = train_command(overrides)
     console.print(
-        f"$ torchrun --standalone --nproc-per-node {RANKS} {' '.join(command[6:])}", highlight=False, soft_wrap=True
+        f"$ torchrun --standalone --nproc-per-node {RANKS} {' '.join([shown(TRAIN), *command[7:]])}",
+        highlight=False,
+        soft_wrap=True,
     )
     # torchrun would set the same, with a warning.
-    result = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if result.returncode:
         sys.exit(f"training failed with exit status {result.returncode}; its messages are above")
 
@@ -132,7 +138,7 @@ def find_shortfalls(before: float, after: float) -> list[str]:
 def require(path: Path, command: str) -> None:
     """Exits with the remedy if a path that an earlier phase writes is missing."""
     if not path.exists():
-        sys.exit(f"{shown(path)} is missing: run `python tools/make_demo.py {command}` first")
+        sys.exit(f"{shown(path)} is missing: run `python {shown(Path(__file__))} {command}` first")
 
 
 def shown(path: Path) -> str:

@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, whatever is installed
+
 from megadpo.commands.command_line import check_plan, run_tool
 from megadpo.config.compose import compose_config, resolve_defaults
 from megadpo.config.schema import Config

@@ -31,6 +31,8 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, whatever is installed
+
 from megadpo.commands.command_line import check, run_tool
 from megadpo.commands.score_summary import BY, Buckets
 from megadpo.config.choices import ReferenceMode

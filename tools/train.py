@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, whatever is installed
+
 from megadpo.commands.command_line import check, run_tool
 from megadpo.config.compose import compose_config
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from megadpo.checkpoint.directory import list_checkpoints
-from tests.helpers.cluster import SBATCH, environment, free_port, start_node, write_slurm
+from tests.helpers.cluster import ROOT, SBATCH, environment, free_port, start_node, write_slurm
 from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
@@ -115,18 +116,20 @@ def time_limit(job: dict[str, str], calls: Path) -> tuple[int, str]:
         return script.returncode, output
 
 
+@pytest.mark.path_dependent
 def test_the_slurm_script_saves_and_requeues_at_the_time_limit(tmp_path: Path) -> None:
     stubs, calls = write_slurm(tmp_path / "bin"), tmp_path / "calls"
     (stubs / "srun").write_text(_LISTENS)
-    job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "run"), SAVES="none")
-    job |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
+    job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "100%"), SAVES="none")
+    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
 
     status, output = time_limit(job, calls)
     assert status == 75
     assert "time limit: not requeued, because this job has saved no checkpoint" in output
     assert "scontrol requeue" not in calls.read_text()
     # Without a container the program is the checkout from which the job was submitted.
-    assert f"{os.getcwd()}/docker/launch.sh tools/train.py train.run_dir={tmp_path / 'run'}" in calls.read_text()
+    assert f"{ROOT}/docker/launch.sh tools/train.py train.run_dir={tmp_path / '100%'}" in calls.read_text()
+    assert f"--output={tmp_path}/100%%.logs/%j-%N.log" in calls.read_text()
     assert "--container" not in calls.read_text()
 
     status, output = time_limit({**job, "SAVES": "step_00000050"}, calls)
@@ -142,17 +145,20 @@ def test_the_slurm_script_saves_and_requeues_at_the_time_limit(tmp_path: Path) -
     assert "not requeued, because this job has saved no checkpoint" in output, "nothing came after step_00000050"
 
 
+@pytest.mark.path_dependent
 def test_the_slurm_script_refuses_what_it_sets_itself(tmp_path: Path) -> None:
     stubs, calls = write_slurm(tmp_path / "bin"), tmp_path / "calls"
     job = environment(stubs, STUB_LOG=str(calls), RUN_DIR=str(tmp_path / "run"))
-    job |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
+    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
     for words, variables, said in (
         (["train.resume=never"], {}, "train.resume=never: this script sets it"),
         ([], {"RUN_DIR": ""}, "RUN_DIR: set it to the directory of the run"),
         ([], {"IMAGE": "x.sqsh"}, "MOUNTS: set it to what the container needs"),
+        ([], {"SLURM_SUBMIT_DIR": str(tmp_path)}, f"{tmp_path}: no docker/launch.sh there: submit from the clone, or"),
     ):
         refused = subprocess.run(
             [SBATCH, *words], env={**job, **variables}, capture_output=True, text=True, check=False
         )
         assert refused.returncode != 0
         assert said in refused.stderr
+    assert not calls.exists()

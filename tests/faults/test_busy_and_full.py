@@ -89,7 +89,9 @@ def test_a_run_directory_belongs_to_one_run(whole: tuple[Path, list[str]], tmp_p
             assert holder.process.is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
         said = refusal(train, words)
-        assert re.search(rf"train\.run_dir={tmp_path / 'run'}: is in use by process {holder.process.pid} on ", said)
+        assert re.search(
+            rf"train\.run_dir={re.escape(str(tmp_path / 'run'))}: is in use by process {holder.process.pid} on ", said
+        )
         assert "wait for its end, or give another directory" in said
     finally:
         holder.process.kill()
@@ -137,7 +139,9 @@ def test_a_real_disk_that_is_full_and_then_closed(whole: tuple[Path, list[str]],
     assert whole_steps(run_dir) == steps
     remount(small_disk, "ro")
     said = refusal(train, words)
-    assert re.search(rf"{run_dir}/\.lock: can't be written \(Read-only file system\): .*another directory", said)
+    assert re.search(
+        rf"{re.escape(str(run_dir))}/\.lock: can't be written \(Read-only file system\): .*another directory", said
+    )
     assert whole_steps(run_dir) == steps
     remount(small_disk, "rw,size=64m")
     launch(1, train, words)

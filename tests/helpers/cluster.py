@@ -15,7 +15,7 @@ SBATCH = ROOT / "docker" / "slurm" / "train.sbatch"
 
 # srun as train.sbatch uses it: the command once a node, its output in a file a node, the first failure ends the others.
 _SRUN = """
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 words = sys.argv[1:]
 options = {}
 while words[0].startswith("--"):
@@ -26,7 +26,8 @@ with open(os.environ["STUB_LOG"], "a") as log:
 cpus = sorted(os.sched_getaffinity(0))
 tasks = []
 for node in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
-    path = options["--output"].replace("%j", os.environ["SLURM_JOB_ID"]).replace("%N", f"node{node}")
+    names = {"%j": os.environ["SLURM_JOB_ID"], "%N": f"node{node}", "%%": "%"}
+    path = re.sub("%.", lambda found: names[found[0]], options["--output"])
     environment = {**os.environ, "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}
     os.sched_setaffinity(0, {cpus[node % len(cpus)]})
     with open(path, "a" if options["--open-mode"] == "append" else "w") as output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # item(), bool(), float(), int(); results whose shape depends on values; comparisons of whole tensors.
 _READING_OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
 _READING_METHODS = ("tolist", "numpy", "cpu")
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 
 
 class HostReads(TorchDispatchMode):

@@ -3,6 +3,7 @@
 # Needs Python 3.12, a C++ compiler and the CUDA 13 toolkit (CUDA_HOME); takes 15 minutes on two cores and 6 GB.
 set -eu
 venv=$1
+constraints=$(dirname "$(readlink -f "$0")")/../../constraints.txt
 version=2.11.0 # the one whose signatures the stand-in has
 [ ! -e "$venv/.installed" ] || exit 0
 command -v "${PYTHON312:-python3.12}" >/dev/null || { echo "Python 3.12 is needed: give one with PYTHON312=..."; exit 1; }
@@ -13,7 +14,7 @@ pip install --quiet torch==2.11.0 # the registry's build is for CUDA 13
 pip install --quiet setuptools wheel pybind11 ninja packaging numpy pytest pydantic onnx onnxscript einops \
     nvdlfw-inspect importlib-metadata
 pip install --quiet --no-deps "transformer-engine==$version" "transformer-engine-cu13==$version"
-pip install --quiet --no-deps -c constraints.txt megatron-core
+pip install --quiet --no-deps -c "$constraints" megatron-core
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # The part that is bound to torch exists as source only; the headers come with torch's own packages.
 CPATH="$site/nvidia/cu13/include:$site/nvidia/cudnn/include:$site/nvidia/nccl/include" \

@@ -26,6 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's package, whatever is installed
+
 from megadpo.models.conversion.mapping import hf_shapes
 from megadpo.models.conversion.safetensors_writer import BlockWriter, finish_files, lay_out, new_files
 from megadpo.models.hf_config import read_architecture

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's package, whatever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench import measure, report, tables

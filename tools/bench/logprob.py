@@ -25,6 +25,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's package, whatever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for this file's package, `bench`
 
 from bench import tables

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's package, whatever is installed
+
 from megadpo.data.layouts import Keys
 from megadpo.data.loader import epoch_order
 from megadpo.data.prepare import PreparedStore, Recipe, available_cpus, open_store, prepare_store

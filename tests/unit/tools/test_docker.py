@@ -62,14 +62,17 @@ def test_what_is_large_or_private_stays_out_of_the_images() -> None:
     assert not ignored & {"docker", "tests", "conf", "constraints.txt", "docs"}
 
 
-def test_an_image_is_built_from_the_pins() -> None:
+@pytest.mark.path_dependent
+def test_an_image_is_built_from_the_pins(tmp_path: Path) -> None:
     script = ROOT / "docker" / "build.sh"
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    docker.chmod(0o755)
 
     def arguments(kind: str, *words: str, **environment: str) -> list[str]:
-        clean = {"PATH": os.environ["PATH"], "DOCKER": "echo", **environment}
-        return subprocess.run(
-            [script, kind, *words], env=clean, capture_output=True, text=True, check=True
-        ).stdout.split()
+        clean = {"PATH": os.environ["PATH"], "DOCKER": str(docker), **environment}
+        result = subprocess.run([script, kind, *words], env=clean, capture_output=True, text=True, check=True)
+        return result.stdout.splitlines()
 
     pin = re.search(r"^NGC_TAG=(\S+)", (ROOT / "docker" / "pins.env").read_text(), flags=re.M)
     assert pin

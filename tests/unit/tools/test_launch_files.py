@@ -44,6 +44,7 @@ def by_hand(torchrun: Path, *words: str, **variables: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.path_dependent
 def test_the_node_script_hands_torchrun_what_it_was_told(torchrun: Path) -> None:
     meeting = {"NNODES": "4", "HEAD": "node0:29400"}
     said = by_hand(torchrun, "tools/score.py", "+model=hf", "output=a b", **meeting, NODE_RANK="2")
@@ -73,6 +74,7 @@ def test_the_node_script_hands_torchrun_what_it_was_told(torchrun: Path) -> None
     assert "name the tool to run" in run([str(LAUNCH)], torchrun, **everything).stderr
 
 
+@pytest.mark.path_dependent
 def test_kubernetes_starts_what_a_hand_would_start(torchrun: Path) -> None:
     job: dict[str, Any] = yaml.safe_load(MANIFEST.read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")

@@ -146,6 +146,12 @@ def test_shortfalls() -> None:
     assert len(make_demo.find_shortfalls(float("nan"), float("nan"))) == 2
 
 
+def test_a_directory_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(SystemExit, match=r"can't be made .*: run from a directory that can be written to"):
+        make_demo.prepare(tmp_path / "outputs" / "demo")
+
+
 def test_missing_phase_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"make_demo\.py prepare"):
         make_demo.report(tmp_path)
@@ -156,4 +162,4 @@ def test_missing_phase_names_the_remedy(tmp_path: Path) -> None:
 def test_train_command_is_the_documented_one() -> None:
     command = make_demo.train_command(["loss.beta=0.1"])
     assert command[command.index("--nproc-per-node") + 1] == "4"
-    assert command[-4:] == ["tools/train.py", "+model=demo", "+experiment=demo", "loss.beta=0.1"]
+    assert command[-4:] == [str(TOOLS / "train.py"), "+model=demo", "+experiment=demo", "loss.beta=0.1"]
