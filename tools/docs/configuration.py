@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's package, whatever is installed
+
 from megadpo.config import choices, schema
 from megadpo.config.choices import Choice
 
