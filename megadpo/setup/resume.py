@@ -11,8 +11,8 @@ from megadpo.checkpoint.description import Progress, RunIdentity, metrics_of, re
 from megadpo.checkpoint.directory import list_checkpoints, step_directory
 from megadpo.checkpoint.resumable import choose_checkpoint
 from megadpo.config.choices import ResumeChange
-from megadpo.config.compose import config_to_dict
 from megadpo.config.schema import Config
+from megadpo.config.typed import config_to_dict
 from megadpo.data.loader import Cursor
 from megadpo.errors import CheckpointError
 from megadpo.runtime.collectives import on_main

@@ -9,9 +9,9 @@ from pathlib import Path
 from megadpo.checkpoint.directory import Retention
 from megadpo.checkpoint.saver import CheckpointSaver
 from megadpo.config.choices import Dtype, ResumeChange
-from megadpo.config.compose import config_to_dict
 from megadpo.config.reference_rules import LIVE
 from megadpo.config.schema import Config
+from megadpo.config.typed import config_to_dict
 from megadpo.data.loader import START, Cursor, TrainingData
 from megadpo.errors import ConfigError
 from megadpo.health.history import RunFacts

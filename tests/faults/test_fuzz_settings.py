@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 
 from megadpo.commands.command_line import check
-from megadpo.config.compose import compose_config, config_from_yaml, config_to_yaml, known_keys
+from megadpo.config.compose import compose_config, config_from_yaml, config_to_yaml
 from megadpo.config.schema import Config
+from megadpo.config.typed import known_keys
 from megadpo.errors import ConfigError
 from tests.faults.cases.case import row
 from tests.helpers.tiny_models import write_tiny_model

@@ -14,15 +14,9 @@ from omegaconf import OmegaConf
 from megadpo.commands.command_line import check
 from megadpo.config import validation
 from megadpo.config.choices import Dtype, LossName
-from megadpo.config.compose import (
-    compose_config,
-    config_from_yaml,
-    config_to_dict,
-    config_to_yaml,
-    known_keys,
-    resolve_defaults,
-)
+from megadpo.config.compose import compose_config, config_from_yaml, config_to_yaml, resolve_defaults
 from megadpo.config.schema import Config
+from megadpo.config.typed import config_to_dict, known_keys
 from megadpo.config.validation import ModelShape, check_run_dir_is_fresh, validate
 from megadpo.errors import ConfigError
 
