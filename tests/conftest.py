@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megadpo.runtime.cpus import usable_cpus
+
 # What a launcher, a scheduler or the scripts in docker/ have set around the tests; what tests start would obey it.
 _OF_OTHERS = ("SLURM_", "SBATCH_", "PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
 _OF_SCRIPTS = (
@@ -35,3 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
             f"temporary files would go to {root}: tests need a path of ASCII letters, digits and ._+-/: "
             "set TMPDIR or --basetemp"
         )
+
+
+# A worker holds up to 3 GB with its fork server and ranks, and the longest file bounds what more of them save.
+_MOST_WORKERS = 8
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `pytest -n auto`: half as many again as CPUs, since tests spend much time on waiting for processes."""
+    return min(_MOST_WORKERS, (3 * usable_cpus() + 1) // 2)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from megadpo.checkpoint.directory import list_checkpoints
-from tests.helpers.cluster import ROOT, SBATCH, environment, free_port, start_node, write_slurm
+from tests.helpers.cluster import ROOT, SBATCH, environment, start_node, write_slurm
 from tests.helpers.jobs.training import train
 from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
+from tests.helpers.ports import free_port
 from tests.helpers.runs import assert_bit_equal, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
 

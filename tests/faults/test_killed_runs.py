@@ -19,10 +19,11 @@ import pytest
 from megadpo.checkpoint.directory import step_directories, step_directory, step_of
 from megadpo.checkpoint.manifest import find_damage
 from tests.faults.cases.doomed import train_and_die
-from tests.helpers.cluster import LAUNCH, environment, free_port
+from tests.helpers.cluster import LAUNCH, environment
 from tests.helpers.jobs.training import train
 from tests.helpers.launch import Rank, launch, start_ranks
 from tests.helpers.pairs import make_pairs
+from tests.helpers.ports import free_port
 from tests.helpers.runs import assert_bit_equal, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
 
@@ -83,7 +84,7 @@ def test_the_launcher_starts_again_and_finishes(
     layout: str, rank: int, words: list[str], whole: dict[str, Path], tmp_path: Path
 ) -> None:
     variables = {"MAX_RESTARTS": "1", "PET_MAX_RESTARTS": "1", "DOOM": "backward 3", "DOOMED_RANK": str(rank)}
-    variables |= {"NNODES": "1", "NODE_RANK": "0", "HEAD": f"127.0.0.1:{free_port(range(30000, 32000))}"}
+    variables |= {"NNODES": "1", "NODE_RANK": "0", "HEAD": f"127.0.0.1:{free_port()}"}
     with subprocess.Popen(
         [LAUNCH, "tests/faults/cases/doomed.py", *words, *LAYOUTS[layout], f"train.run_dir={tmp_path / 'run'}"],
         env=environment(**variables) | {"RANKS_PER_NODE": "2"},

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.cluster import environment, free_port
+from tests.helpers.cluster import environment
+from tests.helpers.ports import free_port
 
 # Rank 0 notes its launch and waits; rank 1 dies once that is done; started again, both end.
 RANK = """
@@ -35,7 +36,7 @@ time.sleep(0 if again else 60)
 def test_a_death_on_another_machine_leaves_the_launch_what_it_is(tmp_path: Path) -> None:
     """torchrun doesn't count the restart where rank 0 is."""
     (tmp_path / "rank.py").write_text(RANK)
-    meeting = f"localhost:{free_port(range(32000, 34000))}"
+    meeting = f"localhost:{free_port()}"
     agents = [
         subprocess.Popen(
             [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,15 +92,3 @@ def start_node(rank: int, words: list[str], variables: dict[str, str], log: Path
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: os.sched_setaffinity(0, {cpus[rank % len(cpus)]}),
         )
-
-
-def free_port(ports: range) -> int:
-    """A port of the range that nobody listens on."""
-    for port in ports:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("0.0.0.0", port))
-            except OSError:
-                continue
-            return port
-    raise OSError(f"no port of {ports} is free")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing as mp
 import os
-import socket
 import sys
 import threading
 import time
@@ -16,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests.helpers.ports import free_port
 
 CONTEXT = mp.get_context("forkserver")
 # The server imports and computes nothing: its children start with warm modules and no threads of their own.
@@ -74,10 +75,7 @@ def start_ranks(
     packages: Path | None = None,
 ) -> list[Rank]:
     """The ranks of a world that `launch` would wait for, started; those that last `late_s` print where they are."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     context: Any = CONTEXT if packages is None else mp.get_context("spawn")
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
