@@ -7,9 +7,9 @@ For refactorings: HEAD, the working tree with its uncommitted changes unless a c
 computes, to the last bit. Both run on this machine with the packages of this environment and one thread a process
 (OMP_NUM_THREADS=1); another machine, or another number of threads, adds up in another order.
 
-Compared are exit statuses, the names of all files, the values of metrics.jsonl and of the few other files that hold
-times (BY_VALUE in tests/helpers/comparison.py), and the SHA-256 of every other file: exported models (hf/) with their
-cards, weights and optimizer states of checkpoints, config.yaml, health.json, scores. The only values left out are those
+Compared are exit statuses, the names of all files, the values of metrics.jsonl, scores and the few other files that
+hold times (BY_VALUE in tests/helpers/comparison.py), and the SHA-256 of every other file: exported models (hf/) with
+their cards, weights and optimizer states of checkpoints, config.yaml, health.json. The only values left out are those
 named in UNSTABLE beside it, which depend on the clock, on memory or on the age of files. Both sides run in the same
 directory, one after the other, so that paths in files are equal too. What is printed is not compared. Exit status 1,
 and all files kept, where anything differs.

@@ -12,13 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-# Files whose values are compared one by one, because some of them may differ.
-BY_VALUE = ("metrics.jsonl", "training.json", "manifest.json", "*.summary.json")
+# Files whose values are compared one by one: some may differ, or a difference is worth its name.
+BY_VALUE = ("*.jsonl", "training.json", "manifest.json", "*.summary.json")
 # Names of those that may.
 UNSTABLE = (
     *("time/*", "throughput/*", "eval/time_s", "fp8/time_s", "memory/peak_gib"),  # metrics.jsonl
     "metrics/eval/time_s",  # training.json: what an evaluation had found
-    *("files/training.json/*", "files/.metadata/sha256"),  # manifest.json
+    *("files/*/sha256", "files/training.json/bytes"),  # manifest.json: the files are compared themselves
     *("seconds", "pairs_per_s", "identity/weights/*", "identity/reference/weights/*"),  # scores.summary.json
 )
 # torch gives every save an id, which stands in its .metadata.
@@ -35,12 +35,12 @@ class Comparison:
 
 
 def compare_directories(base: Path, head: Path) -> Comparison:
-    """Compares all files under two directories, by value or by SHA-256."""
+    """Compares all files under two directories, by value or by SHA-256; lines of numbers come first."""
     found = Comparison()
     sides = [_files_by_name(root) for root in (base, head)]
     for name in sorted(sides[0].keys() ^ sides[1].keys()):
         found.differences.append(f"{name}: only {'BASE' if name in sides[0] else 'HEAD'} has this file")
-    for name in sorted(sides[0].keys() & sides[1].keys()):
+    for name in sorted(sides[0].keys() & sides[1].keys(), key=lambda name: (not name.endswith(".jsonl"), name)):
         found.files += 1
         if any(fnmatch(Path(name).name, pattern) for pattern in BY_VALUE):
             lines = [read_lines(files[name]) for files in sides]
@@ -62,10 +62,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def differing_values(base: Sequence[Mapping[str, Any]], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The values that differ, with their step where they have one; 1 differs from 1.0, and 0.0 from -0.0."""
+    """The values that differ, with their step or index where they have one; 1 is not 1.0, and 0.0 is not -0.0."""
     found = [] if len(base) == len(head) else [f"{len(base)} lines in BASE, {len(head)} in HEAD"]
     for a, b in zip(base, head, strict=False):
-        where = f"step {a['step']}: " if "step" in a else ""
+        where = next((f"{key} {a[key]}: " for key in ("step", "index") if key in a), "")
         for name in sorted(a.keys() | b.keys()):
             values = [repr(side[name]) if name in side else "nothing" for side in (a, b)]
             if values[0] != values[1]:

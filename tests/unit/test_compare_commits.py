@@ -18,7 +18,7 @@ LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 0.25, "time/step_s": 2.0, "memory/peak_gib": 1.0, "memory/reference_gib": 1.0},
 ]
 TRAINING = {"step": 1, "settings": {"optimizer.betas": [0.9, 0.999]}, "metrics": {"eval/loss": 0.5, "eval/time_s": 1.0}}
-MANIFEST = {"format": 1, "files": {"training.json": {"bytes": 5}, "common.pt": {"bytes": 7}}}
+MANIFEST = {"format": 1, "files": {"training.json": {"bytes": 5}, "common.pt": {"bytes": 7, "sha256": "ab"}}}
 SAVE_ID = b"33776c92-63ed-4245-8082-310d522f10e6"
 
 
@@ -80,13 +80,21 @@ def test_a_difference_is_found(change: Callable[[Path], object], said: str, side
         replace_in("metrics.jsonl", '"time/step_s": 2.0', '"time/step_s": 3.0'),
         replace_in("metrics.jsonl", '"memory/peak_gib": 1.0', '"memory/peak_gib": 3.0'),
         replace_in("training.json", '"eval/time_s": 1.0', '"eval/time_s": 3.0'),
-        replace_in("manifest.json", "5", "6"),
+        replace_in("manifest.json", '"bytes": 5', '"bytes": 6'),
+        replace_in("manifest.json", "ab", "cd"),
         lambda root: (root / ".metadata").write_bytes(b"shapes" + SAVE_ID.replace(b"3", b"4") + b"places"),
     ],
 )
 def test_what_no_two_runs_have_in_common_may_differ(change: Callable[[Path], object], sides: tuple[Path, Path]) -> None:
     change(sides[1])
     assert compare_directories(*sides).differences == []
+
+
+def test_lines_of_numbers_come_first(sides: tuple[Path, Path]) -> None:
+    (sides[1] / "hf" / "model.safetensors").write_bytes(b"Weights")
+    replace_in("metrics.jsonl", "0.25", "0.26")(sides[1])
+    said = compare_directories(*sides).differences
+    assert [text.split(":")[0] for text in said] == ["metrics.jsonl", "hf/model.safetensors"]
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.0, -0.0), (1, 1.0), (1, True), (None, 0), ([], {}), (1e-300, 0.0)])
