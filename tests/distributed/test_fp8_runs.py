@@ -104,7 +104,10 @@ def test_layouts_compute_the_same(
     lines = training_lines(run)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for a, b in zip(training_lines(expected), lines, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
+        # The loss of the third step multiplies what log-probs of -1000 nats differ by, which depends on the CPU too.
+        for name in ("logps/chosen", "logps/rejected"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4 if a["step"] < 3 else 3e-4)
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-3 if a["step"] < 3 else 4e-3)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
         assert b["tokens/computed"] % multiple == 0
     checks = [line for line in metrics(run) if "fp8/margin_error" in line]

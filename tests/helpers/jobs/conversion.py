@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from megadpo.models.options import ModelOptions
 from megadpo.models.policy import PolicyModel
 from megadpo.runtime.device import megatron_device, select_device
 from megadpo.runtime.parallel_state import build_parallel_state, distributed
+from megadpo.setup.session import Session
 from tests.helpers.jobs.fault import MeetingPlaces, captured_log
 from tests.helpers.no_room import largest_file
 
@@ -148,15 +149,19 @@ def score_pairs(words: list[str], output: Path, buckets: Buckets | None = None) 
 
 def score_in_turns(words: list[str], output: Path) -> list[int]:
     """`score_pairs`; of each model that it loads, how many loaded before are still in memory."""
-    load, loaded, alive = scoring.load_starting_model, list[weakref.ref[PolicyModel]](), []
+    loaded, alive = list[weakref.ref[PolicyModel]](), []
 
-    def loading(*args: Any) -> list[PolicyModel]:
-        alive.append(sum(model() is not None for model in loaded))
-        chunks = load(*args)
-        loaded.extend(map(weakref.ref, chunks))
-        return chunks
+    def watched(load: Callable[[Session], list[PolicyModel]]) -> Callable[[Session], list[PolicyModel]]:
+        def loading(session: Session) -> list[PolicyModel]:
+            alive.append(sum(model() is not None for model in loaded))
+            chunks = load(session)
+            loaded.extend(map(weakref.ref, chunks))
+            return chunks
 
-    with mock.patch.object(scoring, "load_starting_model", loading):
+        return loading
+
+    loaders = ("load_starting_model", "load_reference_model")
+    with mock.patch.multiple(scoring, **{name: watched(vars(scoring)[name]) for name in loaders}):
         score_pairs(words, output)
     return alive
 
