@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from megadpo.checkpoint.description import (
-    ImportedModel,
     metrics_of,
-    stored_dtype,
-    stored_vocab_size,
-    trained_setting,
-    training_json,
     write_evaluation,
 )
 from megadpo.checkpoint.directory import Retention, find_checkpoint, list_checkpoints, name_latest, step_directory
 from megadpo.checkpoint.manifest import find_damage, write_manifest
-from megadpo.checkpoint.saver import CheckpointSaver
-from megadpo.checkpoint.writer import CheckpointWriter
 from megadpo.config.compose import config_from_yaml
 from megadpo.errors import CheckpointError
-from megadpo.health.watchdog import HangWatchdog
 from megadpo.setup.model_source import model_source, resolve_model
-from tests.helpers.training_states import PROGRESS, run_identity
-
-
-def trained(directory: Path, *, dtype: str = "bf16", **progress: Any) -> Path:
-    directory.mkdir(parents=True)
-    identity = run_identity(settings={"precision.dtype": dtype})
-    (directory / "training.json").write_text(training_json(identity, replace(PROGRESS, **progress)))
-    return directory
-
-
-def imported(directory: Path) -> Path:
-    directory.mkdir(parents=True)
-    description = ImportedModel(source="model", dtype="fp32", vocab_size=401, megadpo_version="0")
-    (directory / "imported.json").write_text(json.dumps(asdict(description)))
-    return directory
+from tests.helpers.training_states import imported, trained
 
 
 @pytest.fixture
@@ -86,35 +60,6 @@ def test_a_path_that_cannot_be_followed_is_named(run_dir: Path) -> None:
         find_checkpoint(run_dir)
     with pytest.raises(CheckpointError, match=r"can't be looked up \(File name too long\): check"):
         find_checkpoint(run_dir / ("x" * 300))
-
-
-def test_a_checkpoint_says_the_format_of_its_weights(tmp_path: Path) -> None:
-    assert stored_dtype(trained(tmp_path / "a", dtype="bf16")) == "bf16"
-    assert stored_dtype(imported(tmp_path / "b")) == "fp32"
-    assert stored_vocab_size(tmp_path / "a") == stored_vocab_size(tmp_path / "b") == 401
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", r"can't be read \(Expecting property name"),
-        (b"\xff{}", r"can't be read \('utf-8' codec can't decode byte 0xff"),
-        (b"[1]", r"must hold source \(str\), dtype \(str\), vocab_size \(int\), megadpo_version \(str\): it is"),
-        (b'{"source": "x", "dtype": "fp32"}', r"must hold .*or was written by another version"),
-        (b'{"source": "x", "dtype": "fp32", "vocab_size": "8", "megadpo_version": "0"}', r"must hold .*is damaged"),
-        (b'{"source": "x", "dtype": "fp8", "vocab_size": 8, "megadpo_version": "0"}', r"'fp8', it must be bf16 or fp"),
-    ],
-)
-def test_a_damaged_description_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    imported(tmp_path / "x")
-    (tmp_path / "x" / "imported.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"imported\.json:? .*{message}.*: name another checkpoint, or copy"):
-        stored_dtype(tmp_path / "x")
-
-
-def test_a_setting_that_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"training\.json: its settings lack model\.name: name another"):
-        trained_setting(trained(tmp_path / "x"), "model.name")
 
 
 def test_the_source_of_a_configuration(run_dir: Path) -> None:
@@ -199,62 +144,6 @@ def test_an_evaluation_that_came_later_judges_a_checkpoint_and_is_no_damage(tmp_
     assert find_damage(late) == []
     write_evaluation(first, {"eval/loss": 0.0})
     assert metrics_of(first) == {"eval/loss": 0.5}, "what the manifest holds counts first"
-
-
-def saver_in(root: Path, resumed_from: Path | None = None) -> CheckpointSaver:
-    """A saver without a model, for what it does besides saving."""
-    unused: Any = None
-    return CheckpointSaver(
-        root,
-        *(unused, unused),
-        identity=run_identity(),
-        side_files={},
-        dtype=torch.float32,
-        retention=Retention(last=1),
-        asynchronous=False,
-        resumed_from=resumed_from,
-        watchdog=HangWatchdog(None, rank=0, world=1, patience_s=60.0),
-    )
-
-
-def test_a_run_that_stops_needs_time_for_a_save_under_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = saver_in(tmp_path)
-    saver.last_save_s = 40.0
-    for busy, needed in ((False, 40.0), (True, 80.0)):
-        monkeypatch.setattr(CheckpointWriter, "is_busy", busy)
-        assert saver.seconds_to_stop == needed
-
-
-def test_a_later_evaluation_is_kept_by_rank_0_of_the_run_and_ends_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where it can't be written, as in a directory that is gone, that is a warning."""
-    there, elsewhere = (trained(step_directory(tmp_path / name / "checkpoints", 1)) for name in ("run", "other"))
-    gone = step_directory(there.parent, 2)
-
-    def keep(checkpoint: Path | None) -> None:
-        saver = saver_in(tmp_path / "run" / "checkpoints", checkpoint)
-        saver.keep_evaluation({"eval/loss": 0.5})
-
-    with pytest.MonkeyPatch.context() as elsewhere_than_rank_0:
-        elsewhere_than_rank_0.setenv("RANK", "1")
-        keep(there)
-    keep(elsewhere)
-    keep(None)
-    assert metrics_of(there) == metrics_of(elsewhere) == {}
-    keep(there)
-    assert metrics_of(there) == {"eval/loss": 0.5}
-    assert not caplog.records
-    keep(gone)
-    assert f"{gone}" in caplog.text and "checkpoint.keep_best can't judge it" in caplog.text
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"eval/loss": null}', b'{"eval/loss": "low"}'])
-def test_a_later_evaluation_that_cannot_be_read_counts_as_none(content: bytes, tmp_path: Path) -> None:
-    checkpoint = trained(step_directory(tmp_path, 1))
-    (checkpoint / "evaluation.json").write_bytes(content)
-    assert metrics_of(checkpoint) == {}
-    assert Retention(last=1, best="eval/loss").dropped(tmp_path) == []
 
 
 def test_latest_is_written_where_it_names_another(run_dir: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megadpo.loss.preference import PreferenceLoss, SequenceLogProbs
-from megadpo.train import fp8_check as margin_check
+from megadpo.train import fp8_check
 
 CPU = torch.device("cpu")
 LENGTHS = torch.tensor([200, 10, 250, 40])  # of two chosen, then of two rejected responses
@@ -34,10 +34,10 @@ def errors(loss: PreferenceLoss) -> dict[str, float]:
     state: Any = SimpleNamespace(is_last_stage=True, tensor_rank=0)
     reference: Any = SimpleNamespace(chunks=(), log_probs=mock.Mock(side_effect=[REFERENCE_IN_FP8, REFERENCE]))
     with (
-        mock.patch.object(margin_check, "score", side_effect=[IN_FP8, PLAIN]),
-        mock.patch.object(margin_check, "gather_rows", lambda values: values[None]),
+        mock.patch.object(fp8_check, "score", side_effect=[IN_FP8, PLAIN]),
+        mock.patch.object(fp8_check, "gather_rows", lambda values: values[None]),
     ):
-        return margin_check.margin_errors([], reference, loss, batch, state=state, torch_device=CPU)
+        return fp8_check.margin_errors([], reference, loss, batch, state=state, torch_device=CPU)
 
 
 @pytest.mark.parametrize(
