@@ -183,7 +183,7 @@ def test_page_and_terminal(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")  # names of temporary directories are long
+    monkeypatch.setenv("COLUMNS", "1000")  # no name of a temporary directory breaks a line
     status = inspect_data.main([*command, "data.on_error=skip", "pairs=3", "output=page.html"])
     shown = capsys.readouterr()
     assert status == 0, shown.err
