@@ -22,6 +22,8 @@ for _name in list(os.environ):
         del os.environ[_name]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes outnumber the cores of a CI machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads and forked workers deadlock
+# Runs are eager (`megatron_device`); where nothing can be compiled, Megatron is imported a second faster.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[_name] = "1"
 # Processes that tests start use this clone's package, too, whichever the environment has installed.

@@ -104,7 +104,8 @@ def test_random_state_is_the_cpu_generators() -> None:
             assert torch.equal(torch.rand(3), drawn)
 
 
-def test_nothing_is_compiled_inside() -> None:
+def test_nothing_is_compiled_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     calls = []
 
     def refuse(graph: Any, inputs: Any) -> Any:
