@@ -47,5 +47,5 @@ _MOST_WORKERS = 8
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Workers of `pytest -n auto`: half as many again as CPUs, since tests spend much time on waiting for processes."""
-    return min(_MOST_WORKERS, (3 * usable_cpus() + 1) // 2)
+    """Workers of `pytest -n auto`: one a CPU. A worker's ranks keep one busy; more workers only get in their way."""
+    return min(_MOST_WORKERS, usable_cpus())

@@ -39,7 +39,7 @@ class HealthLog:
     ) -> None:
         self._path = run_dir / "health.json"
         self._locate_row = locate_row
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.health = Health(facts, begun_after=resume_step)
         if resume_step:
             try:
@@ -89,8 +89,8 @@ class HealthLog:
 
     def _warn(self, text: str, step: int = 0) -> None:
         """Logs each text once, whatever its step."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             logger.warning("%s", text.replace("{}", str(step)))
 
     def _write(self) -> None:

@@ -64,7 +64,7 @@ class GuardedTracker:
         self._name = name
         self._open = open_tracker
         self._tracker: Tracker | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._lines = 0
         self._lost = 0
 
@@ -104,8 +104,8 @@ class GuardedTracker:
 
     def _warn(self, error: Exception, consequence: str) -> None:
         text = str(error) if isinstance(error, MegaDPOError) else f"{type(error).__name__}: {error}"
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             logger.warning("tracker %s failed: %s (%s)", self._name, text, consequence)
 
 

@@ -1,4 +1,4 @@
-"""The real command against TRL 1.16's DPOTrainer, and TRL's driver against a plain loop: ten steps, two seeds, fp32.
+"""The training tool against TRL 1.16's DPOTrainer, and TRL's driver against a plain loop: ten steps, two seeds, fp32.
 
 Log-probs are gated beside the loss because many mistakes cancel in it: a mask that lets the prompt in moves the loss by
 6e-9 and the log-probs by 94.
@@ -7,7 +7,6 @@ Log-probs are gated beside the loss because many mistakes cancel in it: a mask t
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.commands import run_tool
+from tests.helpers.launch import launch
 from tests.helpers.pairs import make_pairs
 from tests.helpers.runs import assert_close_weights, exported_weights, training_lines, write_jsonl
 from tests.helpers.tiny_models import write_tiny_model
@@ -110,7 +111,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Case]:
 
 
 def train(case: Case, name: str, layout: tuple[int, int], *overrides: str) -> Path:
-    """Runs the real command on tensor × pipeline ranks; its run directory."""
+    """Runs tools/train.py on tensor × pipeline ranks; its run directory."""
     tensor, pipeline = layout
     run_dir = case.root / name
     arguments = {
@@ -134,18 +135,7 @@ def train(case: Case, name: str, layout: tuple[int, int], *overrides: str) -> Pa
         "train.run_dir": run_dir,
         "trackers": "[jsonl]",
     } | dict(text.split("=", 1) for text in overrides)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={tensor * pipeline}", "tools/train.py"]
-    finished = subprocess.run(
-        [*command, *(f"{key}={value}" for key, value in arguments.items())],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+    launch(tensor * pipeline, run_tool, "train", [f"{key}={value}" for key, value in arguments.items()], REPOSITORY)
     return run_dir
 
 
